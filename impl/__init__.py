@@ -1,0 +1,1 @@
+"""Worked examples of candidates: models written from scratch, knowing nothing of parity."""

@@ -1,0 +1,214 @@
+"""What parity writes: an HDF5 file with one contiguous dataset for each site.
+
+/               attribute parity_format: 1
+/run            the RunInfo as JSON text
+/sites/NAME     one dataset for each site
+/index          dims, shape and true dtype of every site, in recorded order, as JSON text; written last
+
+JSON datasets rather than attributes, because HDF5 holds attributes below 64 KiB and a long prompt is more.
+A file without the index is a run that was killed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import h5py
+import numpy as np
+from h5py import h5d, h5s, h5t
+
+from parity.dump.files import reading, require_file, whole_or_nothing, writing
+from parity.dump.records import DTYPES, Array, Dump, Entry, RunInfo, dtype_name
+from parity.dump.tokens import token_rows
+from parity.errors import DumpError
+
+T = TypeVar("T")
+
+FORMAT = 1
+SITES_PER_FLUSH = 32
+ALIGNMENT = 64  # bytes: mapped arrays start on a cache line, and never between two numbers
+
+
+class ArchiveWriter:
+    """Writes an archive, site by site, straight to disk; a context manager.
+
+    The file appears under `path` when the block ends without an exception; otherwise nothing remains.
+    """
+
+    def __init__(self, path: Path | str, info: RunInfo) -> None:
+        self.path = Path(path)
+        self.info = info
+        self._entries: dict[str, Entry] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            temporary = stack.enter_context(whole_or_nothing(self.path))
+            with writing(self.path):
+                self._file = h5py.File(temporary, "w", alignment_threshold=1, alignment_interval=ALIGNMENT)
+            stack.push(self._finish)
+            with writing(self.path):
+                self._file.attrs["parity_format"] = FORMAT
+                self._file["run"] = json.dumps(dataclasses.asdict(self.info))
+                self._sites = self._file.create_group("sites")
+                self._file.flush()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._stack.__exit__(*exc_info)
+
+    def add(self, site: str, array: Array, dims: tuple[str, ...] | None) -> None:
+        """Record the array at a site, bit by bit, with a name for each axis.
+
+        Raises DumpError if the site is recorded already, or the dims do not fit the shape.
+        """
+        if site in self._entries:
+            raise DumpError(f"{self.path}: site {site!r} is recorded twice — give each value a site of its own")
+        if not site or "/" in site or "\0" in site or not site.strip("."):
+            raise DumpError(f"{self.path}: {site!r} cannot name a site — use names like 'model.layers.0.mlp'")
+        entry = Entry(site, dims, array.shape, dtype_name(array.dtype, f"{self.path}: site {site!r}"))
+        with writing(self.path):
+            _write(self._sites, entry, array)
+            self._entries[site] = entry
+            if len(self._entries) % SITES_PER_FLUSH == 0:  # what a killed run leaves can be opened
+                self._file.flush()
+
+    def _finish(self, kind: type[BaseException] | None, *_: object) -> None:
+        index = {
+            site: {"dims": entry.dims, "shape": entry.shape, "dtype": entry.dtype}
+            for site, entry in self._entries.items()
+        }
+        with writing(self.path), self._file:
+            if kind is None:
+                self._file["index"] = json.dumps(index)
+
+
+def open_archive(path: Path | str) -> Dump:
+    """Open an archive that parity wrote. Raises DumpError if it is missing, damaged, foreign or incomplete."""
+    path = Path(path)
+    file = _open_file(path)
+    try:
+        _check_format(path, file)
+        info = _parse(path, file, "run", _info)
+        entries = _parse(path, file, "index", _entries)
+        for site in entries:
+            if site not in file["sites"]:
+                raise DumpError(f"{path}: site {site!r} is in the index only — the file was edited — record again")
+        mapped: Array = np.memmap(path, np.uint8, mode="r")
+    except BaseException:
+        file.close()
+        raise
+    return Dump(path, info, entries, lambda site: _read(path, file["sites"], mapped, entries[site]), file.close)
+
+
+def _storage(dtype: str) -> tuple[h5t.TypeID, np.dtype[Any]]:
+    """The HDF5 type of a true dtype, and the numpy dtype whose bits it holds.
+
+    This one type stands on both sides of every transfer, so that HDF5 has nothing to convert: its conversion
+    of bfloat16 is a hundred times slower than a copy and loses the payloads of NaNs.
+    """
+    if dtype == "bfloat16":  # a float type of HDF5's own making: every reader shows the right numbers
+        bfloat16 = h5t.IEEE_F32LE.copy()
+        bfloat16.set_fields(15, 7, 8, 0, 7)  # positions of sign, exponent and its width, mantissa and its width
+        bfloat16.set_precision(16)
+        bfloat16.set_size(2)
+        bfloat16.set_ebias(127)
+        return bfloat16, np.dtype(np.uint16)
+    if DTYPES[dtype].itemsize == 1 and dtype != "int8":  # float8 and bool have no type in HDF5
+        return h5t.STD_U8LE, np.dtype(np.uint8)
+    little = DTYPES[dtype].newbyteorder("<")
+    return h5t.py_create(little), little
+
+
+def _write(sites: h5py.Group, entry: Entry, array: Array) -> None:
+    kind, bits = _storage(entry.dtype)
+    values = np.asarray(array, dtype=DTYPES[entry.dtype], order="C").view(bits)
+    space = h5s.create_simple(entry.shape) if entry.shape else h5s.create(h5s.SCALAR)
+    dataset = h5d.create(sites.id, entry.site.encode(), kind, space)
+    dataset.write(h5s.ALL, h5s.ALL, values, mtype=kind)
+
+
+def _read(path: Path, sites: h5py.Group, mapped: Array, entry: Entry) -> Array:
+    kind, bits = _storage(entry.dtype)
+    with reading(path):
+        dataset = h5d.open(sites.id, entry.site.encode())
+        if dataset.shape != entry.shape or not dataset.get_type().equal(kind):
+            raise DumpError(
+                f"{path}: site {entry.site!r} is not the {entry.dtype} {entry.shape} of the index — "
+                f"found {dataset.dtype} {dataset.shape} — the file was edited: record again"
+            )
+        start = dataset.get_offset()  # None if nothing is stored, or stored in chunks by another tool
+        if start is not None:
+            size = int(np.prod(entry.shape, dtype=np.int64)) * bits.itemsize
+            raw = mapped[start : start + size].view(bits)
+            return raw.reshape(entry.shape).view(DTYPES[entry.dtype])
+        values = np.empty(entry.shape, bits)
+        dataset.read(h5s.ALL, h5s.ALL, values, mtype=kind)
+        return values.view(DTYPES[entry.dtype])
+
+
+def _open_file(path: Path) -> h5py.File:
+    require_file(path)
+    try:
+        return h5py.File(path, "r", locking=False)  # whole files do not change; shared disks often cannot lock
+    except OSError as error:
+        if "truncated file" in str(error):
+            raise DumpError(
+                f"{path}: is truncated — {path.stat().st_size} bytes are left of a longer file — "
+                "copy it again, or record again"
+            ) from error
+        if "file signature not found" in str(error):
+            raise DumpError(f"{path}: is not HDF5 — found {path.open('rb').read(8)!r} — record again") from error
+        with reading(path):
+            raise
+
+
+def _check_format(path: Path, file: h5py.File) -> None:
+    found = file.attrs.get("parity_format")
+    if found is None:
+        names = ", ".join(repr(name) for name in list(file)[:3]) or "nothing"
+        raise DumpError(
+            f"{path}: is HDF5 but no archive of parity — found {names} at its root — "
+            "write foreign tensors as safetensors instead, see dumps/README.md"
+        )
+    if found != FORMAT:
+        raise DumpError(f"{path}: has format {found} — this parity reads format {FORMAT} — update parity")
+    if "index" not in file:
+        count = len(file["sites"]) if "sites" in file else 0
+        raise DumpError(f"{path}: is incomplete — the run ended after {count} sites or more — record again")
+
+
+def _parse(path: Path, file: h5py.File, name: str, parse: Callable[[Any], T]) -> T:
+    try:
+        return parse(json.loads(file[name][()]))
+    except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
+        raise DumpError(f"{path}: its {name!r} is damaged — {error!r:.80} — record again") from error
+
+
+def _info(run: dict[str, Any]) -> RunInfo:
+    tokens = run["token_ids"]
+    return RunInfo(
+        **{
+            **run,
+            "token_ids": None if tokens is None else token_rows(tokens),
+            "notes": tuple(run["notes"]),
+        }
+    )
+
+
+def _entries(index: dict[str, Any]) -> dict[str, Entry]:
+    return {
+        site: Entry(
+            site,
+            None if item["dims"] is None else tuple(item["dims"]),
+            tuple(item["shape"]),
+            item["dtype"],
+        )
+        for site, item in index.items()
+    }

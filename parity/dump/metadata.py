@@ -1,0 +1,117 @@
+"""What a foreign dump may say of itself: the `parity.*` keys, and an integer tensor `token_ids`.
+
+One vocabulary for all interchange formats: safetensors carries the keys in its header, npz as arrays of
+one string, a folder of .npy in parity.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parity.dump.names import lookup, parse_names, rename
+from parity.dump.records import Array, Dump, Entry, RunInfo
+from parity.dump.tokens import TokenIds, token_rows
+from parity.errors import DumpError
+
+PREFIX = "parity."
+TOKEN_IDS = "token_ids"
+TEXTS = ("producer", "model", "fingerprint", "dtype", "device", "attention", "prompt", "created")
+OBJECTS = ("token_ids", "dims", "names")
+"""These are JSON text where the format holds nothing but text."""
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors of a foreign file: what is there, and how to read one."""
+
+    kinds: Mapping[str, tuple[str, tuple[int, ...]]]
+    """Dtype and shape by name, in the order of the file."""
+    load: Callable[[str], Array]
+    close: Callable[[], None] = lambda: None
+
+
+def parity_keys(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys meant for parity, without their prefix; the others belong to somebody else."""
+    return {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}
+
+
+def foreign_dump(path: Path, tensors: Tensors, metadata: Mapping[str, Any]) -> Dump:
+    """A Dump from the tensors of a foreign file and its metadata (keys without prefix)."""
+    try:
+        values = _values(path, metadata)
+        token_ids = _token_ids(path, tensors, values.get(TOKEN_IDS))
+        info = RunInfo(**{key: values.get(key) for key in TEXTS}, token_ids=token_ids)
+        entries = _entries(path, tensors, values.get("dims", {}))
+        dump = Dump(path, info, entries, tensors.load, tensors.close)
+        if "names" not in values:
+            return dump
+        return rename(dump, parse_names(values["names"], f"{path}: parity.names"))
+    except BaseException:
+        tensors.close()
+        raise
+
+
+def _values(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    values = dict(metadata)
+    for key, value in metadata.items():
+        if key not in TEXTS + OBJECTS:
+            known = ", ".join(TEXTS + OBJECTS)
+            raise DumpError(f"{path}: unknown metadata 'parity.{key}' — parity knows {known} — rename or remove it")
+        if key in TEXTS and not isinstance(value, str):
+            raise DumpError(f"{path}: 'parity.{key}' is not text — found {value!r:.60} — write a string")
+        if key in OBJECTS and isinstance(value, str):
+            try:
+                values[key] = json.loads(value)
+            except ValueError as error:
+                raise DumpError(f"{path}: 'parity.{key}' is not JSON — {error} — see dumps/README.md") from error
+    return values
+
+
+def _token_ids(path: Path, tensors: Tensors, declared: Any) -> TokenIds | None:
+    """Token ids from the metadata or from the tensor `token_ids`; if from both, they must agree."""
+    found = []
+    if TOKEN_IDS in tensors.kinds:
+        array = tensors.load(TOKEN_IDS)
+        if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
+            raise DumpError(
+                f"{path}: 'token_ids' is {array.dtype.name} {array.shape} — expected integers, "
+                "of shape (tokens) or (batch, tokens) — write them as int64"
+            )
+        found.append(token_rows(np.atleast_2d(array).tolist()))
+    if declared is not None:
+        try:
+            found.append(token_rows(declared))
+        except DumpError as error:
+            raise DumpError(f"{path}: {error}") from None
+    if len(found) == 2 and found[0] != found[1]:
+        raise DumpError(
+            f"{path}: the tensor 'token_ids' and the metadata 'parity.token_ids' differ — "
+            f"they begin {str(found[0]):.40} and {str(found[1]):.40} — remove the one that was not run"
+        )
+    return found[0] if found else None
+
+
+def _entries(path: Path, tensors: Tensors, dims: Any) -> dict[str, Entry]:
+    if not isinstance(dims, dict) or not all(isinstance(value, str) for value in dims.values()):
+        raise DumpError(
+            f"{path}: 'parity.dims' is no table of dims — found {dims!r:.60} — "
+            'write {"model.layers.*": "batch token hidden"}'
+        )
+    entries = {}
+    for name, (dtype, shape) in tensors.kinds.items():
+        if name == TOKEN_IDS:
+            continue
+        declared = lookup(dims, name)
+        try:
+            entries[name] = Entry(name, tuple(declared[0].split()) if declared else None, shape, dtype)
+        except DumpError as error:
+            raise DumpError(f"{path}: {error}") from None
+    if not entries:
+        raise DumpError(f"{path}: holds no tensors — found none but 'token_ids' at most — dump at least one site")
+    return entries

@@ -1,0 +1,111 @@
+"""What numpy writes: one .npz, or a folder of .npy files with an optional parity.json.
+
+numpy has no bfloat16 or float8: it stores them as bytes without a meaning (dtype V2, V1), and many ports
+write their bits as uint16. Such tensors are read as the dtype that `parity.dtype` declares, never by a guess.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from parity.dump.files import reading, require_file
+from parity.dump.metadata import PREFIX, Tensors, foreign_dump, parity_keys
+from parity.dump.records import DTYPES, Array, Dump, dtype_name
+from parity.errors import DumpError
+
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+SUFFIX = ".npy"
+
+
+def open_npz(path: Path | str) -> Dump:
+    """Open an .npz: arrays named as sites, metadata as arrays of one string. Arrays are read when asked for."""
+    path = Path(path)
+    require_file(path)
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise DumpError(f"{path}: is not a whole npz — {error} — copy it again, or write it again") from error
+    members = {name.removesuffix(SUFFIX): name for name in archive.namelist() if name.endswith(SUFFIX)}
+
+    def load(name: str) -> Array:
+        with reading(path), archive.open(members[name]) as file:
+            try:
+                return np.lib.format.read_array(file, allow_pickle=False)
+            except (zipfile.BadZipFile, ValueError) as error:
+                raise DumpError(f"{path}: {name!r} is damaged — {error} — write it again") from error
+
+    try:
+        metadata = parity_keys({name: load(name)[()] for name in members if name.startswith(PREFIX)})
+        headers = {}
+        for name, member in members.items():
+            if not name.startswith(PREFIX):
+                with archive.open(member) as file:
+                    headers[name] = _header(f"{path}: {name!r}", file)
+        metadata = {key: value.item() for key, value in metadata.items()}
+        tensors = _declared(path, headers, load, metadata)
+    except BaseException:
+        archive.close()
+        raise
+    return foreign_dump(path, Tensors(tensors.kinds, tensors.load, archive.close), metadata)
+
+
+def open_npy_folder(path: Path | str) -> Dump:
+    """Open a folder of .npy files named as sites; parity.json holds the metadata, without the prefix."""
+    path = Path(path)
+    files = {file.name.removesuffix(SUFFIX): file for file in sorted(path.glob("*" + SUFFIX))}
+    if not files:
+        raise DumpError(f"{path}: is a directory without .npy files — nothing to read — name a dump, or fill it")
+    headers = {}
+    for name, file in files.items():
+        require_file(file)
+        with reading(file), file.open("rb") as stream:
+            headers[name] = _header(str(file), stream)
+
+    def load(name: str) -> Array:
+        file = files[name]
+        mode = "r" if 0 not in headers[name][1] else None  # nothing cannot be mapped
+        with reading(file):
+            try:
+                array: Array = np.load(file, mmap_mode=mode, allow_pickle=False)
+            except ValueError as error:
+                raise DumpError(f"{file}: is damaged — {error} — write it again") from error
+        return array
+
+    metadata = _folder_metadata(path / "parity.json")
+    return foreign_dump(path, _declared(path, headers, load, metadata), metadata)
+
+
+def _folder_metadata(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    with reading(path):
+        text = path.read_bytes()
+    try:
+        metadata = json.loads(text)
+    except ValueError as error:
+        raise DumpError(f"{path}: is not JSON — {error} — see dumps/README.md for its keys") from error
+    if not isinstance(metadata, dict):
+        raise DumpError(f"{path}: is no table — found {metadata!r:.60} — see dumps/README.md for its keys")
+    return metadata
+
+
+def _header(what: str, file: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """Dtype and shape of an array in the npy format, without reading it."""
+    try:
+        shape, _, dtype = HEADERS[np.lib.format.read_magic(file)](file)
+    except (ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DumpError(f"{what} is not a whole npy array — {error} — write it again with numpy.save") from error
+    if dtype.hasobject:
+        raise DumpError(
+            f"{what} holds pickled Python objects — parity runs no code from a dump — save arrays of numbers"
+        )
+    return dtype, shape
+
+
+def _declared(path: Path, headers: dict[str, tuple[np.dtype[Any], tuple[int, ...]]], load: Any, metadata: Any) -> Tensors:
+    raise NotImplementedError

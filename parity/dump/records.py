@@ -1,0 +1,140 @@
+"""The nouns of a dump: RunInfo, Entry, Dump."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from parity.dump.tokens import TokenIds, token_rows
+from parity.errors import DumpError
+
+Array = npt.NDArray[Any]
+
+UNNAMED = "_"
+"""The name of an axis that nothing aligns on."""
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    **{name: np.dtype(getattr(ml_dtypes, name)) for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")},
+    **{name: np.dtype(name) for name in ("float16", "float32", "float64")},
+    **{name: np.dtype(name) for name in ("int64", "int32", "int16", "int8", "uint8", "bool")},
+}
+"""The dtypes that a dump can hold, by the name that torch gives them."""
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What was run: which question this dump answers. None where the dump does not say."""
+
+    producer: str | None = None
+    """The program that ran, with its version."""
+    model: str | None = None
+    fingerprint: str | None = None
+    """Hash of the weights."""
+    token_ids: TokenIds | None = None
+    """One row for each sequence of the batch, all of one length."""
+    dtype: str | None = None
+    """The dtype that the run worked in."""
+    device: str | None = None
+    attention: str | None = None
+    prompt: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    created: str | None = None
+    """ISO 8601."""
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.token_ids is not None:
+            token_rows(self.token_ids)  # a ragged batch is no batch
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a site's array without reading it."""
+
+    site: str
+    dims: tuple[str, ...] | None
+    """A name for each axis, "_" for one without; None if the dump does not say."""
+    shape: tuple[int, ...]
+    dtype: str
+    """A key of DTYPES."""
+
+    def __post_init__(self) -> None:
+        if self.dims is None:
+            return
+        if len(self.dims) != len(self.shape):
+            raise DumpError(
+                f"site {self.site!r} has dims '{' '.join(self.dims)}' but shape {self.shape} — "
+                f"{len(self.dims)} names for {len(self.shape)} axes — name every axis, '_' if it has no name"
+            )
+        named = [dim for dim in self.dims if dim != UNNAMED]
+        if len(set(named)) != len(named):
+            raise DumpError(
+                f"site {self.site!r} has dims '{' '.join(self.dims)}' — a name stands for two axes — "
+                "rename one of them, or call it '_'"
+            )
+
+
+class Dump:
+    """One recorded run, opened for reading; a context manager.
+
+    `entries` keeps the recorded order. What can be opened is whole: an incomplete dump is a DumpError.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        info: RunInfo,
+        entries: Mapping[str, Entry],
+        load: Callable[[str], Array],
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.path = path
+        self.info = info
+        self.entries = dict(entries)
+        self._load = load
+        self._close = close
+        self._closed = False
+
+    def read(self, site: str) -> Array:
+        """The array recorded at a site: read-only, a view of the file wherever the format allows.
+
+        The array stays valid after `close`.
+        """
+        if self._closed:
+            raise ValueError(f"{self.path}: read from a closed dump")
+        if site not in self.entries:
+            close = difflib.get_close_matches(site, self.entries, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "its sites are the keys of `entries`"
+            raise DumpError(f"{self.path}: has no site {site!r} — it has {len(self.entries)} others — {hint}")
+        array = np.asarray(self._load(site)).view()
+        array.flags.writeable = False
+        return array
+
+    def close(self) -> None:
+        """Let go of the file. Closing twice does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Dump({str(self.path)!r}, {len(self.entries)} sites)"
+
+
+def dtype_name(dtype: np.dtype[Any], what: str) -> str:
+    """The name that a dump gives to a numpy dtype; `what` begins the message of the DumpError if it has none."""
+    if dtype.name not in DTYPES:
+        raise DumpError(f"{what} has dtype {dtype.name} — a dump holds {', '.join(DTYPES)} — cast it first")
+    return dtype.name

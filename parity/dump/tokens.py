@@ -1,0 +1,36 @@
+"""Token ids: what every dump must share with the one it is compared to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from parity.dump.files import whole_or_nothing, writing
+from parity.errors import DumpError
+
+TokenIds = tuple[tuple[int, ...], ...]
+
+
+def token_rows(value: Any) -> TokenIds:
+    """A batch of token ids from a list of rows or one bare row. Raises DumpError unless all rows are of one length."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise DumpError(f"token ids are not a list — found {value!r:.60} — give [[1, 2, 3]], one list for each row")
+    rows = [value] if value and not isinstance(value[0], Sequence) else value
+    for row in rows:
+        if not isinstance(row, Sequence) or not all(type(token) is int for token in row):
+            raise DumpError(f"token ids are not integers — found {row!r:.60} — give [[1, 2, 3]], one list for each row")
+    lengths = sorted({len(row) for row in rows})
+    if len(lengths) > 1:
+        raise DumpError(
+            f"token ids are ragged — rows of {' and '.join(map(str, lengths))} ids — "
+            "pad the batch as the model saw it, or record each row as a run of its own"
+        )
+    return tuple(tuple(row) for row in rows)
+
+
+def write_tokens(path: Path | str, token_ids: TokenIds) -> None:
+    """Write token ids as text for a port to read: one line for each row, ids separated by spaces."""
+    path = Path(path)
+    with whole_or_nothing(path) as temporary, writing(path):
+        temporary.write_text("".join(" ".join(map(str, row)) + "\n" for row in token_ids))

@@ -1,0 +1,108 @@
+"""Seeing inside attention without editing transformers.
+
+transformers lets anyone register an attention function under a name. Ours taps what goes in and what
+comes out, and calls the implementation that the model would have used. The mask function must be
+registered under the same name: without it transformers silently hands every layer no mask at all.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+# Attention modules in reach of the active tap, with the full site name of each value inside them.
+_active: ContextVar[tuple[dict[nn.Module, dict[str, str]], Callable[[str, Tensor], Tensor]] | None]
+_active = ContextVar("parity_attention_taps", default=None)
+
+INSIDE = {
+    "q_rope": ("batch", "head", "token", "head_dim"),
+    "k_rope": ("batch", "head", "token", "head_dim"),
+    "scores": ("batch", "head", "token", "key"),
+    "probs": ("batch", "head", "token", "key"),
+    "context": ("batch", "token", "head", "head_dim"),
+}
+
+
+def register(implementation: str) -> str:
+    """Make the tapped twin of an attention implementation known to transformers; returns its name.
+
+    `implementation` is `eager`, `sdpa` or any other name that transformers knows.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    name = f"parity_{implementation}"
+    AttentionInterface.register(name, _tapped(implementation))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    return name
+
+
+@contextmanager
+def attention_taps(
+    sites: dict[nn.Module, dict[str, str]], tap: Callable[[str, Tensor], Tensor]
+) -> Iterator[None]:
+    """Let `tap` see the named values inside the given attention modules during the block."""
+    token = _active.set((sites, tap))
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def _tapped(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        plain = _implementation(module, implementation)
+        active = _active.get()
+        names = active[0].get(module, {}) if active else {}
+        if active is None or not names:
+            result: tuple[Tensor, Tensor | None] = plain(module, query, key, value, mask, **kwargs)
+            return result
+        tap = active[1]
+        query = tap(names["q_rope"], query) if "q_rope" in names else query
+        key = tap(names["k_rope"], key) if "k_rope" in names else key
+        with _SoftmaxTap(names, tap, query.dtype):
+            context, weights = plain(module, query, key, value, mask, **kwargs)
+        return (tap(names["context"], context) if "context" in names else context), weights
+
+    return attend
+
+
+def _implementation(module: nn.Module, name: str) -> Callable[..., Any]:
+    """The attention function that transformers would have called."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if name != "eager":
+        function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[name]
+        return function
+    eager: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+    return eager
+
+
+class _SoftmaxTap(TorchFunctionMode):
+    """Taps scores and probs, which an eager attention function keeps to itself, at its softmax."""
+
+    def __init__(
+        self, names: dict[str, str], tap: Callable[[str, Tensor], Tensor], dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.names, self.tap, self.dtype = names, tap, dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.nn.functional.softmax:
+            return func(*args, **kwargs)
+        scores, *rest = args
+        if "scores" in self.names:
+            scores = self.tap(self.names["scores"], scores)
+        probs = func(scores, *rest, **kwargs)
+        # transformers rounds the float32 probabilities to the model's dtype next: the value used is that one.
+        return self.tap(self.names["probs"], probs.to(self.dtype)) if "probs" in self.names else probs

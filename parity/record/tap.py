@@ -1,0 +1,83 @@
+"""The one mechanism: `tap(site, value) -> value`.
+
+A tap that returns its argument records; a tap that returns something else replaces what flows on.
+`tapping` brings one tap to every site of a torch module and takes it away again, whatever happens.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parity.record.attention import attention_taps
+from parity.sites import Site
+
+Tap = Callable[[str, Tensor], Tensor]
+
+
+@contextmanager
+def tapping(model: nn.Module, sites: Iterable[Site], tap: Tap) -> Iterator[None]:
+    """Bring `tap` to the sites of `model` for the duration of the block.
+
+    Outputs are tapped by forward hooks, inputs by forward pre-hooks, values inside attention by the
+    attention function of `parity.record.attention` (the model must have been built with it).
+    """
+    modules = dict(model.named_modules())
+    inside_attention: dict[nn.Module, dict[str, str]] = {}
+    with ExitStack() as stack:
+        for site in sites:
+            module = modules[site.module]
+            if site.where == "output":
+                handle = module.register_forward_hook(_output_hook(site.name, tap))
+            elif site.where == "input":
+                handle = module.register_forward_pre_hook(_input_hook(site.name, tap), with_kwargs=True)
+            else:
+                inside_attention.setdefault(module, {})[site.name.rsplit(".", 1)[-1]] = site.name
+                continue
+            stack.callback(handle.remove)
+        stack.enter_context(attention_taps(inside_attention, tap))
+        yield
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The activation in what a module returned: the tensor itself, or the first of a tuple."""
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
+def _output_hook(site: str, tap: Tap) -> Callable[[nn.Module, Any, Any], Any]:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        value = first_tensor(output)
+        if value is None:
+            return None
+        new = tap(site, value)
+        if new is value:
+            return None
+        return new if isinstance(output, Tensor) else type(output)((new, *output[1:]))
+
+    return hook
+
+
+def _input_hook(site: str, tap: Tap) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        value = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        new = tap(site, value)
+        if new is not value:
+            # The caller may hold this very tensor as its residual, so the value itself must change.
+            value.copy_(new)
+
+    return hook
+
+
+@contextmanager
+def quiet_torch() -> Iterator[None]:
+    """No gradients and no chatter from libraries while a model runs."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,60 @@
+"""Names: sites, families, layers, axes. One vocabulary for code, dumps and reports.
+
+A site carries the name of the transformers module whose output it is, which is also its name in the
+checkpoint (`model.layers.3.self_attn.q_proj`). Values that no module returns stand beside where they
+arise: `self_attn.q_rope`, `k_rope`, `scores`, `probs`, `context`; `resid_mid`; `mlp.product`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_LAYER_NUMBER = re.compile(r"(?:(?<=^)|(?<=\.))(\d+)(?=\.|$)")
+
+Dims = tuple[str, ...]
+
+# A dim may name two axes that lie flattened in one: "head*head_dim".
+FLATTENED = "*"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A named place in the forward pass.
+
+    `dims` are the axis names of the reference's own layout, `shape` the sizes in one run, `dtype` as torch
+    spells it. `where` tells how the value is reached: a module's `output`, a module's `input`, or `attention`
+    (inside the attention function of `module`).
+    """
+
+    name: str
+    dims: Dims
+    shape: tuple[int, ...]
+    dtype: str
+    module: str
+    where: str = "output"
+
+
+def family(site: str) -> str:
+    """The site's name with `*` for the layer number: what a bug in all layers has in common."""
+    return _LAYER_NUMBER.sub("*", site, count=1)
+
+
+def layer_of(site: str) -> int | None:
+    """The layer number in a site's name, or None outside the layers."""
+    found = _LAYER_NUMBER.search(site)
+    return int(found.group(1)) if found else None
+
+
+def short(site: str) -> str:
+    """The site's name inside its layer (`self_attn.q_rope`), or the whole name outside the layers."""
+    found = _LAYER_NUMBER.search(site)
+    return site[found.end() + 1 :] or "output" if found else site
+
+
+def group_label(site: str) -> str:
+    """What a per-layer table calls the row that this site belongs to: `layers.3`, `embed_tokens`, `lm_head`."""
+    found = _LAYER_NUMBER.search(site)
+    if not found:
+        return site.rsplit(".", 1)[-1]
+    return ".".join(site[: found.end()].split(".")[-2:])
