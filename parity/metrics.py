@@ -6,7 +6,7 @@ scratch space of a fixed size is used, whatever the shape, strides or dtype. Sum
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,42 +18,33 @@ Array = NDArray[Any]
 Floats = NDArray[np.float64]
 DType = np.dtype[Any]
 
-# Eight float64 tiles fill half of a usual 1 MiB L2 cache. OpenBLAS starts threads for dot products of more
-# than 10 000 elements, which would cost more than they save and make sums depend on the number of cores.
-TILE = 8192
+# Large enough to hide the interpreter's share, small enough for the scratch to stay in a cache of 1 or 2 MiB.
+TILE = 32768
+# OpenBLAS starts threads beyond 10 000 elements: no gain here, and sums would depend on how many there are.
+DOT = 8192
 LOGITS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """What `measure` found in a pair of arrays.
+    """What `measure` found in a pair of arrays, candidate c and reference r.
 
     A pair of elements **clashes** if one of them is NaN or infinite and they are not the same infinity (so
     NaN clashes with NaN). A single clash makes `mse`, `max_abs`, `rel_l2`, `ulp_max` and `ulp_mean` inf and
     `cosine` nan, so that no threshold takes it for agreement. Equal infinities differ by zero and add
-    nothing to the norms.
-
-    count                 pairs of elements
-    mse                   mean of (c − r)², in squared units of the arrays; 0 if empty
-    cosine                of the angle between the flattened arrays; 1 if both are zero, 0 if only one is
-    max_abs               largest |c − r|, in units of the arrays
-    rel_l2                ‖c − r‖ / ‖r‖; with a zero reference 0 if the candidate is zero too, else inf
-    ulp_max, ulp_mean     distance in ULP as `ulp_distance` defines it, over all pairs
-    nonfinite_candidate   elements of the candidate that are NaN or infinite
-    nonfinite_reference   the same in the reference
-    bit_equal             same dtype, same bits and no NaN; −0.0 and +0.0 have different bits
+    nothing to the norms. Of empty arrays, all is as of equal ones.
     """
 
-    count: int
-    mse: float
-    cosine: float
-    max_abs: float
-    rel_l2: float
-    ulp_max: float
+    count: int  # pairs of elements
+    mse: float  # mean of (c − r)², in squared units of the arrays
+    cosine: float  # of the angle between the flattened arrays; 1 if both are zero, 0 if only one is
+    max_abs: float  # largest |c − r|, in units of the arrays
+    rel_l2: float  # ‖c − r‖ / ‖r‖; if r is zero: 0 if c is zero too, else inf
+    ulp_max: float  # distance in ULP as `ulp_distance` defines it
     ulp_mean: float
-    nonfinite_candidate: int
+    nonfinite_candidate: int  # elements that are NaN or infinite
     nonfinite_reference: int
-    bit_equal: bool
+    bit_equal: bool  # same dtype, same bits, no NaN; −0.0 and +0.0 have different bits
 
 
 def measure(candidate: Array, reference: Array) -> Metrics:
@@ -61,40 +52,39 @@ def measure(candidate: Array, reference: Array) -> Metrics:
 
     Shapes: equal, any strides. Dtypes: floats of 8, 16, 32 or 64 bits (those of ml_dtypes too), integers and
     bool; the two may differ. Differences of integers are exact, all else is computed in float64. Only
-    float64 values whose squares leave the range of float64 are read a second time, rescaled; of two arrays
-    more than about 1e150 apart, the smaller then counts as zero.
+    float64 values whose squares leave its range are read a second time, rescaled; of two arrays more than
+    about 1e150 apart, the smaller then counts as zero.
 
     Raises: ValueError if shapes differ, TypeError for any other dtype.
     """
-    ruler = _Ruler(candidate, reference)
+    reader = _Reader(candidate, reference)
+    scale = 1.0
     with np.errstate(all="ignore"):
-        sums = _sums(candidate, reference, ruler)
-        scale = _rescue(sums) if np.float64 in (candidate.dtype, reference.dtype) else 1.0
-        if scale != 1.0:
-            scaled = _sums(candidate, reference, ruler, scale)
-            sums = replace(sums, cc=scaled.cc, rr=scaled.rr, cr=scaled.cr, dd=scaled.dd)
+        sums = _sums(candidate, reference, reader)
+        size = float(sums.squares.sum())
+        if np.float64 in (candidate.dtype, reference.dtype) and not 2.0**-900 < size < math.inf:
+            scale = 2.0**600 if size < 1.0 else 2.0**-600
+            scaled = _sums(candidate, reference, reader, scale)
+            sums = replace(sums, squares=scaled.squares, cr=scaled.cr)
     return _metrics(sums, candidate.size, scale)
 
 
 def ulp_distance(a: Array, b: Array) -> Floats:
     """How many representable numbers apart two arrays are, element by element.
 
-    Shapes: equal; the result has the same. Units: ULP of the dtype with fewer mantissa bits, to which both
-    sides are rounded first (to nearest, ties to even). Zeros of either sign are one number; from the
-    smallest negative to the smallest positive subnormal it is 2. A finite number that overflows in rounding
-    sits one step beyond the largest one. Between integers or bools: the absolute difference; an integer
-    against a float is rounded like a float.
+    Shapes: equal → the same. Units: ULP of the dtype with fewer mantissa bits, to which both sides are
+    rounded first (to nearest, ties to even). Zeros of either sign are one number. A finite number that
+    overflows in rounding sits one step beyond the largest. Between integers or bools: the absolute
+    difference; an integer against a float is rounded like a float. NaN is inf from everything, itself
+    included; an infinity is inf from all but itself. Float64: distances above 2⁵³ are rounded.
 
-    NaN is inf from everything, itself included; an infinity is inf from everything but itself. The result is
-    float64: distances of float64 numbers above 2⁵³ are rounded.
-
-    Raises: ValueError if shapes differ, TypeError for dtypes that `measure` does not take.
+    Raises: ValueError if shapes differ, TypeError as `measure`.
     """
-    ruler = _Ruler(a, b)
+    reader = _Reader(a, b)
     out = np.empty(a.shape, np.float64)
     with np.errstate(all="ignore"):
         for left, right, target in _tiles(a, b, out):
-            wide, steps = ruler.read(left, right)
+            wide, steps = reader.read(left, right)
             np.copyto(target, steps, casting="unsafe")
             finite, clash = _nonfinite(wide)
             target[~finite.all(axis=0)] = 0.0
@@ -110,7 +100,7 @@ def kl_divergence(candidate_logits: Array, reference_logits: Array) -> Floats:
     probability zero: inf if the candidate excludes a token that the reference allows. A row that is no
     distribution on either side (NaN, +inf, −inf throughout) gives inf, never nan.
 
-    Raises: ValueError if shapes differ or there is no token, TypeError for dtypes that `measure` does not take.
+    Raises: ValueError if shapes differ or there is no token; TypeError as `measure`.
     """
     _check(candidate_logits, reference_logits)
     if candidate_logits.ndim == 0 or candidate_logits.shape[-1] == 0:
@@ -125,182 +115,163 @@ def kl_divergence(candidate_logits: Array, reference_logits: Array) -> Floats:
 class _Sums:
     """Running totals of one pass; c candidate, r reference, d their difference."""
 
-    cc: float = 0.0
-    rr: float = 0.0
+    squares: Floats = field(default_factory=lambda: np.zeros(3))  # of c, r, d
     cr: float = 0.0
-    dd: float = 0.0
     max_abs: float = 0.0
     ulp_max: float = 0.0
     ulp_sum: float = 0.0
-    nonfinite_candidate: int = 0
-    nonfinite_reference: int = 0
+    nonfinite: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2, np.int64))  # in c, r
     clashes: int = 0
     same_bits: bool = True
 
 
 def _metrics(sums: _Sums, count: int, scale: float) -> Metrics:
-    clash = sums.clashes > 0
-    inf = math.inf
-    return Metrics(
+    c, r, d = np.sqrt(sums.squares).tolist()
+    same = sums.max_abs == 0.0  # rounding of the sums must not make equal arrays differ
+    metrics = Metrics(
         count=count,
-        # Twice by scale, whose square is beyond float64.
-        mse=inf if clash else sums.dd / max(count, 1) / scale / scale,
-        cosine=math.nan if clash else _cosine(sums),
-        max_abs=inf if clash else sums.max_abs,
-        rel_l2=inf if clash else _rel_l2(sums),
-        ulp_max=inf if clash else sums.ulp_max,
-        ulp_mean=inf if clash else sums.ulp_sum / max(count, 1),
-        nonfinite_candidate=sums.nonfinite_candidate,
-        nonfinite_reference=sums.nonfinite_reference,
-        bit_equal=sums.same_bits and not clash,
+        mse=float(sums.squares[2]) / max(count, 1) / scale / scale,  # not by scale², which is beyond float64
+        cosine=1.0 if same else min(1.0, max(-1.0, sums.cr / (c * r))) if c * r else 0.0,
+        max_abs=sums.max_abs,
+        rel_l2=0.0 if same else d / r if r else math.inf,
+        ulp_max=sums.ulp_max,
+        ulp_mean=sums.ulp_sum / max(count, 1),
+        nonfinite_candidate=int(sums.nonfinite[0]),
+        nonfinite_reference=int(sums.nonfinite[1]),
+        bit_equal=sums.same_bits and not sums.clashes,
     )
+    if not sums.clashes:
+        return metrics
+    inf = math.inf
+    return replace(metrics, mse=inf, cosine=math.nan, max_abs=inf, rel_l2=inf, ulp_max=inf, ulp_mean=inf)
 
 
-def _cosine(sums: _Sums) -> float:
-    if sums.max_abs == 0.0:  # rounding of the three sums must not make equal arrays differ
-        return 1.0
-    norms = math.sqrt(sums.cc) * math.sqrt(sums.rr)
-    return min(1.0, max(-1.0, sums.cr / norms)) if norms else 0.0
-
-
-def _rel_l2(sums: _Sums) -> float:
-    if sums.rr == 0.0:
-        return 0.0 if sums.max_abs == 0.0 else math.inf
-    return math.sqrt(sums.dd) / math.sqrt(sums.rr)
-
-
-def _rescue(sums: _Sums) -> float:
-    """The power of two by which to scale float64 values so that their squares stay in range; mostly 1."""
-    if not math.isfinite(sums.cc + sums.rr + sums.dd):
-        return 2.0**-600
-    return 2.0**600 if max(sums.cc, sums.rr) < 2.0**-900 else 1.0
-
-
-def _sums(candidate: Array, reference: Array, ruler: "_Ruler", scale: float = 1.0) -> _Sums:
+def _sums(candidate: Array, reference: Array, reader: "_Reader", scale: float = 1.0) -> _Sums:
     sums = _Sums(same_bits=candidate.dtype == reference.dtype)
-    scratch = np.empty(TILE)
     for left, right in _tiles(candidate, reference):
-        wide, steps = ruler.read(left, right)
+        wide, steps = reader.read(left, right)
         if scale != 1.0:
             wide *= scale
         sums.same_bits = sums.same_bits and np.array_equal(_bits(left), _bits(right))
-        _add(sums, wide, steps, scratch[: left.size], ruler.exact)
+        _add(sums, wide, steps)
     return sums
 
 
-def _add(sums: _Sums, wide: Floats, steps: Array, diff: Floats, exact: bool) -> None:
-    """Add one tile; `exact` says that `steps` are the differences themselves. Overwrites all arrays."""
-    c, r = wide
-    cc, rr = float(c @ c), float(r @ r)
-    if not math.isfinite(cc + rr):  # the only test that tiles without NaN or Inf pay for
+def _add(sums: _Sums, wide: Floats, steps: Array) -> None:
+    """Add one tile, as `_Reader.read` gives it, and overwrite it."""
+    squares = _dot(wide, wide)
+    if not math.isfinite(squares[0] + squares[1]):  # the only test that tiles without NaN or Inf pay for
         finite, clash = _nonfinite(wide)
-        sums.nonfinite_candidate += int(np.count_nonzero(~finite[0]))
-        sums.nonfinite_reference += int(np.count_nonzero(~finite[1]))
+        sums.nonfinite += np.count_nonzero(~finite, axis=1)
         sums.clashes += int(np.count_nonzero(clash))
         aside = ~finite.all(axis=0)
         wide[:, aside] = 0.0
         steps[aside] = 0
-        cc, rr = float(c @ c), float(r @ r)
-    if exact:
-        np.copyto(diff, steps, casting="unsafe")
-    else:
-        np.subtract(c, r, out=diff)
-    sums.cc += cc
-    sums.rr += rr
-    sums.cr += float(c @ r)
-    sums.dd += float(diff @ diff)
-    sums.max_abs = max(sums.max_abs, float(diff.max()), -float(diff.min()))
-    sums.ulp_max = max(sums.ulp_max, float(steps.max()))
-    sums.ulp_sum += float(steps.sum(dtype=np.float64))
+        squares = _dot(wide, wide)
+    sums.squares += squares
+    sums.cr += float(_dot(wide[0], wide[1]))
+    sums.max_abs = max(sums.max_abs, float(np.maximum.reduce(np.abs(wide[2], out=wide[2]))))
+    if most := float(np.maximum.reduce(steps)):
+        sums.ulp_max = max(sums.ulp_max, most)
+        # The fastest type in which a tile cannot overflow.
+        total = {2: np.uint32, 4: np.uint64}.get(steps.itemsize, np.float64)
+        sums.ulp_sum += float(np.add.reduce(steps, dtype=total))
+
+
+def _dot(a: Floats, b: Floats) -> Floats:
+    """Dot products along the last axis."""
+    total = np.zeros(a.shape[:-1])
+    for start in range(0, a.shape[-1], DOT):
+        total += np.vecdot(a[..., start : start + DOT], b[..., start : start + DOT])
+    return total
 
 
 def _nonfinite(wide: Floats) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Which elements of either side are finite, and which pairs clash."""
-    finite = np.isfinite(wide)
+    finite = np.isfinite(wide[:2])
     return finite, ~finite.all(axis=0) & (wide[0] != wide[1])
 
 
-class _Ruler:
-    """Reads pairs of tiles: their values in float64 and how many steps of the coarser dtype lie between."""
+class _Reader:
+    """Turns pairs of tiles into float64 and into steps of the coarser dtype, in scratch that it owns."""
 
     def __init__(self, candidate: Array, reference: Array) -> None:
         _check(candidate, reference)
         self.dtypes = (candidate.dtype.newbyteorder("="), reference.dtype.newbyteorder("="))
         floats = [dtype for dtype in self.dtypes if dtype.kind not in "biu"]
-        self.exact = not floats
         # The further keys only make the choice independent of the order of the arguments.
-        coarseness = sorted(floats, key=lambda d: (ml_dtypes.finfo(d).nmant, d.itemsize, d.name))
-        self.grid = coarseness[0] if floats else None
-        self.wide = np.empty((2, TILE), np.float64)
-        self.cells = np.empty((2, TILE), self._cell_dtype())
-        self.signs = np.empty((2, TILE), self.cells.dtype)
-        self.steps = np.empty(TILE, self.cells.dtype)
+        floats.sort(key=lambda d: (ml_dtypes.finfo(d).nmant, d.itemsize, d.name))  # type: ignore[no-untyped-call]
+        self.grid = floats[0] if floats else None
+        if self.grid is None:  # float64 where no integer dtype holds both: uint64 against a signed one
+            cell = np.result_type(np.uint8, *self.dtypes)
+        else:
+            cell = np.dtype(np.float64 if self.grid.itemsize == 1 else f"i{self.grid.itemsize}")
+        self.wide = np.empty((3, TILE), np.float64)
+        self.cells = np.empty((2, TILE), cell)
+        self.spare = np.empty((2, TILE), cell)
 
     def read(self, *tiles: Array) -> tuple[Floats, Array]:
-        """Values, `side element`, and steps between the sides, `element`; scratch, valid until the next."""
+        """Candidate, reference and difference in float64, and the steps apart; scratch for the caller to use."""
         n = tiles[0].size
-        wide, cells, steps = self.wide[:, :n], self.cells[:, :n], self.steps[:n]
+        wide, cells, spare = self.wide[:, :n], self.cells[:, :n], self.spare[:, :n]
         for side, (tile, dtype) in enumerate(zip(tiles, self.dtypes, strict=True)):
             values = tile.view(dtype)
             np.copyto(wide[side], values, casting="unsafe")
-            np.copyto(cells[side], values if self.exact else self._cell(values, wide[side]), casting="unsafe")
-        if cells.dtype.kind == "i" and not self.exact:
-            _sign_magnitude_to_order(cells, self.signs[:, :n])
-        np.subtract(cells.max(axis=0), cells.min(axis=0), out=steps)
-        # The distance of two signed integers may wrap around, to what is right when read as unsigned.
-        return wide, steps.view(f"u{steps.itemsize}") if steps.dtype.kind == "i" else steps
-
-    def _cell_dtype(self) -> DType:
-        if self.grid is not None:
-            return np.dtype(np.float64 if self.grid.itemsize == 1 else f"i{self.grid.itemsize}")
-        # float64 where no integer dtype holds both: uint64 against a signed one.
-        return (
-            np.result_type(np.uint8, *self.dtypes)
-            if np.bool_ in self.dtypes
-            else np.result_type(*self.dtypes)
-        )
-
-    def _cell(self, values: Array, wide: Floats) -> Array:
-        """Floats as places in the order of the grid, or as bits that give them (sign and magnitude)."""
-        assert self.grid is not None, "unreachable because integers need no grid"
-        rounded = values if values.dtype == self.grid else _round(wide, self.grid)
-        if self.grid.itemsize > 1:
-            return rounded.view(f"i{self.grid.itemsize}")
-        # Formats with a single, unsigned NaN lose the sign of what overflowed.
-        return np.copysign(_places(self.grid)[rounded.view(np.uint8)], wide)
+            if self.grid is None:
+                np.copyto(cells[side], values)
+            else:
+                rounded = values if dtype == self.grid else _round(wide[side], dtype, self.grid)
+                _order(rounded, wide[side], cells[side], spare[side])
+        np.maximum(cells[0], cells[1], out=spare[0])
+        np.minimum(cells[0], cells[1], out=spare[1])
+        steps = np.subtract(spare[0], spare[1], out=spare[0])
+        if steps.dtype.kind == "i":  # may have wrapped around, to what is right when read as unsigned
+            steps = _bits(steps)
+        if self.grid is None:
+            np.copyto(wide[2], steps, casting="unsafe")
+        else:
+            np.subtract(wide[0], wide[1], out=wide[2])
+        return wide, steps
 
 
-def _sign_magnitude_to_order(cells: Array, signs: Array) -> None:
-    """Bits of IEEE floats, as signed integers, to integers in the order of the floats; both zeros to 0."""
-    np.right_shift(cells, 8 * cells.itemsize - 1, out=signs)
-    np.bitwise_and(cells, np.iinfo(cells.dtype).max, out=cells)
-    np.bitwise_xor(cells, signs, out=cells)
-    np.subtract(cells, signs, out=cells)
+def _order(rounded: Array, wide: Floats, cells: Array, spare: Array) -> None:
+    """Floats of one dtype to consecutive numbers in `cells`: 0 for both zeros, then 1, 2, … and −1, −2, …"""
+    if rounded.itemsize == 1:
+        np.take(_places(rounded.dtype), _bits(rounded), out=cells, mode="clip")
+        # Not the sign of the byte: formats with a single NaN lose that of what overflowed.
+        np.copysign(cells, wide, out=cells)
+        return
+    bits, top = rounded.view(cells.dtype), 8 * rounded.itemsize - 1
+    np.right_shift(bits, top, out=spare)
+    np.bitwise_and(bits, (1 << top) - 1, out=cells)
+    np.bitwise_xor(cells, spare, out=cells)
+    np.subtract(cells, spare, out=cells)
 
 
-def _round(wide: Floats, grid: DType) -> Array:
-    """Float64 to the nearest number of the grid, ties to even, rounding once.
+def _round(wide: Floats, origin: DType, grid: DType) -> Array:
+    """Numbers of dtype origin, in float64, to the nearest of the grid, ties to even, rounding once.
 
-    ml_dtypes casts float64 by way of float32, which rounds twice. Rounding to odd first cures that.
-    Source: Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using
-    rounding to odd", IEEE Transactions on Computers 57 (2008).
+    ml_dtypes casts float64 by way of float32, which rounds twice. Rounding to odd first cures that: Boldo and
+    Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd" (2008).
     """
-    if grid in (np.float16, np.float32):
+    if grid in (np.float16, np.float32, np.float64):
         return wide.astype(grid)
     single = wide.astype(np.float32)
-    bits = single.view(np.int32)
-    # If inexact and even, the neighbour on the other side of the exact value is odd.
-    towards = np.sign(np.abs(wide) - np.abs(single))
-    bits += towards.astype(np.int32) * (~bits & 1)
+    if not np.can_cast(origin, np.float32):
+        # Where inexact and even, the neighbour on the other side of the exact value is odd.
+        towards = np.sign(np.abs(wide) - np.abs(single))
+        bits = single.view(np.int32)
+        bits += towards.astype(np.int32) * (~bits & 1)
     return single.astype(grid)
 
 
 @lru_cache
 def _places(dtype: DType) -> Floats:
-    """For each byte, the place of its magnitude among the finite magnitudes; one beyond for NaN and Inf."""
+    """For each byte, the place of its magnitude among all, 0 for zero; NaN and Inf follow the largest."""
     values = np.abs(np.arange(256, dtype=np.uint8).view(dtype).astype(np.float64))
-    magnitudes = np.unique(np.append(values[np.isfinite(values)], 0.0))
-    return np.searchsorted(magnitudes, np.where(np.isfinite(values), values, np.inf)).astype(np.float64)
+    finite = np.isfinite(values)
+    magnitudes = np.unique(np.append(values[finite], 0.0))
+    return np.searchsorted(magnitudes, np.where(finite, values, np.inf)).astype(np.float64)
 
 
 def _check(candidate: Array, reference: Array) -> None:
@@ -318,20 +289,21 @@ def _bits(tile: Array) -> Array:
 
 def _tiles(*arrays: Array) -> Iterator[tuple[Array, ...]]:
     """Matching stretches of contiguous native elements of all arrays; those after the second are written."""
-    if not arrays[0].size:
-        return
-    # nditer buffers only what numpy knows: the ml_dtypes travel as the unsigned integers of their size.
-    plain = [_bits(array) if array.dtype.kind == "V" else array for array in arrays]
-    flags = [["readonly", "contig", "nbo", "aligned"]] * 2 + [["writeonly", "contig"]] * (len(arrays) - 2)
-    with np.nditer(plain, ["external_loop", "buffered"], flags, buffersize=TILE) as tiles:  # type: ignore[arg-type]
-        for tile in tiles:
-            yield tile
+    if arrays[0].size:
+        # nditer buffers only what numpy knows: ml_dtypes travel as the unsigned integers of their size.
+        plain = [_bits(array) if array.dtype.kind == "V" else array for array in arrays]
+        flags = [["readonly", "contig", "nbo", "aligned"]] * 2 + [["writeonly", "contig"]] * (len(arrays) - 2)
+        with np.nditer(plain, ["external_loop", "buffered"], flags, buffersize=TILE) as tiles:  # type: ignore[arg-type]
+            yield from tiles
 
 
-def _kl_into(out: Array, candidate: Array, reference: Array) -> None:
-    """Halve the leading axes until a piece is small: rows of any strides, without reshaping, which may copy."""
+def _kl_into(out: Floats, candidate: Array, reference: Array) -> None:
+    """Halve the leading axes until a piece is small; reshaping to rows may copy."""
     if candidate.ndim == 1 or candidate.size <= LOGITS_AT_ONCE:
-        out[...] = _kl(_log_softmax(candidate), _log_softmax(reference))
+        logs, expected = _log_softmax(candidate), _log_softmax(reference)
+        weights = np.exp(expected)
+        total = np.where(weights == 0.0, 0.0, weights * (expected - logs)).sum(axis=-1)
+        out[...] = np.where(np.isnan(total), np.inf, np.maximum(total, 0.0))
     elif len(candidate) == 1:
         _kl_into(out[0, ...], candidate[0], reference[0])
     else:
@@ -341,14 +313,7 @@ def _kl_into(out: Array, candidate: Array, reference: Array) -> None:
 
 
 def _log_softmax(logits: Array) -> Floats:
-    shifted = logits.astype(np.float64)
+    shifted: Floats = logits.astype(np.float64)
     shifted -= shifted.max(axis=-1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return shifted
-
-
-def _kl(candidate: Floats, reference: Floats) -> Floats:
-    weights = np.exp(reference)
-    terms = np.where(weights == 0.0, 0.0, weights * (reference - candidate))
-    total: Floats = terms.sum(axis=-1)
-    return np.where(np.isnan(total), np.inf, np.maximum(total, 0.0))

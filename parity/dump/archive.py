@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -22,7 +22,7 @@ import h5py
 import numpy as np
 from h5py import h5d, h5s, h5t
 
-from parity.dump.files import reading, require_file, whole_or_nothing, writing
+from parity.dump.files import Outlet, map_file, reading, require_file, whole_or_nothing, writing
 from parity.dump.records import DTYPES, Array, Dump, Entry, RunInfo, dtype_name
 from parity.dump.tokens import token_rows
 from parity.errors import DumpError
@@ -50,13 +50,15 @@ class ArchiveWriter:
         with ExitStack() as stack:
             temporary = stack.enter_context(whole_or_nothing(self.path))
             with writing(self.path):
-                self._file = h5py.File(temporary, "w", alignment_threshold=1, alignment_interval=ALIGNMENT)
-            stack.push(self._finish)
-            with writing(self.path):
+                self._outlet = stack.enter_context(closing(Outlet(temporary)))
+                self._file = h5py.File(
+                    self._outlet, "w", driver="fileobj", alignment_threshold=1, alignment_interval=ALIGNMENT
+                )
+                stack.push(self._finish)
                 self._file.attrs["parity_format"] = FORMAT
                 self._file["run"] = json.dumps(dataclasses.asdict(self.info))
                 self._sites = self._file.create_group("sites")
-                self._file.flush()
+                self._flush()
             self._stack = stack.pop_all()
         return self
 
@@ -69,42 +71,59 @@ class ArchiveWriter:
         Raises DumpError if the site is recorded already, or the dims do not fit the shape.
         """
         if site in self._entries:
-            raise DumpError(f"{self.path}: site {site!r} is recorded twice — give each value a site of its own")
+            raise DumpError(
+                f"{self.path}: site {site!r} is recorded twice — first with shape {self._entries[site].shape} — "
+                "give each value a site of its own"
+            )
         if not site or "/" in site or "\0" in site or not site.strip("."):
-            raise DumpError(f"{self.path}: {site!r} cannot name a site — use names like 'model.layers.0.mlp'")
+            raise DumpError(
+                f"{self.path}: {site!r} cannot name a site — empty, only dots or with '/' — use a module's name"
+            )
         entry = Entry(site, dims, array.shape, dtype_name(array.dtype, f"{self.path}: site {site!r}"))
         with writing(self.path):
             _write(self._sites, entry, array)
             self._entries[site] = entry
-            if len(self._entries) % SITES_PER_FLUSH == 0:  # what a killed run leaves can be opened
-                self._file.flush()
+            self._outlet.check()
+            if len(self._entries) % SITES_PER_FLUSH == 0:
+                self._flush()
+
+    def _flush(self) -> None:
+        """Make what is written so far a file that can be opened, should the run be killed."""
+        self._file.flush()
+        self._outlet.check()
 
     def _finish(self, kind: type[BaseException] | None, *_: object) -> None:
         index = {
             site: {"dims": entry.dims, "shape": entry.shape, "dtype": entry.dtype}
             for site, entry in self._entries.items()
         }
-        with writing(self.path), self._file:
+        with writing(self.path):
             if kind is None:
                 self._file["index"] = json.dumps(index)
+            self._file.close()
+            if kind is None:
+                self._outlet.check()
 
 
 def open_archive(path: Path | str) -> Dump:
-    """Open an archive that parity wrote. Raises DumpError if it is missing, damaged, foreign or incomplete."""
+    """Open an archive. Raises DumpError if it is missing, damaged, incomplete or not of parity's making."""
     path = Path(path)
     file = _open_file(path)
     try:
         _check_format(path, file)
         info = _parse(path, file, "run", _info)
         entries = _parse(path, file, "index", _entries)
-        for site in entries:
-            if site not in file["sites"]:
-                raise DumpError(f"{path}: site {site!r} is in the index only — the file was edited — record again")
-        mapped: Array = np.memmap(path, np.uint8, mode="r")
+        sites = file["sites"]
+        lost = entries.keys() - set(sites)
+        if lost:
+            raise DumpError(
+                f"{path}: has lost {len(lost)} sites — {min(lost)!r} is in the index only — record again"
+            )
+        mapped = map_file(path)
     except BaseException:
         file.close()
         raise
-    return Dump(path, info, entries, lambda site: _read(path, file["sites"], mapped, entries[site]), file.close)
+    return Dump(path, info, entries, lambda site: _read(path, sites, mapped, entries[site]), file.close)
 
 
 def _storage(dtype: str) -> tuple[h5t.TypeID, np.dtype[Any]]:
@@ -115,7 +134,9 @@ def _storage(dtype: str) -> tuple[h5t.TypeID, np.dtype[Any]]:
     """
     if dtype == "bfloat16":  # a float type of HDF5's own making: every reader shows the right numbers
         bfloat16 = h5t.IEEE_F32LE.copy()
-        bfloat16.set_fields(15, 7, 8, 0, 7)  # positions of sign, exponent and its width, mantissa and its width
+        bfloat16.set_fields(
+            15, 7, 8, 0, 7
+        )  # positions of sign, exponent and its width, mantissa and its width
         bfloat16.set_precision(16)
         bfloat16.set_size(2)
         bfloat16.set_ebias(127)
@@ -156,7 +177,9 @@ def _read(path: Path, sites: h5py.Group, mapped: Array, entry: Entry) -> Array:
 def _open_file(path: Path) -> h5py.File:
     require_file(path)
     try:
-        return h5py.File(path, "r", locking=False)  # whole files do not change; shared disks often cannot lock
+        return h5py.File(
+            path, "r", locking=False
+        )  # whole files do not change; shared disks often cannot lock
     except OSError as error:
         if "truncated file" in str(error):
             raise DumpError(
@@ -164,7 +187,7 @@ def _open_file(path: Path) -> h5py.File:
                 "copy it again, or record again"
             ) from error
         if "file signature not found" in str(error):
-            raise DumpError(f"{path}: is not HDF5 — found {path.open('rb').read(8)!r} — record again") from error
+            raise DumpError(f"{path}: is not HDF5 — it does not begin as HDF5 does — record again") from error
         with reading(path):
             raise
 

@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from parity.errors import DumpError
 
 
 @contextmanager
 def whole_or_nothing(path: Path) -> Iterator[Path]:
-    """Give a temporary name in the same directory; rename it to `path` if the block succeeds, remove it if not.
+    """Give a temporary name in the same directory; rename it if the block succeeds, remove it if not.
 
     A killed process leaves at most the temporary file, whose name says what it is.
     """
@@ -35,8 +38,10 @@ def writing(path: Path) -> Iterator[None]:
     """Turn what the operating system refuses (disk full, no permission) into a DumpError."""
     try:
         yield
-    except OSError as error:
-        raise DumpError(f"{path}: cannot be written — {_reason(error)} — check its directory and the disk") from error
+    except (OSError, RuntimeError) as error:  # h5py raises both
+        raise DumpError(
+            f"{path}: cannot be written — {_reason(error)} — check its directory and disk"
+        ) from error
 
 
 @contextmanager
@@ -44,22 +49,75 @@ def reading(path: Path) -> Iterator[None]:
     """Turn what the operating system refuses into a DumpError."""
     try:
         yield
-    except OSError as error:
-        raise DumpError(f"{path}: cannot be read — {_reason(error)} — check the file and its permissions") from error
+    except (OSError, RuntimeError) as error:
+        raise DumpError(
+            f"{path}: cannot be read — {_reason(error)} — check its permissions and disk"
+        ) from error
+
+
+class Outlet:
+    """A file for writing that never fails: it keeps the first error, and drops what comes after.
+
+    HDF5 loses an error that meets it while it closes something, and crashes when it then closes the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w+b", buffering=0)
+        self.error: OSError | None = None
+        self.seek = self._file.seek
+        self.readinto = self._file.readinto
+
+    def write(self, data: memoryview) -> None:
+        """Write all of the data at the current place."""
+        with self._keeping():
+            while data and self.error is None:  # the system may take less than it is offered
+                data = data[self._file.write(data) :]
+
+    def truncate(self, size: int) -> None:
+        """Cut the file, or extend it, to a size."""
+        with self._keeping():
+            self._file.truncate(size)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def check(self) -> None:
+        """Raise the first error."""
+        if self.error is not None:
+            raise self.error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    @contextmanager
+    def _keeping(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = self.error or error
 
 
 def require_file(path: Path) -> None:
     """Raise DumpError unless `path` is a file with something in it."""
     with reading(path):
         if not path.exists():
-            raise DumpError(f"{path}: there is no such file — check the name, or record the run first")
+            raise DumpError(
+                f"{path}: does not exist — no such file — check the name, or record the run first"
+            )
         if path.is_dir():
             raise DumpError(f"{path}: is a directory — expected a file — name the dump inside it")
         if path.stat().st_size == 0:
             raise DumpError(f"{path}: is an empty file — 0 bytes — record the run again")
 
 
-def _reason(error: OSError) -> str:
-    """Why, in one line: libraries put whole paragraphs into an OSError."""
-    lines = str(error.strerror or error).splitlines()
+def map_file(path: Path) -> npt.NDArray[np.uint8]:
+    """The bytes of a file, read-only and not yet in memory. Views of them keep the file mapped."""
+    with reading(path):
+        return np.asarray(np.memmap(path, np.uint8, mode="r"))  # slicing the memmap itself is slow
+
+
+def _reason(error: OSError | RuntimeError) -> str:
+    """Why, in one line: libraries put whole paragraphs into an error."""
+    lines = str(getattr(error, "strerror", None) or error).splitlines()
     return lines[0] if lines else type(error).__name__

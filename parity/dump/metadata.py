@@ -34,6 +34,7 @@ class Tensors:
     """Dtype and shape by name, in the order of the file."""
     load: Callable[[str], Array]
     close: Callable[[], None] = lambda: None
+    notes: tuple[str, ...] = ()
 
 
 def parity_keys(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,7 +47,8 @@ def foreign_dump(path: Path, tensors: Tensors, metadata: Mapping[str, Any]) -> D
     try:
         values = _values(path, metadata)
         token_ids = _token_ids(path, tensors, values.get(TOKEN_IDS))
-        info = RunInfo(**{key: values.get(key) for key in TEXTS}, token_ids=token_ids)
+        texts: dict[str, Any] = {key: values.get(key) for key in TEXTS}
+        info = RunInfo(**texts, token_ids=token_ids, notes=tensors.notes)
         entries = _entries(path, tensors, values.get("dims", {}))
         dump = Dump(path, info, entries, tensors.load, tensors.close)
         if "names" not in values:
@@ -62,14 +64,18 @@ def _values(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in metadata.items():
         if key not in TEXTS + OBJECTS:
             known = ", ".join(TEXTS + OBJECTS)
-            raise DumpError(f"{path}: unknown metadata 'parity.{key}' — parity knows {known} — rename or remove it")
+            raise DumpError(
+                f"{path}: unknown metadata 'parity.{key}' — parity knows {known} — rename or remove it"
+            )
         if key in TEXTS and not isinstance(value, str):
             raise DumpError(f"{path}: 'parity.{key}' is not text — found {value!r:.60} — write a string")
         if key in OBJECTS and isinstance(value, str):
             try:
                 values[key] = json.loads(value)
             except ValueError as error:
-                raise DumpError(f"{path}: 'parity.{key}' is not JSON — {error} — see dumps/README.md") from error
+                raise DumpError(
+                    f"{path}: 'parity.{key}' is not JSON — {error} — see dumps/README.md"
+                ) from error
     return values
 
 
@@ -92,7 +98,7 @@ def _token_ids(path: Path, tensors: Tensors, declared: Any) -> TokenIds | None:
     if len(found) == 2 and found[0] != found[1]:
         raise DumpError(
             f"{path}: the tensor 'token_ids' and the metadata 'parity.token_ids' differ — "
-            f"they begin {str(found[0]):.40} and {str(found[1]):.40} — remove the one that was not run"
+            f"they begin {found[0]!s:.40} and {found[1]!s:.40} — remove the one that was not run"
         )
     return found[0] if found else None
 
@@ -113,5 +119,7 @@ def _entries(path: Path, tensors: Tensors, dims: Any) -> dict[str, Entry]:
         except DumpError as error:
             raise DumpError(f"{path}: {error}") from None
     if not entries:
-        raise DumpError(f"{path}: holds no tensors — found none but 'token_ids' at most — dump at least one site")
+        raise DumpError(
+            f"{path}: holds no tensors — found none but 'token_ids' at most — dump at least one site"
+        )
     return entries

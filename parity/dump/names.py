@@ -58,7 +58,9 @@ def load_names(path: Path | str) -> NameMap:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise DumpError(f"{path}: is no name map — not JSON: {error} — see dumps/README.md for an example") from error
+        raise DumpError(
+            f"{path}: is no name map — not JSON: {error} — see dumps/README.md for an example"
+        ) from error
     return parse_names(value, str(path))
 
 
@@ -90,7 +92,9 @@ def rename(dump: Dump, names: NameMap) -> Dump:
         return dump.read(piece.tensor)[piece.part]
 
     entries = {site: piece.entry for site, piece in pieces.items()}
-    return Dump(dump.path, dump.info, entries, load, dump.close)
+    changed = sum(site != piece.tensor for site, piece in pieces.items())
+    info = replace(dump.info, notes=(*dump.info.notes, f"a name map named {changed} of {len(pieces)} sites"))
+    return Dump(dump.path, info, entries, load, dump.close)
 
 
 def lookup(table: Mapping[str, T], name: str) -> tuple[T, tuple[str, ...]] | None:
@@ -137,8 +141,8 @@ def _cut(path: Path, entry: Entry, target: Target) -> tuple[int, Sequence[int]]:
     if sum(sizes) != length:
         how = f"sizes {list(sizes)}" if target.sizes else f"{count} equal parts"
         raise DumpError(
-            f"{path}: {entry.site!r} cannot be split into {how} — dim {target.dim} of its shape {entry.shape} "
-            f"is {length} long — correct 'sizes' in the name map"
+            f"{path}: {entry.site!r} cannot be split into {how} — "
+            f"dim {target.dim} of its shape {entry.shape} is {length} long — correct 'sizes' in the name map"
         )
     return axis, sizes
 
@@ -150,7 +154,7 @@ def _fill(site: str, numbers: Sequence[str]) -> str:
 
 
 def _target(name: str, value: Any, where: str) -> Target:
-    spec = {"split": [value]} if isinstance(value, str) else value
+    spec: Any = {"split": [value]} if isinstance(value, str) else value
     try:
         sizes = spec.get("sizes")
         target = Target(tuple(spec["split"]), None if sizes is None else tuple(sizes), spec.get("dim", -1))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 
@@ -18,12 +19,14 @@ from parity.dump.metadata import PREFIX, Tensors, foreign_dump, parity_keys
 from parity.dump.records import DTYPES, Array, Dump, dtype_name
 from parity.errors import DumpError
 
+Header = tuple[np.dtype[Any], tuple[int, ...]]
+
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 SUFFIX = ".npy"
 
 
 def open_npz(path: Path | str) -> Dump:
-    """Open an .npz: arrays named as sites, metadata as arrays of one string. Arrays are read when asked for."""
+    """Open an .npz: arrays named as sites, read when asked for; metadata as arrays of one string."""
     path = Path(path)
     require_file(path)
     try:
@@ -40,18 +43,16 @@ def open_npz(path: Path | str) -> Dump:
                 raise DumpError(f"{path}: {name!r} is damaged — {error} — write it again") from error
 
     try:
-        metadata = parity_keys({name: load(name)[()] for name in members if name.startswith(PREFIX)})
+        metadata = {name: load(name).tolist() for name in members if name.startswith(PREFIX)}
         headers = {}
-        for name, member in members.items():
-            if not name.startswith(PREFIX):
-                with archive.open(member) as file:
-                    headers[name] = _header(f"{path}: {name!r}", file)
-        metadata = {key: value.item() for key, value in metadata.items()}
-        tensors = _declared(path, headers, load, metadata)
+        for name in members.keys() - metadata.keys():
+            with archive.open(members[name]) as file:
+                headers[name] = _header(f"{path}: {name!r}", file)
+        ordered = {name: headers[name] for name in members if name in headers}
+        return _dump(path, ordered, load, parity_keys(metadata), archive.close)
     except BaseException:
         archive.close()
         raise
-    return foreign_dump(path, Tensors(tensors.kinds, tensors.load, archive.close), metadata)
 
 
 def open_npy_folder(path: Path | str) -> Dump:
@@ -59,7 +60,9 @@ def open_npy_folder(path: Path | str) -> Dump:
     path = Path(path)
     files = {file.name.removesuffix(SUFFIX): file for file in sorted(path.glob("*" + SUFFIX))}
     if not files:
-        raise DumpError(f"{path}: is a directory without .npy files — nothing to read — name a dump, or fill it")
+        raise DumpError(
+            f"{path}: is a directory without .npy files — nothing to read — name a dump, or fill it"
+        )
     headers = {}
     for name, file in files.items():
         require_file(file)
@@ -68,7 +71,7 @@ def open_npy_folder(path: Path | str) -> Dump:
 
     def load(name: str) -> Array:
         file = files[name]
-        mode = "r" if 0 not in headers[name][1] else None  # nothing cannot be mapped
+        mode: Literal["r"] | None = "r" if 0 not in headers[name][1] else None  # nothing cannot be mapped
         with reading(file):
             try:
                 array: Array = np.load(file, mmap_mode=mode, allow_pickle=False)
@@ -76,8 +79,7 @@ def open_npy_folder(path: Path | str) -> Dump:
                 raise DumpError(f"{file}: is damaged — {error} — write it again") from error
         return array
 
-    metadata = _folder_metadata(path / "parity.json")
-    return foreign_dump(path, _declared(path, headers, load, metadata), metadata)
+    return _dump(path, headers, load, _folder_metadata(path / "parity.json"))
 
 
 def _folder_metadata(path: Path) -> dict[str, Any]:
@@ -94,12 +96,14 @@ def _folder_metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
-def _header(what: str, file: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...]]:
+def _header(what: str, file: IO[bytes]) -> Header:
     """Dtype and shape of an array in the npy format, without reading it."""
     try:
         shape, _, dtype = HEADERS[np.lib.format.read_magic(file)](file)
     except (ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DumpError(f"{what} is not a whole npy array — {error} — write it again with numpy.save") from error
+        raise DumpError(
+            f"{what} is not a whole npy array — {error} — write it again with numpy.save"
+        ) from error
     if dtype.hasobject:
         raise DumpError(
             f"{what} holds pickled Python objects — parity runs no code from a dump — save arrays of numbers"
@@ -107,5 +111,33 @@ def _header(what: str, file: IO[bytes]) -> tuple[np.dtype[Any], tuple[int, ...]]
     return dtype, shape
 
 
-def _declared(path: Path, headers: dict[str, tuple[np.dtype[Any], tuple[int, ...]]], load: Any, metadata: Any) -> Tensors:
-    raise NotImplementedError
+def _dump(
+    path: Path,
+    headers: Mapping[str, Header],
+    load: Callable[[str], Array],
+    metadata: Mapping[str, Any],
+    close: Callable[[], None] = lambda: None,
+) -> Dump:
+    declared = metadata.get("dtype")
+    dtypes = {name: _meaning(f"{path}: {name!r}", dtype, declared) for name, (dtype, _) in headers.items()}
+    kinds = {name: (dtypes[name].name, shape) for name, (_, shape) in headers.items()}
+    bare = sum(dtypes[name].name != dtype.name for name, (dtype, _) in headers.items())
+    notes = (f"{bare} tensors stored as bare bits were read as {declared}",) if bare else ()
+
+    def load_meaning(name: str) -> Array:
+        array = load(name)
+        return array.view(dtypes[name]) if array.dtype.name != dtypes[name].name else array
+
+    return foreign_dump(path, Tensors(kinds, load_meaning, close, notes), metadata)
+
+
+def _meaning(what: str, dtype: np.dtype[Any], declared: Any) -> np.dtype[Any]:
+    """The true dtype of an array: numpy's own, or the declared one where numpy has bits only."""
+    if dtype.kind != "V" and dtype != np.uint16:
+        return DTYPES[dtype_name(dtype, what)]
+    if declared not in DTYPES or DTYPES[declared].itemsize != dtype.itemsize:
+        raise DumpError(
+            f"{what} holds bits without a meaning — found {dtype.name}, and 'parity.dtype' is {declared!r} — "
+            "set 'parity.dtype' to what they are, such as 'bfloat16'"
+        )
+    return DTYPES[declared]

@@ -134,7 +134,7 @@ class Dump:
 
 
 def dtype_name(dtype: np.dtype[Any], what: str) -> str:
-    """The name that a dump gives to a numpy dtype; `what` begins the message of the DumpError if it has none."""
+    """The name that a dump gives to a numpy dtype; `what` begins the DumpError's message if it has none."""
     if dtype.name not in DTYPES:
         raise DumpError(f"{what} has dtype {dtype.name} — a dump holds {', '.join(DTYPES)} — cast it first")
     return dtype.name

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from parity.dump.files import reading, require_file, whole_or_nothing, writing
+from parity.dump.files import map_file, require_file, whole_or_nothing, writing
 from parity.dump.metadata import Tensors, foreign_dump, parity_keys
 from parity.dump.records import DTYPES, Array, Dump, dtype_name
 from parity.errors import DumpError
@@ -43,9 +43,7 @@ def open_safetensors(path: Path | str) -> Dump:
     """Open a safetensors file whose tensor names are sites, or become sites through a name map."""
     path = Path(path)
     require_file(path)
-    with reading(path):
-        mapped: Array = np.memmap(path, np.uint8, mode="r")
-    header, data = _header(path, mapped)
+    header, data = _header(path, map_file(path))
     metadata = header.pop(METADATA, {})
     if not isinstance(metadata, dict):
         raise _malformed(path, f"its metadata is {metadata!r:.60}")
@@ -120,12 +118,14 @@ def _place(path: Path, name: str, item: Any, size: int) -> tuple[int, int]:
     if not valid:
         raise _malformed(path, f"{name!r} as {item!r:.80}")
     if dtype not in CODES:
-        raise DumpError(f"{path}: {name!r} has dtype {dtype} — parity reads {', '.join(CODES)} — cast it first")
+        raise DumpError(
+            f"{path}: {name!r} has dtype {dtype} — parity reads {', '.join(CODES)} — cast it first"
+        )
     needed = math.prod(shape) * DTYPES[CODES[dtype]].itemsize
     if end - begin != needed:
         raise DumpError(
-            f"{path}: {name!r} has the wrong size — {dtype} {tuple(shape)} needs {needed} bytes but data_offsets "
-            f"give it {end - begin} — correct its shape, dtype or offsets"
+            f"{path}: {name!r} has the wrong size — {dtype} {tuple(shape)} needs {needed} bytes "
+            f"but data_offsets give it {end - begin} — correct its shape, dtype or offsets"
         )
     if end > size:
         raise DumpError(
@@ -140,8 +140,8 @@ def _check_overlap(path: Path, places: Mapping[str, tuple[int, int]]) -> None:
     for ((_, end), name), ((begin, _), other) in pairwise(filled):
         if begin < end:
             raise DumpError(
-                f"{path}: {name!r} and {other!r} overlap — one ends at byte {end}, the other begins at {begin} — "
-                "correct data_offsets: they count from the end of the header"
+                f"{path}: {name!r} and {other!r} overlap — one ends at byte {end}, "
+                f"the other begins at {begin} — correct data_offsets: they count from the end of the header"
             )
 
 

@@ -55,7 +55,7 @@ class PiecewiseModel:
         inner: bool = False,
     ) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
-        self.attention = attention
+        self.attention, self.inner = attention, inner
         self.model = _build(checkpoint, dtype, attention)
         self.config = self.model.config.get_text_config()
         self.sites = discover(self.model, inner=inner)

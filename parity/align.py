@@ -1,0 +1,156 @@
+"""Two runs side by side: which activation belongs to which site, and how its axes must be read.
+
+A dump declares its own layout; alignment permutes, splits and merges axes to reach the reference's, and
+says so. Where a dump declares nothing, a layout is taken only if the sizes leave one possibility.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parity.dump import UNNAMED, Entry
+from parity.errors import IncomparableError
+from parity.sites import FLATTENED, Dims, Site
+
+# Names with a meaning of their own; any other name that a dump gives an axis ("hidden", "vocab") is its feature axis.
+_KNOWN = {"batch", "token", "key", "head", "head_dim"}
+_SYNONYMS = {"kv_head": "head", "query": "token", "seq": "token"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An activation of the candidate that belongs to `site`, and how to read it.
+
+    `axes` names the candidate's axes in its own order, flattened axes with `*` between their names.
+    """
+
+    site: Site
+    axes: Dims
+    atoms: tuple[tuple[str, int], ...]
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """What alignment does to the candidate's array, in words; empty where nothing is done."""
+        mine, theirs = [a for a in self.axes], list(self.site.dims)
+        return () if mine == theirs else (f"{' '.join(mine)} → {' '.join(theirs)}",)
+
+    def read(self, array: NDArray[Any]) -> NDArray[Any]:
+        """The candidate's array in the layout of the reference: a view wherever numpy can give one."""
+        size = dict(self.atoms)
+        order = [atom for axis in self.axes for atom in axis.split(FLATTENED)]
+        missing = [atom for atom, _ in self.atoms if atom not in order]
+        whole = array.reshape([1] * len(missing) + [size[atom] for atom in order])
+        order = missing + order
+        moved = np.transpose(whole, [order.index(atom) for atom, _ in self.atoms])
+        return moved.reshape(self.site.shape)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A site that cannot be compared, and why."""
+
+    site: str
+    reason: str
+
+
+class AmbiguousLayoutError(IncomparableError):
+    """The sizes allow more than one reading of an activation whose axes are not declared."""
+
+
+def align(entry: Entry, site: Site, head_dim: int | None) -> Pair | Gap:
+    """Read `entry` as `site`.
+
+    `head_dim` lets a flattened axis of heads be split. Raises AmbiguousLayoutError where several layouts
+    fit and none is declared; a shape that fits no layout is a Gap.
+    """
+    atoms = _atoms(site, head_dim)
+    readings = _distinct(_readings(entry, atoms), dict(atoms))
+    if not readings:
+        declared = f" declared as {' '.join(entry.dims)!r}" if entry.dims else ""
+        wanted = " ".join(f"{dim}={size}" for dim, size in atoms)
+        return Gap(site.name, f"shape {entry.shape}{declared} does not fit {wanted}")
+    if len(readings) > 1:
+        choices = " or ".join(repr(" ".join(axes)) for axes in readings[:3])
+        raise AmbiguousLayoutError(
+            f"{site.name}: shape {entry.shape} can be read as {choices}. "
+            f"Declare its axes: parity.dims = {{{site.name!r}: {' '.join(readings[0])!r}}} in the dump's metadata or the name map."
+        )
+    return Pair(site, readings[0], atoms)
+
+
+def _atoms(site: Site, head_dim: int | None) -> tuple[tuple[str, int], ...]:
+    """The site's axes with every flattened one split, if the sizes are known."""
+    atoms: list[tuple[str, int]] = []
+    batch = next((size for dim, size in zip(site.dims, site.shape, strict=True) if dim == "batch"), None)
+    inner = {"head_dim": head_dim, "token": None, "batch": batch}
+    for dim, size in zip(site.dims, site.shape, strict=True):
+        first, _, second = dim.partition(FLATTENED)
+        known = inner.get(second)
+        if second and known and size % known == 0:
+            atoms += [(first, size // known), (second, known)]
+        else:
+            atoms.append((dim, size))
+    return tuple(atoms)
+
+
+def _readings(entry: Entry, atoms: tuple[tuple[str, int], ...]) -> Iterator[Dims]:
+    """Every layout of the atoms that has the entry's shape and agrees with what it declares."""
+    size = dict(atoms)
+    for axes in _groupings(tuple(size)):
+        for order in permutations(axes):
+            shape = tuple(math.prod(size[atom] for atom in axis.split(FLATTENED)) for axis in order)
+            if shape == entry.shape and _agrees(order, entry.dims):
+                yield order
+
+
+def _groupings(atoms: Dims) -> Iterator[Dims]:
+    """The atoms as axes: batch left out or not, heads flattened or not, batch and token flattened or not.
+
+    A batch that is left out must have size 1, which the check of shapes against sizes sees to.
+    """
+    for heads in (False, True):
+        for tokens in (False, True):
+            for batch in (True, False):
+                axes = [a for a in atoms if batch or a != "batch"]
+                pairs = ([("head", "head_dim")] if heads else []) + ([("batch", "token")] if tokens else [])
+                if all(first in axes and second in axes for first, second in pairs):
+                    yield _merged(axes, pairs)
+
+
+def _merged(axes: list[str], pairs: list[tuple[str, str]]) -> Dims:
+    for first, second in pairs:
+        axes = [f"{first}{FLATTENED}{second}" if a == first else a for a in axes if a != second]
+    return tuple(axes)
+
+
+def _agrees(order: Dims, declared: Dims | None) -> bool:
+    if declared is None:
+        return True
+    return len(declared) == len(order) and all(map(_same_axis, declared, order))
+
+
+def _same_axis(declared: str, axis: str) -> bool:
+    if declared == UNNAMED:
+        return True
+    names = [_SYNONYMS.get(name, name) for name in declared.split(FLATTENED)]
+    if len(names) == 1 and names[0] not in _KNOWN:
+        return axis == "feature" or axis == f"head{FLATTENED}head_dim"
+    return FLATTENED.join(names) == axis
+
+
+def _distinct(readings: Iterator[Dims], size: dict[str, int]) -> list[Dims]:
+    """One of each set of readings that give the same numbers: axes of size 1 may stand anywhere."""
+    seen: dict[Dims, Dims] = {}
+    for axes in readings:
+        atoms = [atom for axis in axes for atom in axis.split(FLATTENED)]
+        if any(size[name] > 1 and name not in atoms for name in size):
+            continue
+        seen.setdefault(tuple(atom for atom in atoms if size[atom] > 1), axes)
+    return list(seen.values())

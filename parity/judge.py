@@ -1,0 +1,206 @@
+"""From ratios to verdicts: of a site, of the run; and from wrong sites to findings.
+
+The order of decisions: integrity first, then non-finite values, then the run's rounding mode, then each
+site's ratio, and only where that is too large the question whether the error is noise or has structure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+from parity.results import BAD, Check, Coverage, Finding, Measurement, NextToken, RunVerdict, SiteVerdict, Structure
+from parity.sites import family, layer_of
+
+if TYPE_CHECKING:
+    from parity.reference.floor import Local
+
+# Below this ratio an error is rounding: four times the variance of the reference's own.
+ROUNDING = 2.0
+# Above this ratio no amount of extra rounding is plausible, however much the error looks like noise.
+IMPRECISE = 16.0
+# Rounding is not correlated with the value it rounds; a mean beyond this share is a bias.
+_COHERENT = 0.05
+_CONCENTRATED = 3.0
+# Truncation instead of rounding to nearest loses 0.7213 of a unit roundoff on average.
+_TRUNCATION_GAIN = -0.7213
+# The reference's own error is exceeded this many times at the logits only if something is wrong.
+_TOTAL = 4.0
+
+
+@dataclass(frozen=True)
+class RoundingMode:
+    """What the whole run says about the candidate's rounding.
+
+    `fused` operations saw inputs before they were rounded for the dump; `truncates` means float32 bits were
+    cut off in place of rounded to nearest.
+    """
+
+    fused: bool
+    truncates: bool
+
+
+def rounding_mode(sites: Iterable[Local], roundoff: float) -> RoundingMode:
+    """The rounding mode that most sites share. `roundoff` is the unit roundoff of the working dtype."""
+    noisy = [s for s in sites if not s.must_be_exact and 0 < s.ratio < IMPRECISE]
+    if not noisy:
+        return RoundingMode(fused=False, truncates=False)
+    gains = [s.structure.gain / roundoff for s in noisy]
+    biased = sum(gain < _TRUNCATION_GAIN / 3 for gain in gains) > 0.7 * len(gains)
+    truncates = biased and median(gains) < _TRUNCATION_GAIN / 2
+    return RoundingMode(fused=not truncates and median(s.ratio for s in noisy) > 1.15, truncates=truncates)
+
+
+def judge_site(local: Local, mode: RoundingMode) -> tuple[SiteVerdict, float, str]:
+    """Verdict, ratio and reason for one site."""
+    if local.nonfinite:
+        if local.reference_nonfinite:
+            return "nonfinite", local.ratio, "overflows; so does the reference in this dtype"
+        return "nonfinite", local.ratio, f"{local.nonfinite} values are NaN or infinite, on finite inputs"
+    if local.nonfinite_inputs and local.ratio == 0:
+        return "unmeasured", 0.0, "its inputs are not finite"
+    ratio = local.ratio_fused if mode.fused else local.ratio
+    if local.bit_equal:
+        return "exact", ratio, "bit-equal to the reference on the same inputs"
+    if local.must_be_exact:
+        return ("exact", 0.0, "equal") if ratio == 0 else ("wrong", ratio, "moves data only, and must be bit-equal")
+    if ratio <= ROUNDING:
+        return "rounding", ratio, "within the reference's own rounding"
+    if local.all_zero:
+        return "wrong", ratio, "all zero"
+    structured = structure_of(local.structure)
+    if mode.truncates and ratio <= IMPRECISE / 2 and local.structure.gain < 0:
+        return "imprecise", ratio, "truncates where it should round to nearest"
+    if ratio <= IMPRECISE and not structured:
+        return "imprecise", ratio, "noise, but more of it than this dtype needs"
+    return "wrong", ratio, structured or "too large for rounding"
+
+
+def structure_of(s: Structure) -> str:
+    """What shows that an error is no noise, or an empty string."""
+    # Chance alone correlates n numbers by about 1/√n.
+    if abs(s.cosine) > max(_COHERENT, 5 / max(s.elements, 1) ** 0.5):
+        return f"the error follows the value: gain {1 + s.gain:.4g}"
+    if _spread(s.by_head) > _CONCENTRATED:
+        worst = max(range(len(s.by_head)), key=s.by_head.__getitem__)
+        return f"most of it in head {worst}"
+    if _spread(s.by_token) > _CONCENTRATED:
+        worst = max(range(len(s.by_token)), key=s.by_token.__getitem__)
+        return f"most of it at token {worst}"
+    if s.channel_share > 0.5:
+        return f"{s.channel_share:.0%} of it in channel {s.channel}"
+    return ""
+
+
+def _spread(profile: Sequence[float]) -> float:
+    """Largest over median: 1 for noise. Fewer than three values cannot tell."""
+    if len(profile) < 3:
+        return 1.0
+    middle = median(profile)
+    return max(profile) / middle if middle else float("inf")
+
+
+def findings(sites: Sequence[Measurement]) -> tuple[Finding, ...]:
+    """Bad sites grouped by family, in order of execution, with the span of unmeasured sites before each."""
+    groups: dict[str, list[Measurement]] = {}
+    for site in sites:
+        if site.verdict in BAD:
+            groups.setdefault(family(site.site), []).append(site)
+    order = {site.site: position for position, site in enumerate(sites)}
+    return tuple(_finding(name, group, sites, order) for name, group in groups.items())
+
+
+def _finding(
+    name: str, group: list[Measurement], sites: Sequence[Measurement], order: dict[str, int]
+) -> Finding:
+    worst = max(group, key=lambda m: (m.ratio is not None, m.ratio))
+    layers = tuple(layer for m in group if (layer := layer_of(m.site)) is not None)
+    verdicts = [m.verdict for m in group]
+    return Finding(
+        family=name,
+        sites=tuple(m.site for m in group),
+        layers=layers,
+        verdict=next(v for v in ("nonfinite", "wrong", "imprecise") if v in verdicts),
+        ratio=worst.ratio or 0.0,
+        first_token=min((first for m in group if (first := _first_token(m)) is not None), default=None),
+        evidence=tuple(evidence(worst)),
+        span=_span_before(sites, order[group[0].site]),
+    )
+
+
+def _first_token(m: Measurement) -> int | None:
+    return m.structure.first_token if m.structure else None
+
+
+def _span_before(sites: Sequence[Measurement], position: int) -> tuple[str, ...]:
+    """The unmeasured sites right before a site: its verdict covers their operations too."""
+    span: list[str] = []
+    while position and sites[position - 1].verdict == "unmeasured":
+        position -= 1
+        span.insert(0, sites[position].site)
+    return tuple(span)
+
+
+def evidence(m: Measurement) -> list[str]:
+    """What a finding can say of its worst site, in words."""
+    lines = [m.reason] if m.reason else []
+    s = m.structure
+    if s is None:
+        return lines
+    tokens = s.by_token
+    if len(tokens) > 3 and max(tokens) > ROUNDING:
+        if tokens[0] <= ROUNDING < max(tokens[1:4]):
+            lines.append("token 0 is right, later tokens are not")
+        clean = next((i for i, ratio in enumerate(tokens) if ratio > ROUNDING), 0)
+        if clean > 3:
+            lines.append(f"the first {clean} tokens are right")
+        third = len(tokens) // 3
+        early, late = median(tokens[:third] or tokens), median(tokens[-third:] or tokens)
+        if late > 2 * early:
+            lines.append("the error grows with position")
+        elif early > 2 * late:
+            lines.append("the error falls with position")
+    heads = [i for i, ratio in enumerate(s.by_head) if ratio > ROUNDING]
+    if s.by_head and 0 < len(heads) < len(s.by_head):
+        lines.append(f"heads {', '.join(map(str, heads[:8]))}{' …' if len(heads) > 8 else ''} only")
+    if s.channel_share > 0.2:
+        lines.append(f"{s.channel_share:.0%} of the error in channel {s.channel}")
+    if abs(s.cosine) > 0.5:
+        lines.append(f"mostly a gain of {1 + s.gain:.4g}")
+    return list(dict.fromkeys(lines))
+
+
+def judge_run(
+    sites: Sequence[Measurement], checks: Sequence[Check], next_token: NextToken | None
+) -> tuple[RunVerdict, str]:
+    """The verdict of the run, and the headline that says why."""
+    bad = findings(sites)
+    coverage = covered(sites)
+    failed = [check for check in checks if not check.ok]
+    if bad:
+        wrong = sum(f.verdict != "imprecise" for f in bad)
+        rough = len(bad) - wrong
+        parts = [f"{wrong} wrong operation{'s' * (wrong != 1)}"] * bool(wrong)
+        parts += [f"{rough} less precise than the dtype needs"] * bool(rough)
+        rest = "everything else is rounding" if coverage.measured == coverage.known else "the rest of what was measured is rounding"
+        return "diverged", f"{', '.join(parts)}; {rest}"
+    if failed:
+        return "inconclusive", f"{failed[0].name}: {failed[0].detail}"
+    if not sites or sites[-1].verdict == "unmeasured":
+        what = sites[-1].reason if sites else "no site"
+        return "inconclusive", f"the logits were not measured: {what}"
+    total = sites[-1].total_ratio
+    if total is not None and total > _TOTAL:
+        return "inconclusive", f"every operation rounds as it should, yet the logits are {total:.1f}x as far off as the reference's"
+    if next_token is not None and next_token.unexplained_flips:
+        return "inconclusive", f"{next_token.unexplained_flips} top tokens differ by more than rounding explains"
+    unmeasured = coverage.known - coverage.measured
+    tail = f"; {unmeasured} sites unmeasured, judged through the next measured one" if unmeasured else ""
+    return "match", f"every operation is within the reference's own rounding{tail}"
+
+
+def covered(sites: Sequence[Measurement]) -> Coverage:
+    """How many of the known sites were measured."""
+    return Coverage(sum(s.verdict != "unmeasured" for s in sites), len(sites))

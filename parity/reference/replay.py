@@ -1,0 +1,129 @@
+"""Replay: the reference's operations on the candidate's own inputs.
+
+In every piece the reference computes each site afresh; what it computed goes to the comparison, and the
+candidate's recorded value goes on. So each site is f(candidate's inputs), and what an earlier operation
+did wrong is not held against a later one. A site that the candidate did not record is not replaced.
+
+Five passes over each piece while its weights are in memory:
+
+* own      the reference's plain run on its own activations, in the working dtype;
+* ideal    the same in a precision whose own error does not matter;
+* truth    the replay in a precision whose own error does not matter;
+* floor    the replay in the working dtype: the reference's own rounding error on the same inputs;
+* jitter   the truth again, on inputs moved by less than their rounding: what a fused operation may have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from parity.record.tap import Tap
+from parity.reference.pieces import EMBED, HEAD, Piece, PiecewiseModel
+from parity.reference.precision import jittered, promoted, truth_dtype
+from parity.sites import Site
+
+_JITTER_SEED = 20240
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One site after all passes; every tensor in the reference's layout, in its own dtype.
+
+    `candidate` is None where the candidate did not record the site; `own` is the reference's plain run.
+    """
+
+    site: Site
+    own: Tensor
+    ideal: Tensor
+    candidate: Tensor | None
+    truth: Tensor
+    floor: Tensor
+    jitter: Tensor
+
+
+class Reference:
+    """The reference model in its working dtype and, beside it, in the precision of the truth."""
+
+    def __init__(self, working: PiecewiseModel) -> None:
+        self.working = working
+        self.precise = PiecewiseModel(
+            working.checkpoint, truth_dtype(working.dtype), str(working.device), working.attention, working.inner
+        )
+
+    def replay(
+        self, input_ids: Tensor, candidate: Callable[[Site], Tensor | None]
+    ) -> Iterator[tuple[Piece, list[Replayed]]]:
+        """The sites of one piece after another, each piece in order of execution.
+
+        `candidate(site)` gives the recorded activation in the reference's layout, or None.
+        """
+        recorded: dict[str, Tensor] = {}
+        passes = self._passes(recorded)
+        for piece in self.working.pieces:
+            sites = self.working.sites_of(piece)
+            recorded.clear()
+            recorded.update({s.name: v for s in sites if (v := candidate(s)) is not None})
+            with self.working.loaded(piece), self.precise.loaded(piece, source=self.working):
+                for one in passes.values():
+                    one.run(piece, input_ids)
+            yield piece, [_gather(site, recorded.get(site.name), passes) for site in sites]
+
+    def _passes(self, recorded: dict[str, Tensor]) -> dict[str, _Pass]:
+        generator = torch.Generator(self.working.device).manual_seed(_JITTER_SEED)
+        working = self.working.dtype
+
+        def as_computed(_site: str, fresh: Tensor) -> Tensor:
+            return fresh
+
+        def as_recorded(site: str, fresh: Tensor) -> Tensor:
+            return recorded[site].to(fresh.device, fresh.dtype) if site in recorded else fresh
+
+        def moved(site: str, fresh: Tensor) -> Tensor:
+            if site not in recorded:
+                return fresh
+            return jittered(recorded[site].to(fresh.device, fresh.dtype), working, generator)
+
+        return {
+            "own": _Pass(self.working, as_computed),
+            "ideal": _Pass(self.precise, as_computed),
+            "truth": _Pass(self.precise, as_recorded),
+            "floor": _Pass(self.working, as_recorded),
+            "jitter": _Pass(self.precise, moved),
+        }
+
+
+@dataclass
+class _Pass:
+    """One walk through the pieces: what flows on from each site is `feed(site, fresh value)`."""
+
+    model: PiecewiseModel
+    feed: Tap
+    values: dict[str, Tensor] = field(default_factory=dict)
+    hidden: Tensor | None = None
+
+    def run(self, piece: Piece, input_ids: Tensor) -> None:
+        """Compute a loaded piece from where this pass stands."""
+        self.values.clear()
+        with promoted(self.model.dtype):
+            if piece == EMBED:
+                self.hidden = self.model.embed(input_ids, self._tap)
+                return
+            assert self.hidden is not None, "unreachable because the embedding is the first piece"
+            if piece == HEAD:
+                self.model.head(input_ids, self.hidden, self._tap)
+            else:
+                self.hidden = self.model.layer(int(piece), self.hidden, self._tap)
+
+    def _tap(self, site: str, fresh: Tensor) -> Tensor:
+        onward = self.feed(site, fresh)
+        # A replaced input is overwritten in place, so the fresh value must be kept apart.
+        self.values[site] = fresh if onward is fresh else fresh.clone()
+        return onward
+
+
+def _gather(site: Site, candidate: Tensor | None, passes: dict[str, _Pass]) -> Replayed:
+    return Replayed(site, candidate=candidate, **{name: one.values[site.name] for name, one in passes.items()})

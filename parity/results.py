@@ -1,0 +1,207 @@
+"""What a comparison found: plain numbers that serialize to JSON and back.
+
+Measurement (one site) → Finding (one wrong operation) → Comparison (one run). Reports see nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+SCHEMA = 1
+
+SiteVerdict = Literal["exact", "rounding", "imprecise", "wrong", "nonfinite", "unmeasured"]
+RunVerdict = Literal["match", "diverged", "inconclusive"]
+
+EXIT_CODES: dict[RunVerdict, int] = {"match": 0, "diverged": 1, "inconclusive": 2}
+BAD: tuple[SiteVerdict, ...] = ("wrong", "nonfinite", "imprecise")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Where and how a local error is concentrated: what distinguishes a bug from noise.
+
+    gain         candidate ≈ (1 + gain) truth, rows weighted by their floor
+    cosine       between the error and the truth, weighted likewise; 0 for rounding
+    by_token     ratio at each token, in at most 256 bins of neighbouring tokens (the largest of each)
+    by_head      ratio of each head, where the site has heads
+    channel      the last-axis index that holds most of the error, and its share of the error's energy
+    first_token  the first token whose ratio is above 3
+    elements     how many numbers all this was estimated from
+    """
+
+    gain: float
+    cosine: float
+    by_token: tuple[float, ...]
+    by_head: tuple[float, ...]
+    channel: int
+    channel_share: float
+    first_token: int | None
+    elements: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One site. Relative numbers are dimensionless; mse and max_abs are in the activation's own units.
+
+    ratio          R: local error over the floor (see parity.reference.floor)
+    local_rel      ‖candidate − truth‖ / ‖truth‖, truth being the reference's operation on the candidate's inputs
+    inherited_rel  ‖truth − reference‖ / ‖truth‖: what came in with the inputs
+    floor_rel      ‖floor‖ / ‖truth‖
+    total_ratio    distance from the exact run, in units of the reference's own distance from it
+    mse … ulp_max  candidate against the reference's plain run
+    """
+
+    site: str
+    verdict: SiteVerdict
+    reason: str
+    ratio: float | None = None
+    row_max: float | None = None
+    local_rel: float | None = None
+    inherited_rel: float | None = None
+    floor_rel: float | None = None
+    total_ratio: float | None = None
+    bit_equal: bool | None = None
+    mse: float | None = None
+    cosine: float | None = None
+    max_abs: float | None = None
+    rel_l2: float | None = None
+    ulp_max: float | None = None
+    structure: Structure | None = None
+    dtype: str | None = None
+    shape: tuple[int, ...] = ()
+    steps: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One wrong operation: a family of sites and the layers where it is wrong.
+
+    `span` holds sites that were not measured just before: the fault may lie in any of their operations.
+    """
+
+    family: str
+    sites: tuple[str, ...]
+    layers: tuple[int, ...]
+    verdict: SiteVerdict
+    ratio: float
+    first_token: int | None
+    evidence: tuple[str, ...]
+    span: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token and its logit."""
+
+    id: int
+    text: str
+    logit: float
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """What both sides would say after the last token; the reference's and the candidate's top five.
+
+    `flips` counts positions of the prompt where the top token differs, `unexplained_flips` those whose margin
+    is more than five times the rounding noise of that difference.
+    """
+
+    reference: tuple[Token, ...]
+    candidate: tuple[Token, ...]
+    flips: int
+    unexplained_flips: int
+    positions: int
+    max_kl: float
+    margin_sigma: float
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Sites measured of the sites that the reference has."""
+
+    measured: int
+    known: int
+
+
+@dataclass(frozen=True)
+class Check:
+    """One integrity check that was made before or beside the measurement."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What was run, and how to run it again."""
+
+    model: str
+    fingerprint: str
+    candidate: str
+    prompt: str | None
+    tokens: int
+    batch: int
+    working_dtype: str
+    candidate_dtype: str
+    truth_dtype: str
+    device: str
+    attention: str
+    versions: dict[str, str]
+    command: str
+    created: str
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that one `parity diff` knows."""
+
+    verdict: RunVerdict
+    headline: str
+    answer: str
+    findings: tuple[Finding, ...]
+    sites: tuple[Measurement, ...]
+    next_token: NextToken | None
+    coverage: Coverage
+    checks: tuple[Check, ...]
+    environment: Environment
+    schema: int = SCHEMA
+
+    @property
+    def exit_code(self) -> int:
+        """As diff(1): 0 match, 1 diverged, 2 trouble or inconclusive."""
+        return EXIT_CODES[self.verdict]
+
+
+def to_json(value: Any) -> Any:
+    """Dataclasses as JSON values. Numbers that JSON lacks become the strings "inf", "-inf" and "nan"."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return str(value)
+    return value
+
+
+def from_json(kind: Any, value: Any) -> Any:
+    """The inverse of `to_json` for a dataclass, or for anything its fields are made of."""
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        given = {f.name: value[f.name] for f in dataclasses.fields(kind) if f.name in value}
+        return kind(**{name: from_json(hints[name], item) for name, item in given.items()})  # type: ignore[operator]
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return None if value is None else from_json(next(a for a in arguments if a is not type(None)), value)
+    if origin is tuple:
+        return tuple(from_json(arguments[0], item) for item in value)
+    if origin is dict:
+        return {key: from_json(arguments[1], item) for key, item in value.items()}
+    return float(value) if kind is float else value

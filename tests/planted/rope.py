@@ -1,0 +1,180 @@
+"""RoPE gone wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from impl.qwen3 import rope_tables, rotate
+from tests.planted.base import ROPE, Attention, Change, Place, Qwen3, Turn, Variant, attention_with, rebind
+
+
+def turned(turn: Turn) -> Change:
+    """RoPE replaced by `turn`."""
+
+    def apply(model: Qwen3, layers: Sequence[int]) -> None:
+        for i in layers:
+            rebind(model.model.layers[i].self_attn, attention_with(turn))
+
+    return apply
+
+
+def tables(
+    make: Callable[[Tensor, int, float, torch.dtype], tuple[Tensor, Tensor]], only: str = "qk"
+) -> Change:
+    """RoPE with tables from `make(positions, head_dim, theta, dtype)`, for `only` q, k or both."""
+
+    def apply(model: Qwen3, layers: Sequence[int]) -> None:
+        theta = model.config.rope_theta
+
+        def turn(self: Attention, which: str, x: Tensor, place: Place) -> Tensor:
+            if which not in only:
+                return rotate(x, place.cos, place.sin)
+            return rotate(x, *make(place.positions, self.head_dim, theta, place.cos.dtype))
+
+        turned(turn)(model, layers)
+
+    return apply
+
+
+def interleaved(_self: Attention, _which: str, x: Tensor, place: Place) -> Tensor:
+    half = x.shape[-1] // 2
+    cos, sin = (table[:, :half].repeat_interleave(2, dim=-1) for table in (place.cos, place.sin))
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return x * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin
+
+
+def backwards(_self: Attention, _which: str, x: Tensor, place: Place) -> Tensor:
+    return rotate(x, place.cos, -place.sin)
+
+
+def half_of_the_head(self: Attention, _which: str, x: Tensor, place: Place) -> Tensor:
+    size = 2 * (self.head_dim // 4)
+    angle = slice(0, size // 2)
+    cos, sin = (torch.cat([table[:, angle]] * 2, dim=-1) for table in (place.cos, place.sin))
+    return torch.cat([rotate(x[..., :size], cos, sin), x[..., size:]], dim=-1)
+
+
+def not_on_k(_self: Attention, which: str, x: Tensor, place: Place) -> Tensor:
+    return x if which == "k" else rotate(x, place.cos, place.sin)
+
+
+def sin_and_cos_swapped(_self: Attention, _which: str, x: Tensor, place: Place) -> Tensor:
+    return rotate(x, place.sin, place.cos)
+
+
+def phases_in_bf16(
+    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    angles = positions[:, None].bfloat16() * (1.0 / theta**exponents).bfloat16()
+    angles = torch.cat([angles, angles], dim=-1).float()
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def frequencies_in_bf16(
+    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    angles = positions[:, None].float() * (1.0 / theta**exponents).bfloat16().float()
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _shifted(positions: Tensor, d: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return rope_tables(positions + 1, d, theta, dtype)
+
+
+_GROWS = "Token 0 is not turned at all, and the error grows with the position."
+
+BUGS = (
+    Variant(
+        "rope-interleaved",
+        "RoPE rotates neighbours (2i, 2i+1) in place of halves (i, i + d/2)",
+        ROPE,
+        turned(interleaved),
+        note=_GROWS,
+        min_tokens=2,
+    ),
+    Variant(
+        "rope-theta-default",
+        "theta 10000, the usual default, whatever config.json says",
+        ROPE,
+        tables(lambda p, d, _theta, dtype: rope_tables(p, d, 1e4, dtype)),
+        note=_GROWS + " Close to nothing where the checkpoint's own theta is near 10000.",
+        min_tokens=2,
+    ),
+    Variant(
+        "rope-theta-half",
+        "theta half of the right one",
+        ROPE,
+        tables(lambda p, d, theta, dtype: rope_tables(p, d, theta / 2, dtype)),
+        note=_GROWS,
+        min_tokens=2,
+    ),
+    Variant(
+        "rope-sign",
+        "the sine has the wrong sign: tokens turn backwards",
+        ROPE,
+        turned(backwards),
+        note=_GROWS,
+        min_tokens=2,
+    ),
+    Variant(
+        "rope-position-plus-1",
+        "positions start at 1",
+        ROPE,
+        tables(_shifted),
+        note="RoPE is relative: neither context nor logits change beyond rounding.",
+    ),
+    Variant(
+        "rope-position-plus-1-q",
+        "positions of the queries start at 1, those of the keys at 0",
+        ("self_attn.q_rope",),
+        tables(_shifted, only="q"),
+    ),
+    Variant(
+        "rope-positions-halved",
+        "positions divided by 2, as linear scaling with factor 2 would",
+        ROPE,
+        tables(lambda p, d, theta, dtype: rope_tables(p / 2, d, theta, dtype)),
+        note=_GROWS,
+        min_tokens=2,
+    ),
+    Variant(
+        "rope-partial",
+        "only the first half of each head is rotated",
+        ROPE,
+        turned(half_of_the_head),
+        note=_GROWS,
+        min_tokens=2,
+    ),
+    Variant(
+        "rope-not-on-k",
+        "RoPE on the queries alone",
+        ("self_attn.k_rope",),
+        turned(not_on_k),
+        note=_GROWS,
+        min_tokens=2,
+    ),
+    Variant("rope-sin-cos-swapped", "sine and cosine change places", ROPE, turned(sin_and_cos_swapped)),
+    Variant(
+        "rope-phase-bf16",
+        "angles computed in bfloat16",
+        ROPE,
+        tables(phases_in_bf16),
+        note="Invisible in the first tokens; by position 256 the angle is off by half a radian.",
+        min_tokens=32,
+    ),
+    Variant(
+        "rope-inv-freq-bf16",
+        "frequencies rounded to bfloat16, angles in float32",
+        ROPE,
+        tables(frequencies_in_bf16),
+        kind="precision",
+        note="A relative error of 0.2 % of the angle: below the rounding of bfloat16 until some 100 tokens.",
+        min_tokens=128,
+    ),
+)
