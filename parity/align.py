@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parity.dump import UNNAMED, Entry
+from parity.dump import Entry
+from parity.dump.records import UNNAMED
 from parity.errors import IncomparableError
 from parity.sites import FLATTENED, Dims, Site
 

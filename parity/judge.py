@@ -167,7 +167,7 @@ def evidence(m: Measurement) -> list[str]:
         lines.append(f"heads {', '.join(map(str, heads[:8]))}{' …' if len(heads) > 8 else ''} only")
     if s.channel_share > 0.2:
         lines.append(f"{s.channel_share:.0%} of the error in channel {s.channel}")
-    if abs(s.cosine) > 0.5:
+    if abs(s.cosine) > 0.9:
         lines.append(f"mostly a gain of {1 + s.gain:.4g}")
     return list(dict.fromkeys(lines))
 

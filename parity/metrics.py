@@ -1,13 +1,13 @@
 """How far one array is from another: errors, angles, ULPs and KL, in one pass over memory.
 
-Arrays are read in tiles that stay in cache, widened to float64 there and forgotten: besides the inputs only
-scratch space of a fixed size is used, whatever the shape, strides or dtype. Sums are float64.
+Arrays are read in tiles that stay in cache and are widened to float64 there: besides the inputs, only scratch
+of a fixed size is used, whatever the shape, strides or dtype.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from math import inf, isfinite, nan
 from typing import Any
 
 import ml_dtypes
@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
-DType = np.dtype[Any]
 
 # Large enough to hide the interpreter's share, small enough for the scratch to stay in a cache of 1 or 2 MiB.
 TILE = 32768
@@ -29,10 +28,9 @@ LOGITS_AT_ONCE = 1 << 16
 class Metrics:
     """What `measure` found in a pair of arrays, candidate c and reference r.
 
-    A pair of elements **clashes** if one of them is NaN or infinite and they are not the same infinity (so
-    NaN clashes with NaN). A single clash makes `mse`, `max_abs`, `rel_l2`, `ulp_max` and `ulp_mean` inf and
-    `cosine` nan, so that no threshold takes it for agreement. Equal infinities differ by zero and add
-    nothing to the norms. Of empty arrays, all is as of equal ones.
+    NaN clashes with everything, itself included; an infinity with all but itself. A single clash makes `mse`,
+    `max_abs`, `rel_l2`, `ulp_max` and `ulp_mean` inf and `cosine` nan: none looks like agreement. Equal
+    infinities differ by zero and add nothing to the norms. Empty arrays are equal.
     """
 
     count: int  # pairs of elements
@@ -62,7 +60,7 @@ def measure(candidate: Array, reference: Array) -> Metrics:
     with np.errstate(all="ignore"):
         sums = _sums(candidate, reference, reader)
         size = float(sums.squares.sum())
-        if np.float64 in (candidate.dtype, reference.dtype) and not 2.0**-900 < size < math.inf:
+        if np.float64 in (candidate.dtype, reference.dtype) and not 2.0**-900 < size < inf:
             scale = 2.0**600 if size < 1.0 else 2.0**-600
             scaled = _sums(candidate, reference, reader, scale)
             sums = replace(sums, squares=scaled.squares, cr=scaled.cr)
@@ -95,10 +93,10 @@ def ulp_distance(a: Array, b: Array) -> Floats:
 def kl_divergence(candidate_logits: Array, reference_logits: Array) -> Floats:
     """KL(reference ‖ candidate) of the distributions that two arrays of logits stand for.
 
-    Shapes: both `*rows vocabulary`, equal → `*rows`. Units: nats, in float64 with an absolute error of about
-    1e-16 times the largest difference of log probabilities; never negative. A logit of −inf is a token of
-    probability zero: inf if the candidate excludes a token that the reference allows. A row that is no
-    distribution on either side (NaN, +inf, −inf throughout) gives inf, never nan.
+    Shapes: both `*rows vocabulary`, equal → `*rows`. Units: nats, never negative, with an absolute error of
+    about 1e-16 times the largest difference of log probabilities. A logit of −inf is a token of probability
+    zero: inf if the candidate excludes a token that the reference allows. A row that is no distribution on
+    either side (NaN, +inf, −inf throughout) gives inf, never nan.
 
     Raises: ValueError if shapes differ or there is no token; TypeError as `measure`.
     """
@@ -113,9 +111,7 @@ def kl_divergence(candidate_logits: Array, reference_logits: Array) -> Floats:
 
 @dataclass
 class _Sums:
-    """Running totals of one pass; c candidate, r reference, d their difference."""
-
-    squares: Floats = field(default_factory=lambda: np.zeros(3))  # of c, r, d
+    squares: Floats = field(default_factory=lambda: np.zeros(3))  # of c, r and their difference
     cr: float = 0.0
     max_abs: float = 0.0
     ulp_max: float = 0.0
@@ -133,61 +129,50 @@ def _metrics(sums: _Sums, count: int, scale: float) -> Metrics:
         mse=float(sums.squares[2]) / max(count, 1) / scale / scale,  # not by scale², which is beyond float64
         cosine=1.0 if same else min(1.0, max(-1.0, sums.cr / (c * r))) if c * r else 0.0,
         max_abs=sums.max_abs,
-        rel_l2=0.0 if same else d / r if r else math.inf,
+        rel_l2=0.0 if same else d / r if r else inf,
         ulp_max=sums.ulp_max,
         ulp_mean=sums.ulp_sum / max(count, 1),
         nonfinite_candidate=int(sums.nonfinite[0]),
         nonfinite_reference=int(sums.nonfinite[1]),
         bit_equal=sums.same_bits and not sums.clashes,
     )
-    if not sums.clashes:
-        return metrics
-    inf = math.inf
-    return replace(metrics, mse=inf, cosine=math.nan, max_abs=inf, rel_l2=inf, ulp_max=inf, ulp_mean=inf)
+    if sums.clashes:
+        return replace(metrics, mse=inf, cosine=nan, max_abs=inf, rel_l2=inf, ulp_max=inf, ulp_mean=inf)
+    return metrics
 
 
 def _sums(candidate: Array, reference: Array, reader: "_Reader", scale: float = 1.0) -> _Sums:
     sums = _Sums(same_bits=candidate.dtype == reference.dtype)
     for left, right in _tiles(candidate, reference):
+        sums.same_bits = sums.same_bits and np.array_equal(_bits(left), _bits(right))
         wide, steps = reader.read(left, right)
         if scale != 1.0:
             wide *= scale
-        sums.same_bits = sums.same_bits and np.array_equal(_bits(left), _bits(right))
-        _add(sums, wide, steps)
+        squares = _dot(wide, wide)
+        if not isfinite(squares[0] + squares[1]):  # the only test that tiles without NaN or Inf pay for
+            finite, clash = _nonfinite(wide)
+            sums.nonfinite += np.count_nonzero(~finite, axis=1)
+            sums.clashes += int(np.count_nonzero(clash))
+            aside = ~finite.all(axis=0)
+            wide[:, aside] = 0.0
+            steps[aside] = 0
+            squares = _dot(wide, wide)
+        sums.squares += squares
+        sums.cr += float(_dot(wide[0], wide[1]))
+        sums.max_abs = max(sums.max_abs, float(np.maximum.reduce(np.abs(wide[2], out=wide[2]))))
+        if most := float(np.maximum.reduce(steps)):
+            sums.ulp_max = max(sums.ulp_max, most)
+            total = {2: np.uint32, 4: np.uint64}.get(steps.itemsize, np.float64)  # fast, yet no overflow
+            sums.ulp_sum += float(np.add.reduce(steps, dtype=total))
     return sums
 
 
-def _add(sums: _Sums, wide: Floats, steps: Array) -> None:
-    """Add one tile, as `_Reader.read` gives it, and overwrite it."""
-    squares = _dot(wide, wide)
-    if not math.isfinite(squares[0] + squares[1]):  # the only test that tiles without NaN or Inf pay for
-        finite, clash = _nonfinite(wide)
-        sums.nonfinite += np.count_nonzero(~finite, axis=1)
-        sums.clashes += int(np.count_nonzero(clash))
-        aside = ~finite.all(axis=0)
-        wide[:, aside] = 0.0
-        steps[aside] = 0
-        squares = _dot(wide, wide)
-    sums.squares += squares
-    sums.cr += float(_dot(wide[0], wide[1]))
-    sums.max_abs = max(sums.max_abs, float(np.maximum.reduce(np.abs(wide[2], out=wide[2]))))
-    if most := float(np.maximum.reduce(steps)):
-        sums.ulp_max = max(sums.ulp_max, most)
-        # The fastest type in which a tile cannot overflow.
-        total = {2: np.uint32, 4: np.uint64}.get(steps.itemsize, np.float64)
-        sums.ulp_sum += float(np.add.reduce(steps, dtype=total))
-
-
 def _dot(a: Floats, b: Floats) -> Floats:
-    """Dot products along the last axis."""
-    total = np.zeros(a.shape[:-1])
-    for start in range(0, a.shape[-1], DOT):
-        total += np.vecdot(a[..., start : start + DOT], b[..., start : start + DOT])
-    return total
+    blocks = [slice(start, start + DOT) for start in range(0, a.shape[-1], DOT)]
+    return np.asarray(sum(np.vecdot(a[..., block], b[..., block]) for block in blocks))
 
 
 def _nonfinite(wide: Floats) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which elements of either side are finite, and which pairs clash."""
     finite = np.isfinite(wide[:2])
     return finite, ~finite.all(axis=0) & (wide[0] != wide[1])
 
@@ -207,11 +192,10 @@ class _Reader:
         else:
             cell = np.dtype(np.float64 if self.grid.itemsize == 1 else f"i{self.grid.itemsize}")
         self.wide = np.empty((3, TILE), np.float64)
-        self.cells = np.empty((2, TILE), cell)
-        self.spare = np.empty((2, TILE), cell)
+        self.cells, self.spare = np.empty((2, 2, TILE), cell)
 
     def read(self, *tiles: Array) -> tuple[Floats, Array]:
-        """Candidate, reference and difference in float64, and the steps apart; scratch for the caller to use."""
+        """Candidate, reference and difference in float64, and steps apart; scratch for the caller to use."""
         n = tiles[0].size
         wide, cells, spare = self.wide[:, :n], self.cells[:, :n], self.spare[:, :n]
         for side, (tile, dtype) in enumerate(zip(tiles, self.dtypes, strict=True)):
@@ -225,21 +209,19 @@ class _Reader:
         np.maximum(cells[0], cells[1], out=spare[0])
         np.minimum(cells[0], cells[1], out=spare[1])
         steps = np.subtract(spare[0], spare[1], out=spare[0])
-        if steps.dtype.kind == "i":  # may have wrapped around, to what is right when read as unsigned
-            steps = _bits(steps)
-        if self.grid is None:
+        # Integers may have wrapped around, to what is right when read as unsigned.
+        steps = _bits(steps) if steps.dtype.kind == "i" else steps
+        np.subtract(wide[0], wide[1], out=wide[2])
+        if self.grid is None:  # exact beyond 2⁵³ too
             np.copyto(wide[2], steps, casting="unsafe")
-        else:
-            np.subtract(wide[0], wide[1], out=wide[2])
         return wide, steps
 
 
 def _order(rounded: Array, wide: Floats, cells: Array, spare: Array) -> None:
     """Floats of one dtype to consecutive numbers in `cells`: 0 for both zeros, then 1, 2, … and −1, −2, …"""
     if rounded.itemsize == 1:
-        np.take(_places(rounded.dtype), _bits(rounded), out=cells, mode="clip")
-        # Not the sign of the byte: formats with a single NaN lose that of what overflowed.
-        np.copysign(cells, wide, out=cells)
+        # With the sign of the value: formats with a single NaN have lost that of what overflowed.
+        np.copysign(_places(rounded.dtype)[_bits(rounded)], wide, out=cells)
         return
     bits, top = rounded.view(cells.dtype), 8 * rounded.itemsize - 1
     np.right_shift(bits, top, out=spare)
@@ -248,7 +230,7 @@ def _order(rounded: Array, wide: Floats, cells: Array, spare: Array) -> None:
     np.subtract(cells, spare, out=cells)
 
 
-def _round(wide: Floats, origin: DType, grid: DType) -> Array:
+def _round(wide: Floats, origin: np.dtype[Any], grid: np.dtype[Any]) -> Array:
     """Numbers of dtype origin, in float64, to the nearest of the grid, ties to even, rounding once.
 
     ml_dtypes casts float64 by way of float32, which rounds twice. Rounding to odd first cures that: Boldo and
@@ -258,15 +240,14 @@ def _round(wide: Floats, origin: DType, grid: DType) -> Array:
         return wide.astype(grid)
     single = wide.astype(np.float32)
     if not np.can_cast(origin, np.float32):
-        # Where inexact and even, the neighbour on the other side of the exact value is odd.
         towards = np.sign(np.abs(wide) - np.abs(single))
         bits = single.view(np.int32)
-        bits += towards.astype(np.int32) * (~bits & 1)
+        bits += towards.astype(np.int32) * (~bits & 1)  # if even, the neighbour across the value is odd
     return single.astype(grid)
 
 
 @lru_cache
-def _places(dtype: DType) -> Floats:
+def _places(dtype: np.dtype[Any]) -> Floats:
     """For each byte, the place of its magnitude among all, 0 for zero; NaN and Inf follow the largest."""
     values = np.abs(np.arange(256, dtype=np.uint8).view(dtype).astype(np.float64))
     finite = np.isfinite(values)
@@ -278,7 +259,7 @@ def _check(candidate: Array, reference: Array) -> None:
     if candidate.shape != reference.shape:
         raise ValueError(f"shapes differ: candidate {candidate.shape}, reference {reference.shape}")
     for dtype in (candidate.dtype, reference.dtype):
-        known = dtype.kind in "biu" or dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
+        known = dtype.kind in "biu" or dtype.name in ("float64", "float32", "float16", "bfloat16")
         if not known and not (dtype.itemsize == 1 and dtype.name.startswith("float")):
             raise TypeError(f"cannot measure arrays of dtype {dtype}")
 

@@ -1,8 +1,9 @@
 """Small random checkpoints with every coincidence removed, in the format of Hugging Face.
 
-Identity hides bugs: norm weights of one make (1 + w) a plain factor, heads x head_dim = hidden makes a wrong head_dim
-fit, one query head for each key/value head makes GQA order vanish. No two sizes here are equal, no norm weight is
-one, theta is unusual, the first hidden states are small enough that eps matters, and attention is far from uniform.
+Identity hides bugs: norm weights of one make (1 + w) a plain factor, heads x head_dim = hidden lets a wrong
+head_dim fit, one query head for each key/value head makes the order of GQA vanish. No two sizes here are equal,
+no norm weight is one, theta is unusual, the first hidden states are small enough that eps matters, attention is
+far from uniform and some logits are large.
 """
 
 from __future__ import annotations
@@ -116,6 +117,8 @@ def randomize(model: nn.Module, seed: int) -> None:
             scale = 0.03
         elif any(end in name for end in ("o_proj", "down_proj", "dense")):
             scale = 0.5 / math.sqrt(inputs)
+        elif name.startswith(("lm_head", "embed_out")):
+            scale = 4.0 / math.sqrt(inputs)
         else:
             scale = 1.2 / math.sqrt(inputs)
         parameter.copy_(noise * scale)

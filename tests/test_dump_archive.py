@@ -1,11 +1,13 @@
 """The HDF5 archive: bits in are bits out, other tools can read it, a killed run leaves nothing whole."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import h5py
 import ml_dtypes
@@ -27,6 +29,7 @@ from parity.dump import (
     open_safetensors,
     write_safetensors,
 )
+from parity.dump.files import Outlet
 from parity.errors import DumpError
 
 INFO = RunInfo(
@@ -51,7 +54,7 @@ def arrays(draw: st.DrawFn) -> Array:
     shape = draw(array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5))
     size = int(np.prod(shape)) * dtype.itemsize
     raw = np.frombuffer(draw(st.binary(min_size=size, max_size=size)), np.uint8)
-    raw = raw & 1 if dtype == bool else raw
+    raw = raw & 1 if dtype.kind == "b" else raw
     array = raw.view(dtype).reshape(shape)
     return array.T if draw(st.booleans()) else array
 
@@ -154,14 +157,16 @@ def test_plain_h5py_reads_the_right_numbers(tmp_path: Path) -> None:
 def test_read_gives_aligned_read_only_views_that_outlive_the_dump(tmp_path: Path) -> None:
     value = np.arange(7, dtype=np.float64)
     with ArchiveWriter(tmp_path / "a.h5", INFO) as writer:
-        writer.add("odd", np.zeros(3, np.int8), ("_",))
+        for size in range(1, 9):
+            writer.add(f"odd{size}", np.zeros(size * 1001, np.int8), ("_",))
         writer.add("site", value, ("_",))
     with open_dump(tmp_path / "a.h5") as dump:
-        array = dump.read("site")
-    assert array.ctypes.data % 64 == 0
-    assert not array.flags.writeable
-    assert not array.flags.owndata
-    np.testing.assert_array_equal(array, value)
+        arrays = {site: dump.read(site) for site in dump.entries}
+    for array in arrays.values():
+        assert array.ctypes.data % 64 == 0
+        assert not array.flags.writeable
+        assert not array.flags.owndata
+    np.testing.assert_array_equal(arrays["site"], value)
     dump.close()
     with pytest.raises(ValueError, match="closed dump"):
         dump.read("site")
@@ -187,10 +192,14 @@ def test_archives_that_other_tools_compressed_can_be_read(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_exception_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error, match="stop"), ArchiveWriter(tmp_path / "a.h5", INFO) as writer:
-        writer.add("site", np.zeros(3), ("_",))
-        assert leftovers(tmp_path) == [f".a.h5.partial-{os.getpid()}"]
-        raise error("stop")
+    def run() -> None:
+        with ArchiveWriter(tmp_path / "a.h5", INFO) as writer:
+            writer.add("site", np.zeros(3), ("_",))
+            assert leftovers(tmp_path) == [f".a.h5.partial-{os.getpid()}"]
+            raise error("stop")
+
+    with pytest.raises(error, match="stop"):
+        run()
     assert leftovers(tmp_path) == []
 
 
@@ -233,6 +242,7 @@ FULL = """
 import resource, signal, sys
 import numpy as np
 from parity.dump import ArchiveWriter, RunInfo
+from parity.dump.files import Outlet
 from parity.errors import DumpError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -254,6 +264,35 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     assert done.stdout.count("\n") == 1
     assert (done.returncode, done.stderr) == (0, "")
     assert leftovers(tmp_path) == []
+
+
+def test_a_write_that_fails_at_any_moment_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(Outlet):
+        room = 0
+
+        def write(self, data: Any, /) -> int:
+            Full.room -= 1
+            if Full.room < 0:
+                self.error = OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    def write() -> None:
+        with ArchiveWriter(tmp_path / "a.h5", INFO) as writer:
+            writer.add("one", np.ones(10), ("_",))
+            writer.add("two", np.ones(100_000), ("_",))
+
+    monkeypatch.setattr("parity.dump.archive.Outlet", Full)
+    Full.room = 10_000
+    write()
+    needed = 10_000 - Full.room
+    (tmp_path / "a.h5").unlink()
+    for room in range(needed):
+        Full.room = room
+        with pytest.raises(DumpError, match=r"a\.h5: cannot be written — No space left on device — check"):
+            write()
+        assert leftovers(tmp_path) == []
 
 
 def test_no_torch_is_loaded() -> None:

@@ -130,7 +130,7 @@ def test_tokens_are_lines_of_ids(tmp_path: Path) -> None:
 
 def port(tmp_path: Path, **arrays: Any) -> Dump:
     return open_dump(
-        write(tmp_path / "port.safetensors", arrays, {"dims": {name: "batch token _" for name in arrays}})
+        write(tmp_path / "port.safetensors", arrays, {"dims": dict.fromkeys(arrays, "batch token _")})
     )
 
 
@@ -185,6 +185,7 @@ def test_a_star_is_a_number_and_nothing_else(tmp_path: Path) -> None:
             {"a": {"split": ["c", "d"], "sizes": [1, 2]}},
             r"'a' cannot be split into sizes \[1, 2\] — dim -1 .* is 4 long",
         ),
+        ({"a": {"split": ["c"], "sizes": [3]}}, r"'a' cannot be split into sizes \[3\]"),
         (
             {"a": {"split": ["c", "d"], "dim": 3}},
             r"'a' cannot be split along dim 3 — its shape is \(2, 3, 4\)",
@@ -198,16 +199,19 @@ def test_maps_that_do_not_fit(tmp_path: Path, names: dict[str, Any], message: st
 
 @pytest.mark.parametrize(
     "target",
-    [3, None, [], {}, {"split": []}, {"split": ["a"], "size": [1]}, {"split": ["a", "b"], "sizes": [1]}]
-    + [
-        {"split": [1]},
+    [
+        *(3, None, [], {}, {"split": []}, {"split": [1]}),
+        {"split": "ab"},
+        {"split": ["a"], "sizes": []},
+        {"split": ["a"], "size": [1]},
         {"split": ["a"], "sizes": 3},
         {"split": ["a"], "dim": "x"},
+        {"split": ["a", "b"], "sizes": [1]},
         {"split": ["a", "b"], "sizes": [-1, 5]},
     ],
 )
 def test_malformed_targets(target: Any) -> None:
-    with pytest.raises(DumpError, match="^map: 'a' maps to nothing usable — found"):
+    with pytest.raises(DumpError, match=r"^map: 'a' maps to nothing usable — found"):
         parse_names({"a": target}, "map")
 
 
@@ -217,5 +221,5 @@ def test_malformed_maps(tmp_path: Path) -> None:
     with pytest.raises(DumpError, match=r"^map: is no name map — found \['a'\]"):
         parse_names(["a"], "map")
     (tmp_path / "names.json").write_text("a = b")
-    with pytest.raises(DumpError, match=r"names.json: is no name map — not JSON"):
+    with pytest.raises(DumpError, match=r"names\.json: is no name map — not JSON"):
         load_names(tmp_path / "names.json")

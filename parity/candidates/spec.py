@@ -72,3 +72,9 @@ def describe(error: BaseException) -> str:
         place = f" ({Path(last.tb_frame.f_code.co_filename).name}:{last.tb_lineno})"
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}{place}" if text else f"{type(error).__name__}{place}"
+
+
+def is_dump(spec: str) -> bool:
+    """Whether a candidate SPEC names a dump rather than a factory."""
+    path = Path(spec)
+    return path.is_dir() or path.suffix in (".h5", ".hdf5", ".safetensors", ".npz")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -50,10 +50,8 @@ class ArchiveWriter:
         with ExitStack() as stack:
             temporary = stack.enter_context(whole_or_nothing(self.path))
             with writing(self.path):
-                self._outlet = stack.enter_context(closing(Outlet(temporary)))
-                self._file = h5py.File(
-                    self._outlet, "w", driver="fileobj", alignment_threshold=1, alignment_interval=ALIGNMENT
-                )
+                self._outlet = stack.enter_context(Outlet(temporary, "w+"))
+                self._file = h5py.File(self._outlet, "w", alignment_interval=ALIGNMENT)
                 stack.push(self._finish)
                 self._file.attrs["parity_format"] = FORMAT
                 self._file["run"] = json.dumps(dataclasses.asdict(self.info))
@@ -72,12 +70,12 @@ class ArchiveWriter:
         """
         if site in self._entries:
             raise DumpError(
-                f"{self.path}: site {site!r} is recorded twice — first with shape {self._entries[site].shape} — "
+                f"{self.path}: site {site!r} is recorded twice — first as {self._entries[site].shape} — "
                 "give each value a site of its own"
             )
         if not site or "/" in site or "\0" in site or not site.strip("."):
             raise DumpError(
-                f"{self.path}: {site!r} cannot name a site — empty, only dots or with '/' — use a module's name"
+                f"{self.path}: {site!r} names no site — empty, only dots or with '/' — take a module's name"
             )
         entry = Entry(site, dims, array.shape, dtype_name(array.dtype, f"{self.path}: site {site!r}"))
         with writing(self.path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,47 +57,37 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-class Outlet:
-    """A file for writing that never fails: it keeps the first error, and drops what comes after.
+class Outlet(io.FileIO):
+    """A file that never refuses to be written: it keeps the first error, and drops what comes after.
 
-    HDF5 loses an error that meets it while it closes something, and crashes when it then closes the file.
+    HDF5 loses an error that meets it while it closes a dataset, and crashes when it then closes the file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w+b", buffering=0)
-        self.error: OSError | None = None
-        self.seek = self._file.seek
-        self.readinto = self._file.readinto
+    error: OSError | None = None
 
-    def write(self, data: memoryview) -> None:
+    def write(self, data: Any, /) -> int:
         """Write all of the data at the current place."""
-        with self._keeping():
-            while data and self.error is None:  # the system may take less than it is offered
-                data = data[self._file.write(data) :]
+        rest = memoryview(data)
+        size = len(rest)
+        try:
+            while rest and self.error is None:  # the system may take less than it is offered
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.error = error
+        return size
 
-    def truncate(self, size: int) -> None:
+    def truncate(self, size: int | None = None, /) -> int:
         """Cut the file, or extend it, to a size."""
-        with self._keeping():
-            self._file.truncate(size)
-
-    def flush(self) -> None:
-        """Nothing is held back."""
+        try:
+            return super().truncate(size) if self.error is None else 0
+        except OSError as error:
+            self.error = error
+            return 0
 
     def check(self) -> None:
         """Raise the first error."""
         if self.error is not None:
             raise self.error
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    @contextmanager
-    def _keeping(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.error = self.error or error
 
 
 def require_file(path: Path) -> None:

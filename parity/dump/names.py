@@ -115,7 +115,7 @@ def _pieces(path: Path, entry: Entry, names: NameMap) -> list[_Piece]:
         return [_Piece(entry.site, entry, ())]
     target, numbers = found
     sites = [_fill(site, numbers) for site in target.sites]
-    if len(sites) == 1:
+    if len(sites) == 1 and target.sizes is None:
         return [_Piece(entry.site, replace(entry, site=sites[0]), ())]
     axis, sizes = _cut(path, entry, target)
     pieces, start = [], 0
@@ -137,9 +137,9 @@ def _cut(path: Path, entry: Entry, target: Target) -> tuple[int, Sequence[int]]:
         )
     axis = target.dim % rank
     length = entry.shape[axis]
-    sizes = target.sizes or (length // count,) * count
+    sizes = (length // count,) * count if target.sizes is None else target.sizes
     if sum(sizes) != length:
-        how = f"sizes {list(sizes)}" if target.sizes else f"{count} equal parts"
+        how = f"sizes {list(sizes)}" if target.sizes is not None else f"{count} equal parts"
         raise DumpError(
             f"{path}: {entry.site!r} cannot be split into {how} — "
             f"dim {target.dim} of its shape {entry.shape} is {length} long — correct 'sizes' in the name map"
@@ -161,11 +161,12 @@ def _target(name: str, value: Any, where: str) -> Target:
         numbers = (target.dim, *(target.sizes or ()))
         valid = (
             set(spec) <= {"split", "sizes", "dim"}
+            and isinstance(spec["split"], list)
             and len(target.sites) > 0
             and all(isinstance(site, str) for site in target.sites)
             and all(type(number) is int for number in numbers)
             and min(numbers[1:], default=0) >= 0
-            and len(target.sizes or target.sites) == len(target.sites)
+            and (target.sizes is None or len(target.sizes) == len(target.sites))
         )
     except (AttributeError, KeyError, TypeError):
         valid = False

@@ -46,7 +46,7 @@ def open_npz(path: Path | str) -> Dump:
         metadata = {name: load(name).tolist() for name in members if name.startswith(PREFIX)}
         headers = {}
         for name in members.keys() - metadata.keys():
-            with archive.open(members[name]) as file:
+            with reading(path), archive.open(members[name]) as file:
                 headers[name] = _header(f"{path}: {name!r}", file)
         ordered = {name: headers[name] for name in members if name in headers}
         return _dump(path, ordered, load, parity_keys(metadata), archive.close)

@@ -100,3 +100,10 @@ def _download(name: str) -> Path:
             f"model {name!r}: not a directory here, and the hub did not deliver it{offline}: {reason[:200]}. "
             "Check the name, go online, or give a directory that holds the checkpoint."
         ) from error
+
+
+def default_dtype(checkpoint: Checkpoint) -> str:
+    """The dtype that config.json declares; float32 where it declares none."""
+    config = _read_json(checkpoint.path / "config.json")
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return str(dtype)

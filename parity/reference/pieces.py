@@ -180,6 +180,13 @@ class PiecewiseModel:
             logits: Tensor = self.model(input_ids=input_ids.to(self.device), use_cache=False).logits
         return logits
 
+    def run(self, piece: Piece, input_ids: Tensor, hidden: Tensor | None, tap: Tap) -> Tensor:
+        """Run any loaded piece: token ids (b, t) and the hidden states before it in, its output out."""
+        if piece == EMBED:
+            return self.embed(input_ids, tap)
+        assert hidden is not None, "unreachable because the embedding is the first piece"
+        return self.head(input_ids, hidden, tap) if isinstance(piece, str) else self.layer(piece, hidden, tap)
+
     @property
     def pieces(self) -> list[Piece]:
         """All pieces in order of execution."""

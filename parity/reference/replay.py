@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from parity.record.tap import Tap
-from parity.reference.pieces import EMBED, HEAD, Piece, PiecewiseModel
+from parity.reference.pieces import Piece, PiecewiseModel
 from parity.reference.precision import jittered, promoted, truth_dtype
 from parity.sites import Site
 
@@ -109,14 +109,7 @@ class _Pass:
         """Compute a loaded piece from where this pass stands."""
         self.values.clear()
         with promoted(self.model.dtype):
-            if piece == EMBED:
-                self.hidden = self.model.embed(input_ids, self._tap)
-                return
-            assert self.hidden is not None, "unreachable because the embedding is the first piece"
-            if piece == HEAD:
-                self.model.head(input_ids, self.hidden, self._tap)
-            else:
-                self.hidden = self.model.layer(int(piece), self.hidden, self._tap)
+            self.hidden = self.model.run(piece, input_ids, self.hidden, self._tap)
 
     def _tap(self, site: str, fresh: Tensor) -> Tensor:
         onward = self.feed(site, fresh)

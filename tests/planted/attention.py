@@ -252,7 +252,9 @@ BUGS = (
         SCORES,
         note=_ONE_TOKEN + " " + _CAP,
     ),
-    _bug("attention-sink", "a sink takes part of the probability", attending(softmax=softmax_with_sink), PROBS),
+    _bug(
+        "attention-sink", "a sink takes part of the probability", attending(softmax=softmax_with_sink), PROBS
+    ),
     _bug(
         "softmax-bf16",
         "softmax in bfloat16",

@@ -33,11 +33,14 @@ LAYER_NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm"
 class Variant:
     """One change to a freshly loaded model: a bug to be found, or a legal difference to be tolerated.
 
-    `guilty` are the sites that are wrong on their own recorded inputs: names inside a layer ("" for the layer's
-    output) or whole names outside the layers. `inner` replaces `self_attn.context` among them where scores and
-    probs are recorded as well. `kind` is `bug`, `precision`, `rounding-mode`, `nonfinite` or `clean`; `dtypes`
-    are those in which a long prompt shows it; `needs` is `bias` or `untied` where the checkpoint must have that.
-    The last five fields are how a legal variant is run: what `build` does not do itself is up to the caller.
+    `guilty` are the sites that are wrong on their own recorded inputs: names inside a layer ("" for the output
+    of the layer) or whole names outside the layers. `inner` replaces `self_attn.context` among them where scores
+    and probs are recorded as well. `kind` is `bug`, `precision`, `rounding-mode`, `nonfinite` or `clean`.
+    `dtypes` are those of the reference in which a long prompt shows it, or in which a clean run makes sense.
+    `needs` is `bias`, `no bias` or `untied` where the checkpoint must be so.
+
+    The last five fields are how a legal variant is run. `build` sees to `compile` (the last part of the names of
+    the modules to compile, `.` for the whole model) and `engine_dtype`; the rest is up to the caller.
     """
 
     id: str
@@ -93,7 +96,10 @@ def build(
 
 
 def compile_modules(model: Qwen3, name: str) -> None:
-    """Compile in place every module whose name ends in `name`."""
+    """Compile in place every module whose name ends in `name`, or the whole model for `.`."""
+    if name == ".":
+        model.compile()
+        return
     for full, module in list(model.named_modules()):
         if full.endswith(name):
             module.compile()
@@ -131,7 +137,7 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# -- planting ----------------------------------------------------------------------------------------------------
+# -- planting ----------------------------------------------------------------------------------------------
 
 
 def rebind(module: nn.Module, forward: Callable[..., Tensor], method: str = "forward") -> None:

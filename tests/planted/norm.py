@@ -153,7 +153,9 @@ BUGS = (
     ),
     Variant("norm-no-eps", "no eps at all", (IN,), replaced(IN, no_eps), note=_EPS, dtypes=("float32",)),
     Variant("norm-layernorm", "LayerNorm: the mean is subtracted first", (IN,), replaced(IN, layer_norm)),
-    Variant("norm-l2", "divided by the length, not by the root mean square", (POST,), replaced(POST, l2_norm)),
+    Variant(
+        "norm-l2", "divided by the length, not by the root mean square", (POST,), replaced(POST, l2_norm)
+    ),
     Variant("norm-no-weight", "the weights are never applied", (POST,), replaced(POST, no_weight)),
     Variant("norm-next-layer", "weights of the next layer", (IN,), weights_from(_next_layer)),
     Variant("norm-exchanged", "the two norms of a layer exchanged", (IN, POST), weights_from(_exchanged)),
@@ -173,7 +175,11 @@ BUGS = (
         everywhere_only=True,
     ),
     Variant(
-        "qk-norm-skipped", "no QK-norm", (QN, KN), both(replaced(QN, skipped), replaced(KN, skipped)), min_tokens=2
+        "qk-norm-skipped",
+        "no QK-norm",
+        (QN, KN),
+        both(replaced(QN, skipped), replaced(KN, skipped)),
+        min_tokens=2,
     ),
     Variant("qk-norm-skipped-q", "no norm on the queries", (QN,), replaced(QN, skipped), min_tokens=2),
     Variant("qk-norm-skipped-k", "no norm on the keys", (KN,), replaced(KN, skipped), min_tokens=2),

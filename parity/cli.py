@@ -1,0 +1,349 @@
+"""The command line. Heavy libraries are imported by the command that needs them, never by `--help`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from parity.errors import ParityError, UsageError
+
+if TYPE_CHECKING:
+    from parity.compare import Progress, Question
+    from parity.results import Comparison
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Where does a port of a language model differ from transformers, and is it a bug or rounding?",
+)
+
+EMBEDDED = "tiny-qwen3"
+_ASK = "What both sides are asked"
+_RUN = "How they run"
+_OUT = "What comes out"
+
+Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="Text to run.", rich_help_panel=_ASK)]
+PromptFile = Annotated[Path | None, typer.Option(help="A file that holds the text.", rich_help_panel=_ASK)]
+Tokens = Annotated[
+    str | None, typer.Option(help="Token ids: '1 2 3', or a file with one row a line.", rich_help_panel=_ASK)
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help=f"A directory or hub id; without it the embedded {EMBEDDED}.", rich_help_panel=_ASK),
+]
+DType = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: the checkpoint's]", rich_help_panel=_RUN)]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …", rich_help_panel=_RUN)]
+Attention = Annotated[str, typer.Option(help="The reference's attention: eager or sdpa.", rich_help_panel=_RUN)]
+Inner = Annotated[bool, typer.Option("--inner", help="Also scores and probs, in memory of tokens².", rich_help_panel=_RUN)]
+Candidate = Annotated[
+    str, typer.Option("--candidate", "-c", help="module:factory, file.py:factory, or a dump.", rich_help_panel=_ASK)
+]
+Json = Annotated[bool, typer.Option("--json", help="The report alone, as JSON on stdout.", rich_help_panel=_OUT)]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every site.", rich_help_panel=_OUT)]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    """Set what holds for every command (the debug flag is read by `main`, outside of typer)."""
+    if version:
+        from importlib.metadata import version as installed
+
+        print(installed("parity"))
+        raise typer.Exit
+
+
+@app.command()
+def diff(
+    dumps: Annotated[list[Path] | None, typer.Argument(help="Dumps: REFERENCE CANDIDATE, or CANDIDATE alone.")] = None,
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    tokens: Tokens = None,
+    model: Model = None,
+    candidate: Candidate = "impl.qwen3:load",
+    dtype: DType = None,
+    device: Device = "cpu",
+    attention: Attention = "eager",
+    inner: Inner = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the report.", rich_help_panel=_OUT)] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compare a candidate with the reference: which operation is wrong, and is it a bug or rounding?
+
+    Exit code 0: match, 1: diverged, 2: trouble or inconclusive.
+    """
+    ask = Ask(prompt, prompt_file, tokens, model, dtype, device, attention, inner)
+    folder = out or (None if json else Path("reports") / datetime.now().strftime("%Y%m%d-%H%M%S"))
+    if folder is not None:
+        _writable(folder)
+    with _progress(quiet=json) as progress:
+        comparison = _diff(ask, dumps or [], candidate, progress)
+    _report(comparison, folder, json=json, verbose=verbose)
+    raise typer.Exit(comparison.exit_code)
+
+
+@app.command()
+def record(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The dump to write, *.h5.")],
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    tokens: Tokens = None,
+    model: Model = None,
+    candidate: Annotated[
+        str | None, typer.Option("--candidate", "-c", help="Record this candidate in place of the reference.")
+    ] = None,
+    dtype: DType = None,
+    device: Device = "cpu",
+    attention: Attention = "eager",
+    inner: Inner = False,
+) -> None:
+    """Record every activation of the reference (or of a candidate) to an HDF5 dump.
+
+    The token ids are written beside it, as text that any language can read.
+    """
+    question = Ask(prompt, prompt_file, tokens, model, dtype, device, attention, inner).question()
+    _writable(out.parent)
+    from parity.compare import record_candidate, record_reference
+    from parity.dump import write_tokens
+
+    with _progress(quiet=False) as progress:
+        if candidate:
+            missing = record_candidate(question, candidate, out)
+        else:
+            missing = []
+            record_reference(question, out, progress)
+    ids = out.with_suffix(".tokens.txt")
+    write_tokens(ids, question.token_ids)
+    print(f"{out}: {len(question.token_ids[0])} tokens, {out.stat().st_size / 1e6:.1f} MB; token ids in {ids}")
+    for site in missing:
+        print(f"not recorded, no module of this name: {site}")
+
+
+@app.command()
+def sites(model: Model = None, inner: Inner = False, json: Json = False) -> None:
+    """List what a port may dump: names, axes, sizes and dtypes."""
+    from parity.reference.catalogue import known_sites
+
+    known = known_sites(model or EMBEDDED, inner=inner)
+    if json:
+        _print_json([{"site": s.name, "dims": list(s.dims), "shape": list(s.sizes), "dtype": s.dtype} for s in known])
+        return
+    width = max(len(s.name) for s in known)
+    for s in known:
+        print(f"{s.name:{width}}  {' '.join(f'{d}={n}' if n else d for d, n in zip(s.dims, s.sizes, strict=True))}  {s.dtype}")
+
+
+# -- from options to a question ------------------------------------------------------------------------------
+
+
+class Ask:
+    """The options that say what to run, and the question they amount to."""
+
+    def __init__(
+        self,
+        prompt: str | None,
+        prompt_file: Path | None,
+        tokens: str | None,
+        model: str | None,
+        dtype: str | None,
+        device: str,
+        attention: str,
+        inner: bool,
+    ) -> None:
+        given = [name for name, v in (("--prompt", prompt), ("--prompt-file", prompt_file), ("--tokens", tokens)) if v is not None]
+        if len(given) > 1:
+            raise UsageError(f"{given[0]} and {given[1]} both say what to run. Give one of them.")
+        self.prompt, self.prompt_file, self.tokens = prompt, prompt_file, tokens
+        self.model, self.dtype, self.device = model, dtype, device
+        self.attention, self.inner = attention, inner
+        self.says_what_to_run = bool(given)
+
+    def question(self, token_ids: tuple[tuple[int, ...], ...] | None = None, model: str | None = None) -> Question:
+        """The question; token ids and model may come from a dump instead of the options."""
+        from parity.reference.checkpoint import default_dtype, find
+        from parity.compare import Question
+
+        checkpoint = find(self.model or model or EMBEDDED)
+        prompt = self._text()
+        if token_ids is None:
+            token_ids = self._ids(checkpoint.path, prompt)
+        _check_device(self.device)
+        return Question(
+            checkpoint,
+            token_ids,
+            self.dtype or default_dtype(checkpoint),
+            self.device,
+            self.attention,
+            prompt,
+            self.inner,
+            shlex.join(["parity", *sys.argv[1:]]),
+        )
+
+    def _text(self) -> str | None:
+        if self.prompt_file is None:
+            return self.prompt
+        try:
+            return self.prompt_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--prompt-file {self.prompt_file}: not readable as UTF-8 text ({error}).") from error
+
+    def _ids(self, model_dir: Path, prompt: str | None) -> tuple[tuple[int, ...], ...]:
+        if self.tokens is not None:
+            return _parse_tokens(self.tokens)
+        if prompt is None:
+            raise UsageError("nothing to run. Give --prompt TEXT, --prompt-file FILE or --tokens IDS.")
+        if not prompt:
+            raise UsageError("the prompt is empty: no token to run. Give --prompt some text.")
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        except (OSError, ValueError, ImportError) as error:
+            raise UsageError(f"{model_dir}: no tokenizer could be loaded. Give --tokens instead.") from error
+        return (tuple(tokenizer(prompt).input_ids),)
+
+
+def _parse_tokens(text: str) -> tuple[tuple[int, ...], ...]:
+    if Path(text).is_file():
+        text = Path(text).read_text(encoding="utf-8")
+    try:
+        rows = tuple(tuple(int(t) for t in line.replace(",", " ").split()) for line in text.strip().splitlines() if line.strip())
+    except ValueError as error:
+        raise UsageError(f"--tokens: {error}. Give numbers such as '1 2 3', or a file with one row a line.") from error
+    if len({len(row) for row in rows}) > 1:
+        raise UsageError(f"--tokens: rows of {', '.join(str(len(r)) for r in rows)} ids. All rows must be equally long.")
+    return rows
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device}: not usable here ({str(error).splitlines()[0]}).") from error
+
+
+def _diff(ask: Ask, dumps: list[Path], candidate: str, progress: Progress) -> Comparison:
+    from parity.candidates.spec import is_dump
+
+    if len(dumps) > 2:
+        raise UsageError(f"{len(dumps)} dumps given. Give REFERENCE CANDIDATE, or CANDIDATE alone.")
+    if not dumps and is_dump(candidate):
+        dumps = [Path(candidate)]
+    if not dumps:
+        from parity.compare import diff_live
+
+        return diff_live(ask.question(), candidate, progress)
+    return _diff_dumps(ask, dumps, progress)
+
+
+def _diff_dumps(ask: Ask, dumps: list[Path], progress: Progress) -> Comparison:
+    from parity.compare import diff_dump
+    from parity.dump import open_dump
+
+    with open_dump(dumps[0]) as first, open_dump(dumps[-1]) as last:
+        ids = None if ask.says_what_to_run else (first.info.token_ids or last.info.token_ids)
+        if ids is None and not ask.says_what_to_run:
+            raise UsageError(f"{dumps[-1]}: does not say its token ids. Give --prompt, --tokens, or write parity.token_ids into the dump.")
+        ask.dtype = ask.dtype or first.info.dtype or last.info.dtype
+        question = ask.question(ids, first.info.model)
+        _same_model(first, question.checkpoint)
+        return diff_dump(question, last, progress)
+
+
+def _same_model(dump: Any, checkpoint: Any) -> None:
+    from parity.errors import IncomparableError
+
+    theirs = dump.info.fingerprint
+    if theirs is not None and theirs != checkpoint.fingerprint():
+        raise IncomparableError(
+            f"{dump.path}: records model {dump.info.model!r} (fingerprint {theirs}), but {checkpoint.name!r} "
+            f"has fingerprint {checkpoint.fingerprint()}. Give --model the checkpoint that was recorded."
+        )
+
+
+# -- output --------------------------------------------------------------------------------------------------
+
+
+def _writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be made ({error.strerror}). Choose another place with --out.") from error
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{folder}: not writable. Choose another place with --out.")
+
+
+def _report(comparison: Comparison, folder: Path | None, *, json: bool, verbose: bool) -> None:
+    from rich.console import Console
+
+    from parity.report import json as report_json
+    from parity.report.terminal import show
+
+    text = report_json.dumps(comparison)
+    if json:
+        sys.stdout.write(text)
+    else:
+        show(comparison, Console(highlight=False), verbose=verbose)
+    if folder is not None:
+        path = folder / "report.json"
+        path.write_text(text, encoding="utf-8")
+        if not json:
+            print(f"report: {path}")
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=1))
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[Progress]:
+    """A bar with the current piece and an estimate; silent where nobody watches."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda _what, _done, _total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+def main() -> None:
+    """Entry point: errors become one line and exit code 2; `--debug` shows where they came from."""
+    debug = "--debug" in sys.argv
+    try:
+        app([argument for argument in sys.argv[1:] if argument != "--debug"], prog_name="parity")
+    except ParityError as error:
+        if debug:
+            raise
+        print(f"parity: {error}", file=sys.stderr)
+    except Exception as error:
+        if debug:
+            raise
+        reason = " ".join(str(error).split())
+        print(f"parity: internal error: {type(error).__name__}: {reason[:300]}. --debug shows where.", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

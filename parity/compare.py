@@ -1,0 +1,423 @@
+"""The composition: a reference and a candidate in, a Comparison out.
+
+record → dump → align → replay → measure → judge. A live candidate is recorded to a temporary dump first; from
+there on live and offline are the same way. Memory holds one piece of weights and its activations.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from parity.align import AmbiguousLayoutError, Gap, Pair, align
+from parity.candidates import torch_module
+from parity.dump import ArchiveWriter, Dump, Entry, RunInfo, open_dump
+from parity.errors import IncomparableError, UsageError
+from parity.judge import RoundingMode, covered, findings, judge_run, judge_site, rounding_mode
+from parity.metrics import Metrics, measure
+from parity.outcome import NextTokenWatch
+from parity.record.arrays import to_numpy, to_torch
+from parity.record.discover import with_sizes
+from parity.reference.checkpoint import Checkpoint
+from parity.reference.floor import Local, local_error
+from parity.reference.pieces import PiecewiseModel
+from parity.reference.precision import unit_roundoff
+from parity.reference.replay import Reference, Replayed
+from parity.reference.selfcheck import reference_checks, weight_check
+from parity.results import Check, Comparison, Environment, Measurement
+from parity.sites import Site
+
+Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def silent(_what: str, _done: int, _total: int) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What both sides are asked: the model, the tokens, and how to run.
+
+    `token_ids` (b, t) are the rows of the batch, `prompt` the text they came from, if any.
+    """
+
+    checkpoint: Checkpoint
+    token_ids: tuple[tuple[int, ...], ...]
+    dtype: str
+    device: str = "cpu"
+    attention: str = "eager"
+    prompt: str | None = None
+    inner: bool = False
+    command: str = ""
+
+    @property
+    def ids(self) -> Tensor:
+        """Token ids as a tensor (b, t) of int64."""
+        return torch.tensor(self.token_ids, dtype=torch.long)
+
+    def info(self, producer: str) -> RunInfo:
+        """What a dump of an answer to this question says of itself."""
+        return RunInfo(
+            producer=producer,
+            model=self.checkpoint.name,
+            fingerprint=self.checkpoint.fingerprint(),
+            token_ids=self.token_ids,
+            dtype=self.dtype,
+            device=self.device,
+            attention=self.attention,
+            prompt=self.prompt,
+            versions=versions(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+
+def record_reference(question: Question, path: Path, progress: Progress = silent) -> list[Site]:
+    """Record the reference's plain run to an HDF5 dump, piece by piece. Returns the sites recorded."""
+    model = _model(question)
+    sites = {site.name: site for site in _sites(model, question)}
+    pieces = model.pieces
+    with ArchiveWriter(path, question.info(f"transformers {versions()['transformers']}")) as writer:
+
+        def tap(site: str, value: Tensor) -> Tensor:
+            writer.add(site, to_numpy(value), sites[site].dims)
+            return value
+
+        hidden = None
+        for done, piece in enumerate(pieces):
+            progress(f"recording {_piece_name(piece)}", done, len(pieces))
+            with model.loaded(piece):
+                hidden = model.run(piece, question.ids, hidden, tap)
+    return list(sites.values())
+
+
+def record_candidate(question: Question, spec: str, path: Path) -> list[str]:
+    """Record a live candidate to an HDF5 dump. Returns the reference's sites that it does not have."""
+    sites = _model(question).sites
+    module = torch_module.build(spec, question.checkpoint.path, question.dtype, question.device)
+    _record_live(module, question, sites, path, spec)
+    have = {site.name for site in torch_module.own_sites(module, sites)}
+    return [site.name for site in sites if site.name not in have]
+
+
+def diff_live(question: Question, spec: str, progress: Progress = silent) -> Comparison:
+    """Build the candidate, record it, and compare it with the reference."""
+    clock = _Clock()
+    model = _model(question)
+    with clock("load candidate"):
+        progress(f"loading {spec}", 0, 1)
+        module = torch_module.build(spec, question.checkpoint.path, question.dtype, question.device)
+    return diff_module(question, module, spec, model, progress, clock)
+
+
+def diff_module(
+    question: Question,
+    module: nn.Module,
+    name: str,
+    model: PiecewiseModel | None = None,
+    progress: Progress = silent,
+    clock: _Clock | None = None,
+) -> Comparison:
+    """Compare a torch module that already stands in memory."""
+    clock = clock or _Clock()
+    model = model or _model(question)
+    with tempfile.TemporaryDirectory(prefix="parity-") as folder:
+        path = Path(folder) / "candidate.h5"
+        with clock("record candidate"):
+            progress(f"recording {name}", 0, 1)
+            _record_live(module, question, model.sites, path, name)
+        checks = [weight_check(module, question.checkpoint)]
+        axes: dict[str, tuple[str, ...]] = {}
+        with open_dump(path) as dump:
+            try:
+                pairs = _align(dump, _sites(model, question), axes)
+            except AmbiguousLayoutError:
+                # A live candidate can be asked which axis counts tokens; a file cannot.
+                axes = torch_module.token_axes(module, question.ids.to(question.device), model.sites)
+                pairs = _align(dump, _sites(model, question), axes)
+            del module
+            return _compare(question, model, dump, pairs, name, checks, progress, clock)
+
+
+def diff_dump(question: Question, dump: Dump, progress: Progress = silent) -> Comparison:
+    """Compare a dump that a port in any language wrote."""
+    theirs = dump.info.token_ids
+    if theirs is not None and theirs != question.token_ids:
+        raise IncomparableError(
+            f"{dump.path}: holds a run on token ids {_preview(theirs)}, the reference was asked {_preview(question.token_ids)}. "
+            "Run the port on the same ids (parity record writes them to a .tokens.txt file)."
+        )
+    model = _model(question)
+    pairs = _align(dump, _sites(model, question), {})
+    return _compare(question, model, dump, pairs, str(dump.path), [], progress, _Clock())
+
+
+# -- the straight way ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Clock:
+    """Where the time went, in seconds."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A site after measuring, before it is judged: the run's rounding mode is known only at the end."""
+
+    pair: Pair
+    metrics: Metrics
+    local: Local
+    dtype: str
+
+
+def _compare(
+    question: Question,
+    model: PiecewiseModel,
+    dump: Dump,
+    pairs: dict[str, Pair | Gap],
+    name: str,
+    checks: list[Check],
+    progress: Progress,
+    clock: _Clock,
+) -> Comparison:
+    working = model.dtype
+    checks = [*reference_checks(model), *checks]
+    head_dim = _head_dim(model.sites)
+    measured: dict[str, _Measured] = {}
+    watch = NextTokenWatch(question.checkpoint)
+    reference = Reference(model)
+    pieces = len(model.pieces)
+
+    def recorded(site: Site) -> Tensor | None:
+        pair = pairs[site.name]
+        return to_torch(pair.read(dump.read(site.name))) if isinstance(pair, Pair) else None
+
+    replayed = reference.replay(question.ids, recorded)
+    for done in range(pieces):
+        progress(f"replaying {_piece_name(model.pieces[done])}", done, pieces)
+        with clock("replay"):
+            _piece, sites = next(replayed)
+        with clock("measure"):
+            for site in sites:
+                pair = pairs[site.site.name]
+                if isinstance(pair, Pair):
+                    measured[pair.site.name] = _measure(site, pair, dump.entries[pair.site.name], working, head_dim)
+                if site is sites[-1] and done == pieces - 1:
+                    watch.see(site)
+    progress("judging", pieces, pieces)
+    return _conclude(question, model, dump, pairs, measured, name, checks, watch, clock)
+
+
+def _measure(site: Replayed, pair: Pair, entry: Entry, working: torch.dtype, head_dim: int | None) -> _Measured:
+    assert site.candidate is not None, "unreachable because pairs are read before the replay"
+    metrics = measure(to_numpy(site.candidate), to_numpy(site.own))
+    local = local_error(site, working, _storage(site.candidate, working), head_dim)
+    return _Measured(pair, metrics, local, entry.dtype)
+
+
+def _storage(candidate: Tensor, working: torch.dtype) -> torch.dtype:
+    """The dtype whose grid the candidate's numbers lie on: its own, or a narrower one dumped in a wider."""
+    if candidate.dtype in (torch.bfloat16, torch.float16):
+        return candidate.dtype
+    narrow = [d for d in (torch.bfloat16, torch.float16) if torch.equal(candidate.to(d).to(candidate.dtype), candidate)]
+    return working if working in narrow or not narrow else narrow[0]
+
+
+def _conclude(
+    question: Question,
+    model: PiecewiseModel,
+    dump: Dump,
+    pairs: dict[str, Pair | Gap],
+    measured: dict[str, _Measured],
+    name: str,
+    checks: list[Check],
+    watch: NextTokenWatch,
+    clock: _Clock,
+) -> Comparison:
+    mode = rounding_mode([m.local for m in measured.values()], unit_roundoff(model.dtype))
+    sites = [
+        _judged(measured[site], mode) if isinstance(pair, Pair) else Measurement(site, "unmeasured", pair.reason)
+        for site, pair in pairs.items()
+    ]
+    next_token = watch.result()
+    verdict, headline = judge_run(sites, checks, next_token)
+    return Comparison(
+        verdict=verdict,
+        headline=headline,
+        answer=_answer(sites, verdict),
+        findings=findings(sites),
+        sites=tuple(sites),
+        next_token=next_token,
+        coverage=covered(sites),
+        checks=tuple(checks),
+        environment=_environment(question, model, dump, name, measured, clock),
+    )
+
+
+def _judged(m: _Measured, mode: RoundingMode) -> Measurement:
+    verdict, ratio, reason = judge_site(m.local, mode)
+    x, local = m.metrics, m.local
+    return Measurement(
+        site=m.pair.site.name,
+        verdict=verdict,
+        reason=reason,
+        ratio=ratio,
+        row_max=local.row_max,
+        local_rel=local.local_rel,
+        inherited_rel=local.inherited_rel,
+        floor_rel=local.floor_rel,
+        total_ratio=local.total_ratio,
+        bit_equal=local.bit_equal,
+        mse=x.mse,
+        cosine=x.cosine,
+        max_abs=x.max_abs,
+        rel_l2=x.rel_l2,
+        ulp_max=x.ulp_max,
+        structure=local.structure,
+        dtype=m.dtype,
+        shape=m.pair.site.shape,
+        steps=m.pair.steps,
+    )
+
+
+def _answer(sites: Sequence[Measurement], verdict: str) -> str:
+    """"MSE 8.5e-3 at the logits: rounding or a bug?", in one line."""
+    logits = sites[-1] if sites else None
+    if logits is None or logits.mse is None or logits.total_ratio is None:
+        return "the logits were not measured"
+    size = f"logits MSE {logits.mse:.2g}, cosine {logits.cosine:.6f}"
+    if logits.total_ratio <= 2:
+        explained = "rounding explains all of it"
+    else:
+        explained = "rounding does not explain it" if verdict == "diverged" else "more than rounding usually makes"
+    return f"{size}: {logits.total_ratio:.2g}x the reference's own rounding error, {explained}"
+
+
+# -- small things --------------------------------------------------------------------------------------------
+
+
+def _model(question: Question) -> PiecewiseModel:
+    if question.dtype not in DTYPES:
+        raise UsageError(f"dtype {question.dtype!r} is not one of {', '.join(DTYPES)}.")
+    model = PiecewiseModel(
+        question.checkpoint, DTYPES[question.dtype], question.device, question.attention, question.inner
+    )
+    _check_tokens(question, model)
+    return model
+
+
+def _check_tokens(question: Question, model: PiecewiseModel) -> None:
+    rows = question.token_ids
+    if not rows or not rows[0]:
+        raise UsageError("the prompt is empty: no token to run. Give --prompt, --prompt-file or --tokens.")
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest and len(rows[0]) > longest:
+        raise UsageError(
+            f"the prompt has {len(rows[0])} tokens, but {question.checkpoint.name} has positions for {longest}. Shorten it."
+        )
+    vocabulary = model.config.vocab_size
+    outside = [token for row in rows for token in row if not 0 <= token < vocabulary]
+    if outside:
+        raise UsageError(f"token id {outside[0]} is outside the vocabulary of {question.checkpoint.name} (0 … {vocabulary - 1}).")
+
+
+def _record_live(module: nn.Module, question: Question, sites: Sequence[Site], path: Path, name: str) -> None:
+    torch_module.record(module, question.ids.to(question.device), sites, path, question.info(name))
+
+
+def _sites(model: PiecewiseModel, question: Question) -> tuple[Site, ...]:
+    batch, token = question.ids.shape
+    return with_sizes(model.sites, batch, token)
+
+
+def _align(dump: Dump, sites: Sequence[Site], axes: dict[str, tuple[str, ...]]) -> dict[str, Pair | Gap]:
+    head_dim = _head_dim(sites)
+    pairs: dict[str, Pair | Gap] = {}
+    for site in sites:
+        entry = dump.entries.get(site.name)
+        if entry is None:
+            pairs[site.name] = Gap(site.name, "not recorded by the candidate")
+        else:
+            declared = replace(entry, dims=entry.dims or axes.get(site.name))
+            pairs[site.name] = align(declared, site, head_dim)
+    return pairs
+
+
+def _head_dim(sites: Sequence[Site]) -> int | None:
+    return next((s.shape[-1] for s in sites if s.dims[-2:] == ("token", "head_dim")), None)
+
+
+def _piece_name(piece: int | str) -> str:
+    return f"layer {piece}" if isinstance(piece, int) else piece
+
+
+def _preview(rows: tuple[tuple[int, ...], ...]) -> str:
+    first = ", ".join(map(str, rows[0][:6])) if rows else ""
+    return f"[{first}{', …' if rows and len(rows[0]) > 6 else ''}] ({len(rows)} x {len(rows[0]) if rows else 0})"
+
+
+def _environment(
+    question: Question,
+    model: PiecewiseModel,
+    dump: Dump,
+    name: str,
+    measured: dict[str, _Measured],
+    clock: _Clock,
+) -> Environment:
+    kinds = [m.dtype for m in measured.values()]
+    precise = "float64" if model.dtype is torch.float32 else "float32"
+    return Environment(
+        model=question.checkpoint.name,
+        fingerprint=dump.info.fingerprint or question.checkpoint.fingerprint(),
+        candidate=name,
+        prompt=question.prompt,
+        tokens=len(question.token_ids[0]),
+        batch=len(question.token_ids),
+        working_dtype=question.dtype,
+        candidate_dtype=max(set(kinds), key=kinds.count) if kinds else "unknown",
+        truth_dtype=precise,
+        device=question.device,
+        attention=question.attention,
+        versions=versions(),
+        command=question.command,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds={what: round(seconds, 3) for what, seconds in clock.seconds.items()},
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that changes numbers."""
+    import platform
+    from importlib.metadata import version
+
+    packages = ("parity", "torch", "transformers", "numpy")
+    return {"python": platform.python_version()} | {name: _version(name, version) for name in packages}
+
+
+def _version(name: str, version: Callable[[str], str]) -> str:
+    from importlib.metadata import PackageNotFoundError
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,83 @@
+"""Integrity before measurement: is the reference itself sound, and do both sides hold the same weights?"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from parity.reference.checkpoint import Checkpoint
+from parity.reference.pieces import EMBED, PiecewiseModel
+from parity.results import Check
+
+
+def reference_checks(model: PiecewiseModel) -> list[Check]:
+    """RoPE frequencies in float32 and no TF32: a reference that rounds there is a bugged reference."""
+    checks = []
+    with model.loaded(EMBED):
+        frequencies = {name: b.dtype for name, b in model.model.named_buffers() if name.endswith("inv_freq")}
+    narrow = [name for name, dtype in frequencies.items() if dtype in (torch.bfloat16, torch.float16)]
+    if frequencies:
+        detail = f"{narrow[0]} is {frequencies[narrow[0]]}" if narrow else "float32 or wider"
+        checks.append(Check("reference RoPE frequencies", not narrow, detail))
+    tf32 = model.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision != "ieee"
+    checks.append(Check("reference TF32", not tf32, "on: float32 matmuls round to 10 bits" if tf32 else "off"))
+    return checks
+
+
+def weight_check(module: nn.Module, checkpoint: Checkpoint) -> Check:
+    """The live candidate's parameters against the checkpoint, name by name, in the candidate's dtype.
+
+    A different tensor is said to be transposed, or another tensor of the checkpoint, where it is one.
+    A name that the checkpoint lacks is no fault: a port may fuse or split weights.
+    """
+    differing: list[str] = []
+    compared = 0
+    own = dict(module.named_parameters(remove_duplicate=False))
+    for name, stored in _stored(checkpoint, own):
+        compared += 1
+        mine = own[name].detach().cpu()
+        if not _same(mine, stored):
+            differing.append(f"{name} {_how(mine, stored, checkpoint)}")
+    unknown = len(own) - compared
+    if differing:
+        more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+        return Check("candidate weights", False, differing[0] + more)
+    tail = f", {unknown} under other names" if unknown else ""
+    return Check("candidate weights", True, f"{compared} tensors equal to the checkpoint{tail}")
+
+
+def _stored(checkpoint: Checkpoint, wanted: dict[str, nn.Parameter]):  # type: ignore[no-untyped-def]
+    from safetensors import safe_open
+
+    for file in checkpoint.files:
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118
+                if name in wanted:
+                    yield name, shard.get_tensor(name)
+
+
+def _same(mine: Tensor, stored: Tensor) -> bool:
+    return mine.shape == stored.shape and torch.equal(mine, stored.to(mine.dtype))
+
+
+def _how(mine: Tensor, stored: Tensor, checkpoint: Checkpoint) -> str:
+    if mine.dim() == 2 and mine.shape == stored.shape[::-1] and _same(mine.T, stored):
+        return "is transposed"
+    if mine.shape != stored.shape:
+        return f"has shape {tuple(mine.shape)}, the checkpoint has {tuple(stored.shape)}"
+    if mine.dim() == 2 and mine.shape[0] == mine.shape[1] and _same(mine.T, stored):
+        return "is transposed"
+    twin = next((name for name, other in _all(checkpoint) if _same(mine, other)), None)
+    if twin:
+        return f"holds {twin}"
+    changed = float((mine != stored.to(mine.dtype)).float().mean())
+    return f"differs from the checkpoint in {changed:.0%} of its numbers"
+
+
+def _all(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]
+    from safetensors import safe_open
+
+    for file in checkpoint.files:
+        with safe_open(file, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118
+                yield name, shard.get_tensor(name)
