@@ -151,7 +151,8 @@ class Attention(nn.Module):
         k, v = k.repeat_interleave(self.group, dim=1), v.repeat_interleave(self.group, dim=1)
         scores = self.scores(q @ k.transpose(2, 3) * self.head_dim**-0.5 + mask)
         probs = self.probs(scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype))
-        return (probs @ v).transpose(1, 2)
+        context: Tensor = (probs @ v).transpose(1, 2)
+        return context
 
 
 class MLP(nn.Module):
@@ -184,7 +185,8 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Cache | None) -> Tensor:
         """One layer on the residual stream x (b, t, hidden)."""
         x = self.resid_mid(x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
 
 
 class Backbone(nn.Module):

@@ -39,8 +39,7 @@ class Pair:
     @property
     def steps(self) -> tuple[str, ...]:
         """What alignment does to the candidate's array, in words; empty where nothing is done."""
-        mine, theirs = [a for a in self.axes], list(self.site.dims)
-        return () if mine == theirs else (f"{' '.join(mine)} → {' '.join(theirs)}",)
+        return () if self.axes == self.site.dims else (f"{' '.join(self.axes)} → {' '.join(self.site.dims)}",)
 
     def read(self, array: NDArray[Any]) -> NDArray[Any]:
         """The candidate's array in the layout of the reference: a view wherever numpy can give one."""

@@ -39,14 +39,25 @@ Tokens = Annotated[
 ]
 Model = Annotated[
     str | None,
-    typer.Option("--model", "-m", help=f"A directory or hub id; without it the embedded {EMBEDDED}.", rich_help_panel=_ASK),
+    typer.Option(
+        "--model",
+        "-m",
+        help=f"A directory or hub id; without it the embedded {EMBEDDED}.",
+        rich_help_panel=_ASK,
+    ),
 ]
-DType = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: the checkpoint's]", rich_help_panel=_RUN)]
+DType = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16. [default: the checkpoint's]", rich_help_panel=_RUN),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …", rich_help_panel=_RUN)]
 Attention = Annotated[str, typer.Option(help="The reference's attention: eager or sdpa.", rich_help_panel=_RUN)]
-Inner = Annotated[bool, typer.Option("--inner", help="Also scores and probs, in memory of tokens².", rich_help_panel=_RUN)]
+Inner = Annotated[
+    bool, typer.Option("--inner", help="Also scores and probs, in memory of tokens².", rich_help_panel=_RUN)
+]
 Candidate = Annotated[
-    str, typer.Option("--candidate", "-c", help="module:factory, file.py:factory, or a dump.", rich_help_panel=_ASK)
+    str,
+    typer.Option("--candidate", "-c", help="module:factory, file.py:factory, or a dump.", rich_help_panel=_ASK),
 ]
 Json = Annotated[bool, typer.Option("--json", help="The report alone, as JSON on stdout.", rich_help_panel=_OUT)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every site.", rich_help_panel=_OUT)]
@@ -54,7 +65,9 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every site.", ri
 
 @app.callback()
 def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")
+    ] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
 ) -> None:
     """Set what holds for every command (the debug flag is read by `main`, outside of typer)."""
@@ -143,7 +156,9 @@ def sites(model: Model = None, inner: Inner = False, json: Json = False) -> None
         return
     width = max(len(s.name) for s in known)
     for s in known:
-        print(f"{s.name:{width}}  {' '.join(f'{d}={n}' if n else d for d, n in zip(s.dims, s.sizes, strict=True))}  {s.dtype}")
+        print(
+            f"{s.name:{width}}  {' '.join(f'{d}={n}' if n else d for d, n in zip(s.dims, s.sizes, strict=True))}  {s.dtype}"
+        )
 
 
 # -- from options to a question ------------------------------------------------------------------------------
@@ -163,7 +178,11 @@ class Ask:
         attention: str,
         inner: bool,
     ) -> None:
-        given = [name for name, v in (("--prompt", prompt), ("--prompt-file", prompt_file), ("--tokens", tokens)) if v is not None]
+        given = [
+            name
+            for name, v in (("--prompt", prompt), ("--prompt-file", prompt_file), ("--tokens", tokens))
+            if v is not None
+        ]
         if len(given) > 1:
             raise UsageError(f"{given[0]} and {given[1]} both say what to run. Give one of them.")
         self.prompt, self.prompt_file, self.tokens = prompt, prompt_file, tokens
@@ -173,8 +192,8 @@ class Ask:
 
     def question(self, token_ids: tuple[tuple[int, ...], ...] | None = None, model: str | None = None) -> Question:
         """The question; token ids and model may come from a dump instead of the options."""
-        from parity.reference.checkpoint import default_dtype, find
         from parity.compare import Question
+        from parity.reference.checkpoint import default_dtype, find
 
         checkpoint = find(self.model or model or EMBEDDED)
         prompt = self._text()
@@ -220,11 +239,15 @@ def _parse_tokens(text: str) -> tuple[tuple[int, ...], ...]:
     if Path(text).is_file():
         text = Path(text).read_text(encoding="utf-8")
     try:
-        rows = tuple(tuple(int(t) for t in line.replace(",", " ").split()) for line in text.strip().splitlines() if line.strip())
+        rows = tuple(
+            tuple(int(t) for t in line.replace(",", " ").split()) for line in text.strip().splitlines() if line.strip()
+        )
     except ValueError as error:
         raise UsageError(f"--tokens: {error}. Give numbers such as '1 2 3', or a file with one row a line.") from error
     if len({len(row) for row in rows}) > 1:
-        raise UsageError(f"--tokens: rows of {', '.join(str(len(r)) for r in rows)} ids. All rows must be equally long.")
+        raise UsageError(
+            f"--tokens: rows of {', '.join(str(len(r)) for r in rows)} ids. All rows must be equally long."
+        )
     return rows
 
 
@@ -258,7 +281,9 @@ def _diff_dumps(ask: Ask, dumps: list[Path], progress: Progress) -> Comparison:
     with open_dump(dumps[0]) as first, open_dump(dumps[-1]) as last:
         ids = None if ask.says_what_to_run else (first.info.token_ids or last.info.token_ids)
         if ids is None and not ask.says_what_to_run:
-            raise UsageError(f"{dumps[-1]}: does not say its token ids. Give --prompt, --tokens, or write parity.token_ids into the dump.")
+            raise UsageError(
+                f"{dumps[-1]}: does not say its token ids. Give --prompt, --tokens, or write parity.token_ids into the dump."
+            )
         ask.dtype = ask.dtype or first.info.dtype or last.info.dtype
         question = ask.question(ids, first.info.model)
         _same_model(first, question.checkpoint)
@@ -341,7 +366,10 @@ def main() -> None:
         if debug:
             raise
         reason = " ".join(str(error).split())
-        print(f"parity: internal error: {type(error).__name__}: {reason[:300]}. --debug shows where.", file=sys.stderr)
+        print(
+            f"parity: internal error: {type(error).__name__}: {reason[:300]}. --debug shows where.",
+            file=sys.stderr,
+        )
     sys.exit(2)
 
 

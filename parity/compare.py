@@ -9,11 +9,10 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -301,7 +300,7 @@ def _judged(m: _Measured, mode: RoundingMode) -> Measurement:
 
 
 def _answer(sites: Sequence[Measurement], verdict: str) -> str:
-    """"MSE 8.5e-3 at the logits: rounding or a bug?", in one line."""
+    """ "MSE 8.5e-3 at the logits: rounding or a bug?", in one line."""
     logits = sites[-1] if sites else None
     if logits is None or logits.mse is None or logits.total_ratio is None:
         return "the logits were not measured"
@@ -338,7 +337,9 @@ def _check_tokens(question: Question, model: PiecewiseModel) -> None:
     vocabulary = model.config.vocab_size
     outside = [token for row in rows for token in row if not 0 <= token < vocabulary]
     if outside:
-        raise UsageError(f"token id {outside[0]} is outside the vocabulary of {question.checkpoint.name} (0 … {vocabulary - 1}).")
+        raise UsageError(
+            f"token id {outside[0]} is outside the vocabulary of {question.checkpoint.name} (0 … {vocabulary - 1})."
+        )
 
 
 def _record_live(module: nn.Module, question: Question, sites: Sequence[Site], path: Path, name: str) -> None:

@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
-from parity.results import BAD, Check, Coverage, Finding, Measurement, NextToken, RunVerdict, SiteVerdict, Structure
+from parity.results import (
+    BAD,
+    Check,
+    Coverage,
+    Finding,
+    Measurement,
+    NextToken,
+    RunVerdict,
+    SiteVerdict,
+    Structure,
+)
 from parity.sites import family, layer_of
 
 if TYPE_CHECKING:
@@ -112,9 +122,7 @@ def findings(sites: Sequence[Measurement]) -> tuple[Finding, ...]:
     return tuple(_finding(name, group, sites, order) for name, group in groups.items())
 
 
-def _finding(
-    name: str, group: list[Measurement], sites: Sequence[Measurement], order: dict[str, int]
-) -> Finding:
+def _finding(name: str, group: list[Measurement], sites: Sequence[Measurement], order: dict[str, int]) -> Finding:
     worst = max(group, key=lambda m: (m.ratio is not None, m.ratio))
     layers = tuple(layer for m in group if (layer := layer_of(m.site)) is not None)
     verdicts = [m.verdict for m in group]
@@ -184,7 +192,11 @@ def judge_run(
         rough = len(bad) - wrong
         parts = [f"{wrong} wrong operation{'s' * (wrong != 1)}"] * bool(wrong)
         parts += [f"{rough} less precise than the dtype needs"] * bool(rough)
-        rest = "everything else is rounding" if coverage.measured == coverage.known else "the rest of what was measured is rounding"
+        rest = (
+            "everything else is rounding"
+            if coverage.measured == coverage.known
+            else "the rest of what was measured is rounding"
+        )
         return "diverged", f"{', '.join(parts)}; {rest}"
     if failed:
         return "inconclusive", f"{failed[0].name}: {failed[0].detail}"
@@ -193,9 +205,15 @@ def judge_run(
         return "inconclusive", f"the logits were not measured: {what}"
     total = sites[-1].total_ratio
     if total is not None and total > _TOTAL:
-        return "inconclusive", f"every operation rounds as it should, yet the logits are {total:.1f}x as far off as the reference's"
+        return (
+            "inconclusive",
+            f"every operation rounds as it should, yet the logits are {total:.1f}x as far off as the reference's",
+        )
     if next_token is not None and next_token.unexplained_flips:
-        return "inconclusive", f"{next_token.unexplained_flips} top tokens differ by more than rounding explains"
+        return (
+            "inconclusive",
+            f"{next_token.unexplained_flips} top tokens differ by more than rounding explains",
+        )
     unmeasured = coverage.known - coverage.measured
     tail = f"; {unmeasured} sites unmeasured, judged through the next measured one" if unmeasured else ""
     return "match", f"every operation is within the reference's own rounding{tail}"

@@ -83,10 +83,8 @@ def ulp_distance(a: Array, b: Array) -> Floats:
     with np.errstate(all="ignore"):
         for left, right, target in _tiles(a, b, out):
             wide, steps = reader.read(left, right)
-            np.copyto(target, steps, casting="unsafe")
             finite, clash = _nonfinite(wide)
-            target[~finite.all(axis=0)] = 0.0
-            target[clash] = np.inf
+            target[...] = np.where(finite.all(axis=0), steps, np.where(clash, inf, 0.0))
     return out
 
 
@@ -151,11 +149,12 @@ def _sums(candidate: Array, reference: Array, reader: "_Reader", scale: float = 
         squares = _dot(wide, wide)
         if not isfinite(squares[0] + squares[1]):  # the only test that tiles without NaN or Inf pay for
             finite, clash = _nonfinite(wide)
-            sums.nonfinite += np.count_nonzero(~finite, axis=1)
+            sums.nonfinite += [np.count_nonzero(row) for row in ~finite]
             sums.clashes += int(np.count_nonzero(clash))
-            aside = ~finite.all(axis=0)
-            wide[:, aside] = 0.0
-            steps[aside] = 0
+            keep = finite.all(axis=0)
+            bits = wide.view(np.int64)
+            bits &= -keep.astype(np.int64)  # zeros the rest; boolean indexing is 15 times slower
+            steps *= keep
             squares = _dot(wide, wide)
         sums.squares += squares
         sums.cr += float(_dot(wide[0], wide[1]))
@@ -273,7 +272,7 @@ def _tiles(*arrays: Array) -> Iterator[tuple[Array, ...]]:
     if arrays[0].size:
         # nditer buffers only what numpy knows: ml_dtypes travel as the unsigned integers of their size.
         plain = [_bits(array) if array.dtype.kind == "V" else array for array in arrays]
-        flags = [["readonly", "contig", "nbo", "aligned"]] * 2 + [["writeonly", "contig"]] * (len(arrays) - 2)
+        flags = [["readonly", "contig", "nbo"]] * 2 + [["writeonly", "contig"]] * (len(arrays) - 2)
         with np.nditer(plain, ["external_loop", "buffered"], flags, buffersize=TILE) as tiles:  # type: ignore[arg-type]
             yield from tiles
 

@@ -1,9 +1,9 @@
 """Small random checkpoints with every coincidence removed, in the format of Hugging Face.
 
 Identity hides bugs: norm weights of one make (1 + w) a plain factor, heads x head_dim = hidden lets a wrong
-head_dim fit, one query head for each key/value head makes the order of GQA vanish. No two sizes here are equal,
-no norm weight is one, theta is unusual, the first hidden states are small enough that eps matters, attention is
-far from uniform and some logits are large.
+head_dim fit, one query head for each key/value head makes the order of GQA vanish. No two sizes here are
+equal, no norm weight is one, theta is unusual, the first hidden states are small enough that eps matters,
+attention is far from uniform and some logits are large.
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ def _from_file(spec: str, path: Path) -> ModuleType:
     if not path.is_file():
         raise CandidateError(f"candidate {spec!r}: no file {path}. Give its path from {Path.cwd()}.")
     description = importlib.util.spec_from_file_location(path.stem, path)
-    assert description is not None and description.loader is not None, "unreachable because the suffix is .py"
+    assert description, "unreachable because the suffix is .py"
+    assert description.loader, "unreachable for the same reason"
     module = importlib.util.module_from_spec(description)
     sys.modules[path.stem] = module
     # A port usually imports its own neighbours.
@@ -57,7 +58,9 @@ def _from_name(spec: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise CandidateError(f"candidate {spec!r}: no module {error.name!r}. Install it, or give file.py:function.") from error
+        raise CandidateError(
+            f"candidate {spec!r}: no module {error.name!r}. Install it, or give file.py:function."
+        ) from error
     except Exception as error:
         raise CandidateError(f"candidate {spec!r}: importing {name} failed with {describe(error)}") from error
 

@@ -114,9 +114,7 @@ def open_archive(path: Path | str) -> Dump:
         sites = file["sites"]
         lost = entries.keys() - set(sites)
         if lost:
-            raise DumpError(
-                f"{path}: has lost {len(lost)} sites — {min(lost)!r} is in the index only — record again"
-            )
+            raise DumpError(f"{path}: has lost {len(lost)} sites — {min(lost)!r} is in the index only — record again")
         mapped = map_file(path)
     except BaseException:
         file.close()
@@ -132,9 +130,7 @@ def _storage(dtype: str) -> tuple[h5t.TypeID, np.dtype[Any]]:
     """
     if dtype == "bfloat16":  # a float type of HDF5's own making: every reader shows the right numbers
         bfloat16 = h5t.IEEE_F32LE.copy()
-        bfloat16.set_fields(
-            15, 7, 8, 0, 7
-        )  # positions of sign, exponent and its width, mantissa and its width
+        bfloat16.set_fields(15, 7, 8, 0, 7)  # positions of sign, exponent and its width, mantissa and its width
         bfloat16.set_precision(16)
         bfloat16.set_size(2)
         bfloat16.set_ebias(127)
@@ -175,9 +171,7 @@ def _read(path: Path, sites: h5py.Group, mapped: Array, entry: Entry) -> Array:
 def _open_file(path: Path) -> h5py.File:
     require_file(path)
     try:
-        return h5py.File(
-            path, "r", locking=False
-        )  # whole files do not change; shared disks often cannot lock
+        return h5py.File(path, "r", locking=False)  # whole files do not change; shared disks often cannot lock
     except OSError as error:
         if "truncated file" in str(error):
             raise DumpError(

@@ -41,9 +41,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # h5py raises both
-        raise DumpError(
-            f"{path}: cannot be written — {_reason(error)} — check its directory and disk"
-        ) from error
+        raise DumpError(f"{path}: cannot be written — {_reason(error)} — check its directory and disk") from error
 
 
 @contextmanager
@@ -52,9 +50,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        raise DumpError(
-            f"{path}: cannot be read — {_reason(error)} — check its permissions and disk"
-        ) from error
+        raise DumpError(f"{path}: cannot be read — {_reason(error)} — check its permissions and disk") from error
 
 
 class Outlet(io.FileIO):
@@ -94,9 +90,7 @@ def require_file(path: Path) -> None:
     """Raise DumpError unless `path` is a file with something in it."""
     with reading(path):
         if not path.exists():
-            raise DumpError(
-                f"{path}: does not exist — no such file — check the name, or record the run first"
-            )
+            raise DumpError(f"{path}: does not exist — no such file — check the name, or record the run first")
         if path.is_dir():
             raise DumpError(f"{path}: is a directory — expected a file — name the dump inside it")
         if path.stat().st_size == 0:

@@ -64,18 +64,14 @@ def _values(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in metadata.items():
         if key not in TEXTS + OBJECTS:
             known = ", ".join(TEXTS + OBJECTS)
-            raise DumpError(
-                f"{path}: unknown metadata 'parity.{key}' — parity knows {known} — rename or remove it"
-            )
+            raise DumpError(f"{path}: unknown metadata 'parity.{key}' — parity knows {known} — rename or remove it")
         if key in TEXTS and not isinstance(value, str):
             raise DumpError(f"{path}: 'parity.{key}' is not text — found {value!r:.60} — write a string")
         if key in OBJECTS and isinstance(value, str):
             try:
                 values[key] = json.loads(value)
             except ValueError as error:
-                raise DumpError(
-                    f"{path}: 'parity.{key}' is not JSON — {error} — see dumps/README.md"
-                ) from error
+                raise DumpError(f"{path}: 'parity.{key}' is not JSON — {error} — see dumps/README.md") from error
     return values
 
 
@@ -119,7 +115,5 @@ def _entries(path: Path, tensors: Tensors, dims: Any) -> dict[str, Entry]:
         except DumpError as error:
             raise DumpError(f"{path}: {error}") from None
     if not entries:
-        raise DumpError(
-            f"{path}: holds no tensors — found none but 'token_ids' at most — dump at least one site"
-        )
+        raise DumpError(f"{path}: holds no tensors — found none but 'token_ids' at most — dump at least one site")
     return entries

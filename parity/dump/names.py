@@ -58,9 +58,7 @@ def load_names(path: Path | str) -> NameMap:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise DumpError(
-            f"{path}: is no name map — not JSON: {error} — see dumps/README.md for an example"
-        ) from error
+        raise DumpError(f"{path}: is no name map — not JSON: {error} — see dumps/README.md for an example") from error
     return parse_names(value, str(path))
 
 

@@ -60,9 +60,7 @@ def open_npy_folder(path: Path | str) -> Dump:
     path = Path(path)
     files = {file.name.removesuffix(SUFFIX): file for file in sorted(path.glob("*" + SUFFIX))}
     if not files:
-        raise DumpError(
-            f"{path}: is a directory without .npy files — nothing to read — name a dump, or fill it"
-        )
+        raise DumpError(f"{path}: is a directory without .npy files — nothing to read — name a dump, or fill it")
     headers = {}
     for name, file in files.items():
         require_file(file)
@@ -101,9 +99,7 @@ def _header(what: str, file: IO[bytes]) -> Header:
     try:
         shape, _, dtype = HEADERS[np.lib.format.read_magic(file)](file)
     except (ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DumpError(
-            f"{what} is not a whole npy array — {error} — write it again with numpy.save"
-        ) from error
+        raise DumpError(f"{what} is not a whole npy array — {error} — write it again with numpy.save") from error
     if dtype.hasobject:
         raise DumpError(
             f"{what} holds pickled Python objects — parity runs no code from a dump — save arrays of numbers"

@@ -51,9 +51,5 @@ def _open(path: Path) -> Dump:
         return open_safetensors(path)
     if path.suffix in OPENERS:
         return OPENERS[path.suffix](path)
-    hint = next(
-        (hint for magic, hint in HINTS.items() if start.startswith(magic)), f"a file that begins {start!r}"
-    )
-    raise DumpError(
-        f"{path}: is no dump — found {hint} — parity opens HDF5, safetensors, npz, folders of .npy"
-    )
+    hint = next((hint for magic, hint in HINTS.items() if start.startswith(magic)), f"a file that begins {start!r}")
+    raise DumpError(f"{path}: is no dump — found {hint} — parity opens HDF5, safetensors, npz, folders of .npy")

@@ -118,9 +118,7 @@ def _place(path: Path, name: str, item: Any, size: int) -> tuple[int, int]:
     if not valid:
         raise _malformed(path, f"{name!r} as {item!r:.80}")
     if dtype not in CODES:
-        raise DumpError(
-            f"{path}: {name!r} has dtype {dtype} — parity reads {', '.join(CODES)} — cast it first"
-        )
+        raise DumpError(f"{path}: {name!r} has dtype {dtype} — parity reads {', '.join(CODES)} — cast it first")
     needed = math.prod(shape) * DTYPES[CODES[dtype]].itemsize
     if end - begin != needed:
         raise DumpError(

@@ -15,15 +15,11 @@ TokenIds = tuple[tuple[int, ...], ...]
 def token_rows(value: Any) -> TokenIds:
     """A batch of token ids, from a list of rows or one bare row. Raises DumpError if it is ragged."""
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise DumpError(
-            f"token ids are not a list — found {value!r:.60} — give [[1, 2, 3]], one list for each row"
-        )
+        raise DumpError(f"token ids are not a list — found {value!r:.60} — give [[1, 2, 3]], one list for each row")
     rows = [value] if value and not isinstance(value[0], Sequence) else value
     for row in rows:
         if not isinstance(row, Sequence) or not all(type(token) is int for token in row):
-            raise DumpError(
-                f"token ids are not integers — found {row!r:.60} — give [[1, 2, 3]], one list for each row"
-            )
+            raise DumpError(f"token ids are not integers — found {row!r:.60} — give [[1, 2, 3]], one list for each row")
     lengths = sorted({len(row) for row in rows})
     if len(lengths) > 1:
         raise DumpError(

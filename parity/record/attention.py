@@ -45,9 +45,7 @@ def register(implementation: str) -> str:
 
 
 @contextmanager
-def attention_taps(
-    sites: dict[nn.Module, dict[str, str]], tap: Callable[[str, Tensor], Tensor]
-) -> Iterator[None]:
+def attention_taps(sites: dict[nn.Module, dict[str, str]], tap: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
     """Let `tap` see the named values inside the given attention modules during the block."""
     token = _active.set((sites, tap))
     try:
@@ -90,9 +88,7 @@ def _implementation(module: nn.Module, name: str) -> Callable[..., Any]:
 class _SoftmaxTap(TorchFunctionMode):
     """Taps scores and probs, which an eager attention function keeps to itself, at its softmax."""
 
-    def __init__(
-        self, names: dict[str, str], tap: Callable[[str, Tensor], Tensor], dtype: torch.dtype
-    ) -> None:
+    def __init__(self, names: dict[str, str], tap: Callable[[str, Tensor], Tensor], dtype: torch.dtype) -> None:
         super().__init__()
         self.names, self.tap, self.dtype = names, tap, dtype
 

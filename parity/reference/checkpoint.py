@@ -72,7 +72,9 @@ def _open(name: str, path: Path) -> Checkpoint:
     missing = [shard for shard in names if not (path / shard).is_file()]
     if missing or not names:
         what = f"{missing[0]} is missing" if missing else "no *.safetensors"
-        raise ModelError(f"model {name!r}: {what} in {path}. parity reads safetensors; convert or complete the download.")
+        raise ModelError(
+            f"model {name!r}: {what} in {path}. parity reads safetensors; convert or complete the download."
+        )
     return Checkpoint(name, path, tuple(path / shard for shard in names))
 
 

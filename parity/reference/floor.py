@@ -158,7 +158,7 @@ def _profile(rr: Tensor, floor: Tensor, dims: Dims, axis: str) -> Tensor:
 def _by_head(r: Tensor, rr: Tensor, floor: Tensor, dims: Dims, head_dim: int | None) -> Tensor:
     if dims[-1] != f"head{FLATTENED}head_dim" or not head_dim or r.shape[-1] % head_dim:
         return _profile(rr, floor, dims, "head")
-    heads = r.unflatten(-1, (-1, head_dim)).square().sum(-1)
+    heads = r.reshape(*r.shape[:-1], -1, head_dim).square().sum(-1)
     share = heads.flatten(0, -2).sum(0) / floor.sum() * heads.shape[-1]
     return torch.nan_to_num(share.sqrt(), 0.0, float("inf"), 0.0)
 
@@ -168,4 +168,4 @@ def _bins(profile: Tensor) -> tuple[float, ...]:
     if profile.numel() <= _PROFILE_BINS:
         return tuple(profile.tolist())
     width = math.ceil(profile.numel() / _PROFILE_BINS)
-    return tuple(float(part.max()) for part in profile.split(width))
+    return tuple(float(profile[i : i + width].max()) for i in range(0, profile.numel(), width))

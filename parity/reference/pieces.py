@@ -36,7 +36,7 @@ class _Call:
     kwargs: dict[str, Any]
 
 
-class _Stop(Exception):
+class _StopPassError(Exception):
     """Ends a forward pass that has shown all it was run for."""
 
 
@@ -151,13 +151,13 @@ class PiecewiseModel:
             self._calls[index] = call
             captured.append(hidden)
             if index == len(self.layers) - 1:
-                raise _Stop
+                raise _StopPassError
             return hidden
 
         with quiet_torch(), self._stubbed(capture), tapping(self.model, self._sites[EMBED], tap):
             try:
                 self.model(input_ids=input_ids.to(self.device), use_cache=False)
-            except _Stop:
+            except _StopPassError:
                 return captured[0]
         raise AssertionError("unreachable because the last stub stops the pass")
 
@@ -256,10 +256,10 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> Any:
 
 def _find_layers(model: nn.Module) -> list[nn.Module]:
     """The decoder layers: the longest list of modules that the backbone holds."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
     if not lists:
         raise ModelError(f"{type(model).__name__} has no list of layers; parity cannot cut it into pieces.")
-    return list(max(lists, key=len))
+    return max(lists, key=len)
 
 
 _LAYER_KEY = re.compile(r"(?:^|\.)(\d+)\.")
@@ -276,7 +276,8 @@ def _holds_tensors(module: nn.Module) -> bool:
 
 
 def _full_name(model: nn.Module, module: nn.Module, name: str) -> str:
-    return next(n for n, m in model.named_modules() if m is module) + "." + name
+    owner = next(n for n, m in model.named_modules() if m is module)
+    return f"{owner}.{name}"
 
 
 def _copy_weights(mine: nn.Module, theirs: nn.Module) -> None:

@@ -35,11 +35,11 @@ def promoted(dtype: torch.dtype) -> Iterator[None]:
     if dtype is not torch.float64:
         yield
         return
-    with _Promote():
+    with _Promote():  # type: ignore[no-untyped-call]
         yield
 
 
-class _Promote(TorchDispatchMode):
+class _Promote(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if kwargs.get("dtype") in _NARROW:

@@ -51,7 +51,11 @@ class Reference:
     def __init__(self, working: PiecewiseModel) -> None:
         self.working = working
         self.precise = PiecewiseModel(
-            working.checkpoint, truth_dtype(working.dtype), str(working.device), working.attention, working.inner
+            working.checkpoint,
+            truth_dtype(working.dtype),
+            str(working.device),
+            working.attention,
+            working.inner,
         )
 
     def replay(

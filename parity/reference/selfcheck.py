@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +35,7 @@ def weight_check(module: nn.Module, checkpoint: Checkpoint) -> Check:
     differing: list[str] = []
     compared = 0
     own = dict(module.named_parameters(remove_duplicate=False))
-    for name, stored in _stored(checkpoint, own):
+    for name, stored in _tensors(checkpoint, own):
         compared += 1
         mine = own[name].detach().cpu()
         if not _same(mine, stored):
@@ -44,16 +46,6 @@ def weight_check(module: nn.Module, checkpoint: Checkpoint) -> Check:
         return Check("candidate weights", False, differing[0] + more)
     tail = f", {unknown} under other names" if unknown else ""
     return Check("candidate weights", True, f"{compared} tensors equal to the checkpoint{tail}")
-
-
-def _stored(checkpoint: Checkpoint, wanted: dict[str, nn.Parameter]):  # type: ignore[no-untyped-def]
-    from safetensors import safe_open
-
-    for file in checkpoint.files:
-        with safe_open(file, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118
-                if name in wanted:
-                    yield name, shard.get_tensor(name)
 
 
 def _same(mine: Tensor, stored: Tensor) -> bool:
@@ -67,17 +59,19 @@ def _how(mine: Tensor, stored: Tensor, checkpoint: Checkpoint) -> str:
         return f"has shape {tuple(mine.shape)}, the checkpoint has {tuple(stored.shape)}"
     if mine.dim() == 2 and mine.shape[0] == mine.shape[1] and _same(mine.T, stored):
         return "is transposed"
-    twin = next((name for name, other in _all(checkpoint) if _same(mine, other)), None)
+    twin = next((name for name, other in _tensors(checkpoint) if _same(mine, other)), None)
     if twin:
         return f"holds {twin}"
     changed = float((mine != stored.to(mine.dtype)).float().mean())
     return f"differs from the checkpoint in {changed:.0%} of its numbers"
 
 
-def _all(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]
+def _tensors(checkpoint: Checkpoint, wanted: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's tensors one by one, or only those of the wanted names."""
     from safetensors import safe_open
 
     for file in checkpoint.files:
         with safe_open(file, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118
-                yield name, shard.get_tensor(name)
+                if wanted is None or name in wanted:
+                    yield name, shard.get_tensor(name)

@@ -19,9 +19,13 @@ def load(path: Path) -> Comparison:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: not a report.json ({error}). Give the file that `parity diff --out DIR` wrote.") from error
+        raise UsageError(
+            f"{path}: not a report.json ({error}). Give the file that `parity diff --out DIR` wrote."
+        ) from error
     schema = raw.get("schema") if isinstance(raw, dict) else None
     if schema != SCHEMA:
-        raise UsageError(f"{path}: schema {schema!r} found, this parity reads schema {SCHEMA}. Run `parity diff` again.")
+        raise UsageError(
+            f"{path}: schema {schema!r} found, this parity reads schema {SCHEMA}. Run `parity diff` again."
+        )
     comparison: Comparison = from_json(Comparison, raw)
     return comparison

@@ -27,9 +27,7 @@ STYLES = {
 def show(comparison: Comparison, console: Console, *, verbose: bool = False) -> None:
     """Print a Comparison: verdict, findings, next token, layers; every site if `verbose`."""
     env = comparison.environment
-    console.print(
-        Text.assemble((comparison.verdict.upper(), STYLES[comparison.verdict]), "  ", comparison.headline)
-    )
+    console.print(Text.assemble((comparison.verdict.upper(), STYLES[comparison.verdict]), "  ", comparison.headline))
     coverage = comparison.coverage
     console.print(
         f"{env.candidate} against {env.model}: sites {coverage.measured}/{coverage.known} measured, "
@@ -92,8 +90,15 @@ def _next_token(comparison: Comparison, console: Console) -> None:
             highlight=False,
         )
         if token.flips:
-            explained = "all explained by rounding" if not token.unexplained_flips else f"{token.unexplained_flips} not explained"
-            console.print(f"top token differs at {token.flips} of {token.positions} positions, {explained}", highlight=False)
+            explained = (
+                "all explained by rounding"
+                if not token.unexplained_flips
+                else f"{token.unexplained_flips} not explained"
+            )
+            console.print(
+                f"top token differs at {token.flips} of {token.positions} positions, {explained}",
+                highlight=False,
+            )
     console.print(comparison.answer, markup=False, highlight=False)
 
 

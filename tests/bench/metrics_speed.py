@@ -38,6 +38,12 @@ def whole(candidate: Array, reference: Array) -> tuple[float, ...]:
     return (d**2).mean(), c @ r / (norms[0] * norms[1]), np.abs(d).max(), np.linalg.norm(d) / norms[1]
 
 
+def whole_silent(candidate: Array, reference: Array) -> tuple[float, ...]:
+    """The yardstick, silent about what infinities do to it."""
+    with np.errstate(invalid="ignore"):
+        return whole(candidate, reference)
+
+
 def whole_kl(candidate: Array, reference: Array) -> Array:
     """KL by log-softmax of the whole arrays."""
     logs = []
@@ -99,12 +105,6 @@ def main() -> None:
     row("bfloat16, half −inf", measure, whole_silent, (masked[0], masked[1]))
     logits = [array.reshape(-1, VOCABULARY) for array in bf16]
     row("KL, bfloat16", kl_divergence, whole_kl, (logits[0], logits[1]))
-
-
-def whole_silent(candidate: Array, reference: Array) -> tuple[float, ...]:
-    """The yardstick, silent about what infinities do to it."""
-    with np.errstate(invalid="ignore"):
-        return whole(candidate, reference)
 
 
 if __name__ == "__main__":

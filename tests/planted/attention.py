@@ -81,8 +81,8 @@ def softmax_in_bf16(scores: Tensor) -> Tensor:
     x = scores.bfloat16()
     weights = (x - x.amax(-1, keepdim=True)).exp()
     total = torch.zeros_like(weights[..., :1])
-    for part in weights.split(16, dim=-1):
-        total = total + part.sum(-1, keepdim=True)
+    for weight in weights.split(1, dim=-1):
+        total = total + weight
     return (weights / total).to(scores.dtype)
 
 
@@ -117,9 +117,7 @@ def wired(
 ) -> Change:
     """Attention with other wires into its norms, its RoPE or its o_proj."""
 
-    def forward(
-        self: Attention, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Cache | None
-    ) -> Tensor:
+    def forward(self: Attention, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Cache | None) -> Tensor:
         q, k, v = inputs(self, x)
         q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
         q, k = self.q_rope(rotate(q, cos, sin)), self.k_rope(rotate(k, cos, sin))
@@ -252,12 +250,10 @@ BUGS = (
         SCORES,
         note=_ONE_TOKEN + " " + _CAP,
     ),
-    _bug(
-        "attention-sink", "a sink takes part of the probability", attending(softmax=softmax_with_sink), PROBS
-    ),
+    _bug("attention-sink", "a sink takes part of the probability", attending(softmax=softmax_with_sink), PROBS),
     _bug(
         "softmax-bf16",
-        "softmax in bfloat16",
+        "softmax in bfloat16, its sum one term after another",
         attending(softmax=softmax_in_bf16),
         PROBS,
         kind="precision",

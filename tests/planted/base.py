@@ -33,14 +33,14 @@ LAYER_NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm"
 class Variant:
     """One change to a freshly loaded model: a bug to be found, or a legal difference to be tolerated.
 
-    `guilty` are the sites that are wrong on their own recorded inputs: names inside a layer ("" for the output
-    of the layer) or whole names outside the layers. `inner` replaces `self_attn.context` among them where scores
-    and probs are recorded as well. `kind` is `bug`, `precision`, `rounding-mode`, `nonfinite` or `clean`.
-    `dtypes` are those of the reference in which a long prompt shows it, or in which a clean run makes sense.
-    `needs` is `bias`, `no bias` or `untied` where the checkpoint must be so.
+    `guilty` are the sites that are wrong on their own recorded inputs: names inside a layer ("" for its output)
+    or whole names outside the layers. `inner` replaces `self_attn.context` among them where scores and probs
+    are recorded as well. `kind` is `bug`, `precision`, `rounding-mode`, `nonfinite` or `clean`. `dtypes` are
+    those of the reference in which a long prompt shows it, or in which a clean run makes sense. `needs` is
+    `bias`, `no bias` or `untied` where the checkpoint must be so.
 
-    The last five fields are how a legal variant is run. `build` sees to `compile` (the last part of the names of
-    the modules to compile, `.` for the whole model) and `engine_dtype`; the rest is up to the caller.
+    The last five fields are how a legal variant is run. `build` sees to `compile` (the end of the names of the
+    modules to compile, `.` for the whole model) and `engine_dtype`; the rest is up to the caller.
     """
 
     id: str
@@ -210,9 +210,7 @@ def place_of(attention: Attention, cos: Tensor, sin: Tensor, cache: Cache | None
 def attention_with(turn: Turn) -> Callable[..., Tensor]:
     """An attention forward whose RoPE is `turn(module, "q" or "k", heads, place)`."""
 
-    def forward(
-        self: Attention, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Cache | None
-    ) -> Tensor:
+    def forward(self: Attention, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Cache | None) -> Tensor:
         b, t, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(b, t, -1, self.head_dim)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x).view(b, t, -1, self.head_dim)).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Legal differences: other orders of summation, other places to round. None is a bug, and all of them happen."""
+"""Legal differences: other orders of summation, other places to round. None is a bug, all of them happen."""
 
 from __future__ import annotations
 
@@ -274,9 +274,7 @@ CLEAN = (
         note="Operations saw unrounded inputs.",
     ),
     _clean("split-4", "matrix products in 4 partial sums", in_all_linears(split_sum(4))),
-    _clean(
-        "sequential", "matrix products summed first to last in float32", in_all_linears(one_after_another)
-    ),
+    _clean("sequential", "matrix products summed first to last", in_all_linears(one_after_another)),
     _clean("qkv-fused", "one matrix product for q, k and v", _fused_qkv),
     _clean(
         "swiglu-fused",
@@ -287,13 +285,20 @@ CLEAN = (
     _clean("batch-3", "the prompt three times in one batch", batch=3),
     _clean("threads-2", "two threads", threads=2),
     _clean("compiled-mlp", "torch.compile on each MLP", compile="mlp"),
-    _clean("engine-fp32", "all in float32 where the reference is in bfloat16", engine_dtype="float32"),
-    _clean("dump-fp32", "bfloat16 recorded as float32", dump_dtype="float32"),
+    _clean("compiled", "torch.compile on the whole model", compile="."),
+    _clean(
+        "engine-fp32",
+        "all in float32 where the reference is in bfloat16",
+        engine_dtype="float32",
+        dtypes=("bfloat16",),
+    ),
+    _clean("dump-fp32", "bfloat16 recorded as float32", dump_dtype="float32", dtypes=("bfloat16",)),
     _clean(
         "engine-fp32-dump-bf16",
         "all in float32, rounded copies recorded",
         engine_dtype="float32",
         dump_dtype="bfloat16",
+        dtypes=("bfloat16",),
         note="Operations saw unrounded inputs.",
     ),
 )

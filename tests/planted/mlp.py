@@ -65,9 +65,7 @@ BUGS = (
         replaced(ACT, lambda _self, x: x * torch.sigmoid(1.702 * x)),
     ),
     Variant("act-relu", "ReLU in place of SiLU", (ACT,), replaced(ACT, lambda _self, x: F.relu(x))),
-    Variant(
-        "act-sigmoid", "the factor x of SiLU forgotten", (ACT,), replaced(ACT, lambda _self, x: x.sigmoid())
-    ),
+    Variant("act-sigmoid", "the factor x of SiLU forgotten", (ACT,), replaced(ACT, lambda _self, x: x.sigmoid())),
     Variant(
         "act-on-up",
         "the activation on up, multiplied with gate",

@@ -104,9 +104,7 @@ def _exchanged(model: Qwen3, i: int) -> dict[str, Tensor]:
     return {IN: get(model, i, POST).weight, POST: get(model, i, IN).weight}
 
 
-def after_rope(
-    self: Attention, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Cache | None
-) -> Tensor:
+def after_rope(self: Attention, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Cache | None) -> Tensor:
     b, t, _ = x.shape
     q, k, v = (p(x).view(b, t, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
     q, k = (rotate(heads.transpose(1, 2), cos, sin).transpose(1, 2) for heads in (q, k))
@@ -153,9 +151,7 @@ BUGS = (
     ),
     Variant("norm-no-eps", "no eps at all", (IN,), replaced(IN, no_eps), note=_EPS, dtypes=("float32",)),
     Variant("norm-layernorm", "LayerNorm: the mean is subtracted first", (IN,), replaced(IN, layer_norm)),
-    Variant(
-        "norm-l2", "divided by the length, not by the root mean square", (POST,), replaced(POST, l2_norm)
-    ),
+    Variant("norm-l2", "divided by the length, not the root mean square", (POST,), replaced(POST, l2_norm)),
     Variant("norm-no-weight", "the weights are never applied", (POST,), replaced(POST, no_weight)),
     Variant("norm-next-layer", "weights of the next layer", (IN,), weights_from(_next_layer)),
     Variant("norm-exchanged", "the two norms of a layer exchanged", (IN, POST), weights_from(_exchanged)),

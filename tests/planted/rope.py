@@ -21,9 +21,7 @@ def turned(turn: Turn) -> Change:
     return apply
 
 
-def tables(
-    make: Callable[[Tensor, int, float, torch.dtype], tuple[Tensor, Tensor]], only: str = "qk"
-) -> Change:
+def tables(make: Callable[[Tensor, int, float, torch.dtype], tuple[Tensor, Tensor]], only: str = "qk") -> Change:
     """RoPE with tables from `make(positions, head_dim, theta, dtype)`, for `only` q, k or both."""
 
     def apply(model: Qwen3, layers: Sequence[int]) -> None:
@@ -65,18 +63,14 @@ def sin_and_cos_swapped(_self: Attention, _which: str, x: Tensor, place: Place) 
     return rotate(x, place.sin, place.cos)
 
 
-def phases_in_bf16(
-    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def phases_in_bf16(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     angles = positions[:, None].bfloat16() * (1.0 / theta**exponents).bfloat16()
     angles = torch.cat([angles, angles], dim=-1).float()
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def frequencies_in_bf16(
-    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def frequencies_in_bf16(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     angles = positions[:, None].float() * (1.0 / theta**exponents).bfloat16().float()
     angles = torch.cat([angles, angles], dim=-1)

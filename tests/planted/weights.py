@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from tests.planted.base import LINEARS, Change, Qwen3, Variant, both, get, rebind, replaced, set_weight
 
 Q, K, V = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
-O, GATE, UP, DOWN = "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
+GATE, UP, DOWN = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
 EMBED, HEAD = "model.embed_tokens", "lm_head"
 
 
@@ -172,9 +172,7 @@ _LAYERS = (
     Variant("weight-nan", "a row of down_proj is NaN", (DOWN,), weight(DOWN, with_nan), kind="nonfinite"),
     Variant("weight-1.01", "down_proj 1 % too large", (DOWN,), weight(DOWN, lambda w: w * 1.01)),
     Variant("channel-zero", "row 3 of down_proj is zero", (DOWN,), weight(DOWN, without_channel)),
-    Variant(
-        "bias-added", "a bias on v_proj that the checkpoint lacks", (V,), bias(V, _ramp), needs="no bias"
-    ),
+    Variant("bias-added", "a bias on v_proj, which has none", (V,), bias(V, _ramp), needs="no bias"),
     Variant("bias-dropped", "the bias of k_proj left out", (K,), bias(K, lambda _w: None), needs="bias"),
     Variant(
         "weights-int8",
@@ -201,9 +199,7 @@ _ENDS = (
         at_end(EMBED, lambda self, ids: F.embedding((ids + 1) % self.num_embeddings, self.weight)),
     ),
     _end("head-never-loaded", "lm_head holds random numbers", HEAD, _another_head),
-    _end(
-        "head-tied-wrongly", "an untied lm_head replaced by the embedding", HEAD, _tied_head, needs="untied"
-    ),
+    _end("head-tied-wrongly", "the embedding used for an untied lm_head", HEAD, _tied_head, needs="untied"),
     _end("head-row-plus-1", "logits of the next id", HEAD, _logits(lambda y: y.roll(1, -1))),
     _end("softcap-logits", "logits capped at 30 by tanh", HEAD, _logits(lambda y: 30 * torch.tanh(y / 30))),
     _end("logits-scaled", "logits 2 % too large", HEAD, _logits(lambda y: y * 1.02)),
