@@ -1,0 +1,112 @@
+"""What all tests share: checkpoints made once, and the command line run in this process or in its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before anything imports the hub's client, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command left behind: its exit code and its two streams."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Models of a few thousand numbers run faster on one thread, and the cores are shared with other workers."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """The embedded checkpoint."""
+    return ROOT / "parity" / "models" / "tiny-qwen3"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`checkpoint("qwen3", layers=2)` or `checkpoint("llama")`: a random checkpoint, written once a session."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    made: dict[str, Path] = {}
+
+    def make(model_type: str, **settings: Any) -> Path:
+        from tests import checkpoints
+
+        key = "-".join([model_type, *(f"{name}={value}" for name, value in sorted(settings.items()))])
+        if key not in made:
+            write = (
+                checkpoints.qwen3 if model_type == "qwen3" else lambda p, **s: checkpoints.other(model_type, p, **s)
+            )
+            made[key] = write(folder / key, **settings)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small(checkpoint: Callable[..., Path]) -> Path:
+    """A random Qwen3 of two layers and no tokenizer, in bfloat16: a diff of it takes half a second."""
+    return checkpoint("qwen3", layers=2)
+
+
+@pytest.fixture
+def cli(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Ran]]:
+    """Run a command in this process, in an empty directory: importing transformers anew would take seconds."""
+    from parity.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    path, modules = list(sys.path), set(sys.modules)
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["parity", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capfd.readouterr()
+        code = stop.value.code
+        return Ran(code if isinstance(code, int) else int(code is not None), out, err)
+
+    yield run
+    assert sys.path == path, "a command leaves sys.path as it was"
+    for name in set(sys.modules) - modules:
+        # Candidates of other tests may bear the same name.
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a process of its own: this checkout, one thread, nothing from the hub."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | more
+
+
+@pytest.fixture
+def run_cli(tmp_path: Path) -> Callable[..., Ran]:
+    """Run a command in a process of its own."""
+
+    def run(*arguments: object, cwd: Path = tmp_path, env: dict[str, str] | None = None) -> Ran:
+        command = [sys.executable, "-m", "parity.cli", *map(str, arguments)]
+        done = subprocess.run(
+            command, cwd=cwd, env=environment(**(env or {})), capture_output=True, text=True, timeout=120
+        )
+        return Ran(done.returncode, done.stdout, done.stderr)
+
+    return run
