@@ -212,12 +212,7 @@ class Ask:
         )
 
     def _text(self) -> str | None:
-        if self.prompt_file is None:
-            return self.prompt
-        try:
-            return self.prompt_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--prompt-file {self.prompt_file}: not readable as UTF-8 text ({error}).") from error
+        return self.prompt if self.prompt_file is None else _read_text("--prompt-file", self.prompt_file)
 
     def _ids(self, model_dir: Path, prompt: str | None) -> tuple[tuple[int, ...], ...]:
         if self.tokens is not None:
@@ -235,9 +230,17 @@ class Ask:
         return (tuple(tokenizer(prompt).input_ids),)
 
 
+def _read_text(option: str, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise UsageError(f"{option} {path}: not a readable text file ({reason}).") from error
+
+
 def _parse_tokens(text: str) -> tuple[tuple[int, ...], ...]:
-    if Path(text).is_file():
-        text = Path(text).read_text(encoding="utf-8")
+    if not set(text) <= set("0123456789, \n"):
+        text = _read_text("--tokens", Path(text))
     try:
         rows = tuple(
             tuple(int(t) for t in line.replace(",", " ").split()) for line in text.strip().splitlines() if line.strip()
@@ -320,15 +323,14 @@ def _report(comparison: Comparison, folder: Path | None, *, json: bool, verbose:
     from parity.report.terminal import show
 
     text = report_json.dumps(comparison)
+    if folder is not None:
+        (folder / "report.json").write_text(text, encoding="utf-8")
     if json:
         sys.stdout.write(text)
-    else:
-        show(comparison, Console(highlight=False), verbose=verbose)
+        return
+    show(comparison, Console(highlight=False), verbose=verbose)
     if folder is not None:
-        path = folder / "report.json"
-        path.write_text(text, encoding="utf-8")
-        if not json:
-            print(f"report: {path}")
+        print(f"report: {folder / 'report.json'}")
 
 
 def _print_json(value: Any) -> None:

@@ -200,7 +200,7 @@ def _compare(
     clock: _Clock,
 ) -> Comparison:
     working = model.dtype
-    checks = [*reference_checks(model), *checks]
+    checks = [*reference_checks(model, question.ids), *checks]
     head_dim = _head_dim(model.sites)
     measured: dict[str, _Measured] = {}
     watch = NextTokenWatch(question.checkpoint)

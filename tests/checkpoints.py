@@ -117,7 +117,7 @@ def randomize(model: nn.Module, seed: int) -> None:
             scale = 0.03
         elif any(end in name for end in ("o_proj", "down_proj", "dense")):
             scale = 0.5 / math.sqrt(inputs)
-        elif name.startswith(("lm_head", "embed_out")):
+        elif name.startswith("lm_head"):
             scale = 4.0 / math.sqrt(inputs)
         else:
             scale = 1.2 / math.sqrt(inputs)

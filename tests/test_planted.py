@@ -63,7 +63,7 @@ def test_every_guilty_site_changes_first(bug: Variant, model_dirs, plain_run) ->
     layers = [0, 1] if bug.everywhere_only else [1]
     clean = plain_run(bug.needs, dtype)
     wrong = observe(build(bug, model_dirs[bug.needs], dtype, layers), input_ids())
-    changed = {name for name in clean if distance(wrong[name], clean[name]) > 1e-7}
+    changed = {name for name in set(clean) & set(wrong) if distance(wrong[name], clean[name]) > 1e-7}
     assert bug.guilty_sites(layers) & changed == bug.guilty_sites(layers)
     before = [name for name in clean if name.startswith("model.layers.0.")]
     assert bug.everywhere_only or not changed & set(before), "planted in another layer as well"

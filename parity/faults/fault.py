@@ -41,13 +41,15 @@ class Number:
     """The number in a fault, where it has one: eps, theta, scale, offset.
 
     `expected` reads the right value off the scope; `typical` are wrong values seen in the wild, the first being
-    the commonest; `log` says that errors are ratios rather than differences.
+    the commonest; `log` says that errors are ratios rather than differences; `discrete` that between two values
+    there may be none, so that only the typical ones can be tried.
     """
 
     name: str
     expected: Callable[[Scope], float]
     typical: tuple[float, ...]
     log: bool = True
+    discrete: bool = False
 
 
 # A patch changes the scope's modules for the duration of a `with` block. The second argument is the wrong

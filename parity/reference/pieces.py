@@ -53,15 +53,20 @@ class PiecewiseModel:
         device: str = "cpu",
         attention: str = "eager",
         inner: bool = False,
+        sites: tuple[Site, ...] | None = None,
     ) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
-        self.attention, self.inner = attention, inner
+        self.attention = attention
         self.model = _build(checkpoint, dtype, attention)
         self.config = self.model.config.get_text_config()
-        self.sites = discover(self.model, inner=inner)
+        self.sites = sites or discover(self.model, inner=inner)
         self.layers = _find_layers(self.model)
         self._sites = self._sort_sites()
         self._calls: list[_Call] = []
+
+    def twin(self, dtype: torch.dtype) -> PiecewiseModel:
+        """The same model in another dtype; its pieces are loaded from this one's."""
+        return PiecewiseModel(self.checkpoint, dtype, str(self.device), self.attention, sites=self.sites)
 
     # -- weights ---------------------------------------------------------------------------------------------
 

@@ -50,13 +50,7 @@ class Reference:
 
     def __init__(self, working: PiecewiseModel) -> None:
         self.working = working
-        self.precise = PiecewiseModel(
-            working.checkpoint,
-            truth_dtype(working.dtype),
-            str(working.device),
-            working.attention,
-            working.inner,
-        )
+        self.precise = working.twin(truth_dtype(working.dtype))
 
     def replay(
         self, input_ids: Tensor, candidate: Callable[[Site], Tensor | None]

@@ -12,8 +12,8 @@ from parity.reference.pieces import EMBED, PiecewiseModel
 from parity.results import Check
 
 
-def reference_checks(model: PiecewiseModel) -> list[Check]:
-    """RoPE frequencies in float32 and no TF32: a reference that rounds there is a bugged reference."""
+def reference_checks(model: PiecewiseModel, input_ids: Tensor) -> list[Check]:
+    """A reference that rounds its RoPE frequencies, uses TF32 or gives other numbers each time is no reference."""
     checks = []
     with model.loaded(EMBED):
         frequencies = {name: b.dtype for name, b in model.model.named_buffers() if name.endswith("inv_freq")}
@@ -23,7 +23,22 @@ def reference_checks(model: PiecewiseModel) -> list[Check]:
         checks.append(Check("reference RoPE frequencies", not narrow, detail))
     tf32 = model.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision != "ieee"
     checks.append(Check("reference TF32", not tf32, "on: float32 matmuls round to 10 bits" if tf32 else "off"))
+    same = _is_deterministic(model, input_ids)
+    checks.append(Check("reference determinism", same, "two runs bit-equal" if same else "two runs differ"))
     return checks
+
+
+def _is_deterministic(model: PiecewiseModel, input_ids: Tensor) -> bool:
+    """Whether the first layer gives the same bits twice: it has every kind of operation that the others have."""
+    with model.loaded(EMBED):
+        hidden = model.embed(input_ids, _pass_through)
+    with model.loaded(0):
+        first, second = (model.layer(0, hidden, _pass_through) for _ in range(2))
+    return torch.equal(first, second)
+
+
+def _pass_through(_site: str, value: Tensor) -> Tensor:
+    return value
 
 
 def weight_check(module: nn.Module, checkpoint: Checkpoint) -> Check:

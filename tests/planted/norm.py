@@ -120,7 +120,7 @@ def _final_norm(forward: Callable[..., Tensor]) -> Change:
     return lambda model, _layers: rebind(model.model.norm, forward)
 
 
-_EPS = "Felt only where the mean square of the input is not far above eps: the first layers."
+_EPS = "Felt only where the mean square of the input is not far above eps: in bfloat16 the first layers at most."
 
 BUGS = (
     Variant("norm-one-plus-w", "weights taken as offsets from one", (IN,), replaced(IN, one_plus)),

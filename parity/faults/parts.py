@@ -1,0 +1,179 @@
+"""The parts of a decoder that faults change, found in any architecture, and the ways of changing them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from parity.faults.fault import Fault, Patch, Scope, attribute
+
+ATTENTION_NAMES = ("self_attn", "attention", "attn")
+ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
+FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+HEAD_SITES = ("lm_head", "embed_out")
+EMBEDDING_SITES = ("embed_tokens", "embed_in", "wte")
+
+
+def shows_at(fault: Fault, site: str) -> bool:
+    """Whether a fault shows first at a site: one of its `sites` is the end of the name, at a dot.
+
+    The empty end stands for the output of a layer.
+    """
+    is_layer = re.search(r"\.\d+$", site) is not None
+    return any(is_layer if not end else site == end or site.endswith(f".{end}") for end in fault.sites)
+
+
+# -- finding -------------------------------------------------------------------------------------------------
+
+
+def attention_of(scope: Scope) -> Any:
+    """The attention module of the layer; None at the ends or if it has none."""
+    return _child(scope.layer, ATTENTION_NAMES)
+
+
+def mlp_of(scope: Scope) -> Any:
+    """The MLP of the layer, a mixture of experts included; None if there is none."""
+    return _child(scope.layer, ("mlp", "feed_forward", "block_sparse_moe"))
+
+
+def activation_of(scope: Scope) -> Any:
+    """The activation function in the MLP; None if it is no module."""
+    mlp = mlp_of(scope)
+    return next((found for m in mlp.modules() if (found := _child(m, ACTIVATION_NAMES))), None) if mlp else None
+
+
+def _child(module: Any, names: tuple[str, ...]) -> Any:
+    return next((found for name in names if isinstance(found := getattr(module, name, None), nn.Module)), None)
+
+
+def norms_of(scope: Scope) -> dict[str, nn.Module]:
+    """The norms of the layer by name, or the final norm at the ends."""
+    if scope.layer is None:
+        base = scope.model.base_model
+        return {name: m for name in FINAL_NORM_NAMES if is_norm(m := getattr(base, name, None))}
+    return {name: m for name, m in scope.layer.named_modules() if is_norm(m)}
+
+
+def is_norm(module: Any) -> bool:
+    """Whether a module normalizes: it says so, and it has an eps."""
+    return isinstance(module, nn.Module) and "Norm" in type(module).__name__ and eps_name(module) is not None
+
+
+def eps_name(norm: nn.Module) -> str | None:
+    """What a norm calls its eps."""
+    return next((name for name in ("variance_epsilon", "eps", "epsilon") if hasattr(norm, name)), None)
+
+
+def linears_of(scope: Scope) -> dict[str, nn.Linear]:
+    """The linear projections of the layer by name, or the head at the ends."""
+    if scope.layer is None:
+        head = scope.model.get_output_embeddings()
+        return {"head": head} if isinstance(head, nn.Linear) else {}
+    return {name: m for name, m in scope.layer.named_modules() if isinstance(m, nn.Linear)}
+
+
+def linear(scope: Scope, end: str) -> nn.Linear | None:
+    """The linear projection of the layer whose name ends so."""
+    return next((m for name, m in linears_of(scope).items() if name.split(".")[-1] == end), None)
+
+
+def head_dim_of(scope: Scope) -> int:
+    """Numbers in one head."""
+    attention = attention_of(scope)
+    own = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
+    return int(own or getattr(scope.config, "head_dim", None) or hidden_per_head(scope))
+
+
+def hidden_per_head(scope: Scope) -> int:
+    """Hidden size over heads: what head_dim would be if the config did not say otherwise."""
+    return int(scope.config.hidden_size // scope.config.num_attention_heads)
+
+
+def kv_heads_of(scope: Scope) -> int:
+    """Number of key/value heads."""
+    heads = scope.config.num_attention_heads
+    return int(getattr(scope.config, "num_key_value_heads", None) or heads)
+
+
+def in_layer(scope: Scope) -> bool:
+    """Whether the scope is a layer with attention."""
+    return attention_of(scope) is not None
+
+
+def at_ends(scope: Scope) -> bool:
+    """Whether the scope is the ends: embedding, final norm, head."""
+    return scope.layer is None
+
+
+# -- changing ------------------------------------------------------------------------------------------------
+
+
+def forward(module: nn.Module, new: Callable[..., Any]) -> AbstractContextManager[None]:
+    """The module computes `new` during the block; its hooks stay."""
+    return attribute(module, "forward", new)
+
+
+@contextmanager
+def together(*changes: AbstractContextManager[Any]) -> Iterator[None]:
+    """Several changes during one block."""
+    with ExitStack() as stack:
+        for change in changes:
+            stack.enter_context(change)
+        yield
+
+
+@contextmanager
+def entry(kwargs: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+    """`kwargs[name]` is `value` during the block."""
+    before = kwargs[name]
+    kwargs[name] = value
+    try:
+        yield
+    finally:
+        kwargs[name] = before
+
+
+def plain(change: Callable[[Scope], AbstractContextManager[None]]) -> Patch:
+    """The patch of a fault that has no number."""
+    return lambda scope, _number: change(scope)
+
+
+# -- numbers -------------------------------------------------------------------------------------------------
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that careful code computes in where the model works in `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Casts in the block do what they say, even where the truth is being computed in higher precision."""
+    with _disable_current_modes():
+        yield
+
+
+def stored_as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` after a round trip through `dtype`, in its own dtype."""
+    with as_written():
+        return x.to(dtype).to(x.dtype)
+
+
+def truncated(x: Tensor) -> Tensor:
+    """`x` cut to bfloat16 by dropping the low 16 bits of its float32, in its own dtype."""
+    with as_written():
+        bits = x.to(torch.float32).contiguous().view(torch.int32)
+        return (bits & -65536).view(torch.float32).to(x.dtype)
+
+
+def rounded(x: Tensor, bits: int) -> Tensor:
+    """`x` rounded to `bits` significant bits, the implicit one included, in its own dtype."""
+    with as_written():
+        mantissa, exponent = torch.frexp(x.to(torch.float64))
+        return torch.ldexp(torch.round(mantissa * 2.0**bits), exponent - bits).to(x.dtype)
