@@ -278,7 +278,7 @@ def _diff(ask: Ask, dumps: list[Path], candidate: str, progress: Progress) -> Co
 
 
 def _diff_dumps(ask: Ask, dumps: list[Path], progress: Progress) -> Comparison:
-    from parity.compare import diff_dump
+    from parity.compare import diff_dump, reference_for
     from parity.dump import open_dump
 
     with open_dump(dumps[0]) as first, open_dump(dumps[-1]) as last:
@@ -290,7 +290,7 @@ def _diff_dumps(ask: Ask, dumps: list[Path], progress: Progress) -> Comparison:
         ask.dtype = ask.dtype or first.info.dtype or last.info.dtype
         question = ask.question(ids, first.info.model)
         _same_model(first, question.checkpoint)
-        return diff_dump(question, last, progress)
+        return diff_dump(question, last, reference_for(question), progress)
 
 
 def _same_model(dump: Any, checkpoint: Any) -> None:

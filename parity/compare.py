@@ -111,25 +111,25 @@ def record_candidate(question: Question, spec: str, path: Path) -> list[str]:
 
 def diff_live(question: Question, spec: str, progress: Progress = silent) -> Comparison:
     """Build the candidate, record it, and compare it with the reference."""
-    clock = _Clock()
-    model = _model(question)
+    clock = Clock()
+    reference = reference_for(question)
     with clock("load candidate"):
         progress(f"loading {spec}", 0, 1)
         module = torch_module.build(spec, question.checkpoint.path, question.dtype, question.device)
-    return diff_module(question, module, spec, model, progress, clock)
+    return diff_module(question, module, spec, reference, progress, clock)
 
 
 def diff_module(
     question: Question,
     module: nn.Module,
     name: str,
-    model: PiecewiseModel | None = None,
+    reference: Reference,
     progress: Progress = silent,
-    clock: _Clock | None = None,
+    clock: Clock | None = None,
 ) -> Comparison:
-    """Compare a torch module that already stands in memory."""
-    clock = clock or _Clock()
-    model = model or _model(question)
+    """Compare a torch module that already stands in memory; `reference` may serve many questions."""
+    clock = clock or Clock()
+    model = reference.working
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
         path = Path(folder) / "candidate.h5"
         with clock("record candidate"):
@@ -145,10 +145,10 @@ def diff_module(
                 axes = torch_module.token_axes(module, question.ids.to(question.device), model.sites)
                 pairs = _align(dump, _sites(model, question), axes)
             del module
-            return _compare(question, model, dump, pairs, name, checks, progress, clock)
+            return _compare(question, reference, dump, pairs, name, checks, progress, clock)
 
 
-def diff_dump(question: Question, dump: Dump, progress: Progress = silent) -> Comparison:
+def diff_dump(question: Question, dump: Dump, reference: Reference, progress: Progress = silent) -> Comparison:
     """Compare a dump that a port in any language wrote."""
     theirs = dump.info.token_ids
     if theirs is not None and theirs != question.token_ids:
@@ -156,16 +156,20 @@ def diff_dump(question: Question, dump: Dump, progress: Progress = silent) -> Co
             f"{dump.path}: holds a run on token ids {_preview(theirs)}, the reference was asked {_preview(question.token_ids)}. "
             "Run the port on the same ids (parity record writes them to a .tokens.txt file)."
         )
-    model = _model(question)
-    pairs = _align(dump, _sites(model, question), {})
-    return _compare(question, model, dump, pairs, str(dump.path), [], progress, _Clock())
+    pairs = _align(dump, _sites(reference.working, question), {})
+    return _compare(question, reference, dump, pairs, str(dump.path), [], progress, Clock())
+
+
+def reference_for(question: Question) -> Reference:
+    """The reference that answers a question, no weight of it loaded. Raises UsageError and ModelError."""
+    return Reference(_model(question))
 
 
 # -- the straight way ----------------------------------------------------------------------------------------
 
 
 @dataclass
-class _Clock:
+class Clock:
     """Where the time went, in seconds."""
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -191,20 +195,20 @@ class _Measured:
 
 def _compare(
     question: Question,
-    model: PiecewiseModel,
+    reference: Reference,
     dump: Dump,
     pairs: dict[str, Pair | Gap],
     name: str,
     checks: list[Check],
     progress: Progress,
-    clock: _Clock,
+    clock: Clock,
 ) -> Comparison:
+    model = reference.working
     working = model.dtype
     checks = [*reference_checks(model, question.ids), *checks]
     head_dim = _head_dim(model.sites)
     measured: dict[str, _Measured] = {}
     watch = NextTokenWatch(question.checkpoint)
-    reference = Reference(model)
     pieces = len(model.pieces)
 
     def recorded(site: Site) -> Tensor | None:
@@ -251,7 +255,7 @@ def _conclude(
     name: str,
     checks: list[Check],
     watch: NextTokenWatch,
-    clock: _Clock,
+    clock: Clock,
 ) -> Comparison:
     mode = rounding_mode([m.local for m in measured.values()], unit_roundoff(model.dtype))
     sites = [
@@ -383,7 +387,7 @@ def _environment(
     dump: Dump,
     name: str,
     measured: dict[str, _Measured],
-    clock: _Clock,
+    clock: Clock,
 ) -> Environment:
     kinds = [m.dtype for m in measured.values()]
     precise = "float64" if model.dtype is torch.float32 else "float32"

@@ -5,17 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 # Before anything imports the hub's client, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
+
+
+def slow_but(fast: Iterable[Any], values: Iterable[Any]) -> list[Any]:
+    """Parameters for a test, all of them slow but those in `fast`."""
+    keep = list(fast)
+    return [value if value in keep else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
         key = "-".join([model_type, *(f"{name}={value}" for name, value in sorted(settings.items()))])
         if key not in made:
-            write = (
-                checkpoints.qwen3 if model_type == "qwen3" else lambda p, **s: checkpoints.other(model_type, p, **s)
-            )
+            write = checkpoints.qwen3 if model_type == "qwen3" else lambda p, **s: checkpoints.other(model_type, p, **s)
             made[key] = write(folder / key, **settings)
         return made[key]
 

@@ -162,9 +162,7 @@ def test_axes_of_size_one_may_stand_anywhere() -> None:
     array = numbers((1, H, 1, D))
     np.testing.assert_array_equal(paired(entry(array.shape), target).read(array), array)
     assert paired(entry(array.shape), target).steps == ()
-    np.testing.assert_array_equal(
-        paired(entry((1, 1, H, D)), target).read(array.reshape(1, 1, H, D)), array
-    )
+    np.testing.assert_array_equal(paired(entry((1, 1, H, D)), target).read(array.reshape(1, 1, H, D)), array)
 
 
 def test_an_ambiguous_layout_is_refused_with_a_way_out() -> None:
@@ -246,9 +244,7 @@ def arrangements(draw: st.DrawFn) -> tuple[Site, Dims, NDArray[Any], NDArray[Any
     missing = [atom for atom in atoms if atom not in order]
     moved = np.transpose(original, [atoms.index(atom) for atom in missing + order])
     array = moved.reshape([math.prod(size[atom] for atom in axis) for axis in axes])
-    target = Site(
-        "s", dims, tuple(math.prod(size[a] for a in dim.split("*")) for dim in dims), "float32", "m"
-    )
+    target = Site("s", dims, tuple(math.prod(size[a] for a in dim.split("*")) for dim in dims), "float32", "m")
     return target, tuple("*".join(axis) for axis in axes), array, original.reshape(target.shape), size["head_dim"]
 
 

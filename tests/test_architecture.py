@@ -209,9 +209,7 @@ def too_long(source: str) -> Iterator[str]:
                 yield f"{node.name}: {length} lines"
 
 
-@pytest.mark.parametrize(
-    "path", [*sources("parity"), *sources("impl")], ids=lambda p: str(p.relative_to(ROOT))
-)
+@pytest.mark.parametrize("path", [*sources("parity"), *sources("impl")], ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_and_functions_stay_within_their_budget(path: Path) -> None:
     assert not list(too_long(path.read_text()))
 

@@ -21,7 +21,8 @@ import torch
 from parity.dump import open_dump, write_safetensors
 from parity.errors import CandidateError, ParityError
 from parity.report import json as report_json
-from tests.conftest import ROOT, Ran, environment
+from tests.checkpoints import OTHER
+from tests.conftest import Ran, environment, slow_but
 
 Cli = Callable[..., Ran]
 
@@ -85,7 +86,7 @@ def report_in(folder: Path) -> Any:
     return report_json.load(folder / "report.json")
 
 
-def progressive_order(report: Any) -> list[str]:
+def bad_sites(report: Any) -> list[str]:
     """Bad sites in order of execution."""
     return [m.site for m in report.sites if m.verdict in ("wrong", "nonfinite", "imprecise")]
 
@@ -119,13 +120,13 @@ def test_interleaved_rope_is_found_where_it_happens(cli: Cli, tmp_path: Path, po
     ran = cli("diff", "-p", "The capital of France is", "-c", port(INTERLEAVED), "--out", tmp_path / "report")
     assert ran.code == 1, ran.out + ran.err
     assert ran.out.startswith("DIVERGED")
-    bad = progressive_order(report_in(tmp_path / "report"))
+    bad = bad_sites(report_in(tmp_path / "report"))
     assert bad[0] == "model.layers.0.self_attn.q_rope"
     expected = {f"model.layers.{i}.self_attn.{n}" for i in range(28) for n in ("q_rope", "k_rope")}
     assert set(bad) == expected, "and nowhere else"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], ["float32", "bfloat16", "float16"]))
 def test_a_right_candidate_matches(cli: Cli, small: Path, tmp_path: Path, dtype: str) -> None:
     ran = cli("diff", "--tokens", TOKENS, "--model", small, "--dtype", dtype, "--out", tmp_path / "report")
     assert ran.code == 0, ran.out + ran.err
@@ -135,7 +136,7 @@ def test_a_right_candidate_matches(cli: Cli, small: Path, tmp_path: Path, dtype:
     assert all(check.ok for check in report.checks)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", slow_but(["float32"], ["float32", "bfloat16"]))
 def test_a_wrong_operation_is_found_first(
     cli: Cli, small: Path, tmp_path: Path, port: Callable[[str], str], dtype: str
 ) -> None:
@@ -144,7 +145,7 @@ def test_a_wrong_operation_is_found_first(
     assert ran.code == 1, ran.out + ran.err
     report = report_in(out)
     assert report.verdict == "diverged"
-    bad = progressive_order(report)
+    bad = bad_sites(report)
     assert bad[0] == "model.layers.0.self_attn.q_rope"
     assert set(bad) == {f"model.layers.{i}.self_attn.{n}" for i in range(2) for n in ("q_rope", "k_rope")}
     assert report.findings[0].family == "model.layers.*.self_attn.q_rope"
@@ -160,16 +161,25 @@ def test_a_candidate_that_makes_nan_is_found_there(
     report = report_in(tmp_path / "report")
     assert report.verdict == "diverged"
     verdicts = {m.site: m.verdict for m in report.sites}
-    assert progressive_order(report) == ["model.layers.1.mlp.act_fn"]
+    assert bad_sites(report) == ["model.layers.1.mlp.act_fn"]
     assert verdicts["model.layers.1.mlp.act_fn"] == "nonfinite"
     assert verdicts["model.layers.1.mlp.up_proj"] in ("exact", "rounding")
     assert report.next_token is None
 
 
-@pytest.mark.parametrize("tokens", ["7", "0 1", "0 1 2 3 4 5", " ".join(map(str, range(20)))], ids=len)
-def test_token_counts_that_equal_another_size_are_no_trouble(cli: Cli, small: Path, tokens: str) -> None:
+@pytest.mark.parametrize("count", slow_but([6], [1, 2, 6, 20]))
+def test_token_counts_that_equal_another_size_are_no_trouble(cli: Cli, small: Path, count: int) -> None:
     """One token; as many as key heads; as query heads; as a head is wide."""
-    assert cli("diff", "--tokens", tokens, "--model", small).code == 0
+    assert cli("diff", "--tokens", " ".join(map(str, range(count))), "--model", small).code == 0
+
+
+def test_logits_are_what_the_candidate_returns(
+    cli: Cli, small: Path, tmp_path: Path, port: Callable[[str], str]
+) -> None:
+    change = "head = model.lm_head; del model.lm_head; model.lm_head = lambda x: x @ head.weight.T"
+    ran = cli("diff", "--tokens", TOKENS, "-m", small, "-c", port(change), "-o", tmp_path / "report")
+    assert ran.code == 0, ran.out + ran.err
+    assert report_in(tmp_path / "report").coverage.measured == 39
 
 
 def test_a_batch_is_compared_row_by_row(cli: Cli, small: Path, tmp_path: Path) -> None:
@@ -190,8 +200,8 @@ def test_scores_and_probs_are_compared_when_asked_for(cli: Cli, small: Path, tmp
     assert report_in(tmp_path / "report").coverage.measured == 43
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "gemma3_text", "llama", "gpt_neox"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model_type", slow_but(["qwen3_moe", "gemma3_text"], OTHER))
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], ["float32", "bfloat16"]))
 def test_a_model_matches_its_own_recording(
     cli: Cli, checkpoint: Callable[..., Path], tmp_path: Path, model_type: str, dtype: str
 ) -> None:
@@ -202,8 +212,10 @@ def test_a_model_matches_its_own_recording(
     assert ran.code == 0, ran.out + ran.err
     report = report_in(tmp_path / "report")
     assert report.coverage.measured == report.coverage.known
-    # Bit-equal, or within the floor where the reference's own operation is not exactly rounded.
-    assert {m.verdict for m in report.sites} <= {"exact", "rounding"}
+    assert {m.verdict for m in report.sites} == {"exact"}
+    # A truth that is something else entirely hides behind a floor that is as large.
+    rounding = {"float32": 1e-5, "bfloat16": 0.1}[dtype]
+    assert {m.site: m.floor_rel for m in report.sites if m.floor_rel > rounding} == {}
 
 
 # -- what comes out ------------------------------------------------------------------------------------------
@@ -223,9 +235,7 @@ def test_json_writes_no_report_unless_asked(cli: Cli, small: Path, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_candidate_that_prints_does_not_spoil_the_json(
-    cli: Cli, small: Path, port: Callable[[str], str]
-) -> None:
+def test_a_candidate_that_prints_does_not_spoil_the_json(cli: Cli, small: Path, port: Callable[[str], str]) -> None:
     ran = cli("diff", "--tokens", TOKENS, "-m", small, "-c", port("print('loaded')"), "--json")
     assert json.loads(ran.out)["verdict"] == "match"
 
@@ -242,10 +252,9 @@ def test_a_report_lands_in_reports_by_default(cli: Cli, small: Path, tmp_path: P
     assert str(found[0].relative_to(tmp_path)) in ran.out.replace("\n", "")
 
 
+@pytest.mark.slow
 def test_verbose_names_every_site(cli: Cli, small: Path) -> None:
-    brief, full = (
-        cli("diff", "--tokens", TOKENS, "-m", small, *more).out for more in ([], ["--verbose"])
-    )
+    brief, full = (cli("diff", "--tokens", TOKENS, "-m", small, *more).out for more in ([], ["--verbose"]))
     assert "layers.1.mlp.up_proj" not in brief
     assert "layers.1.mlp.up_proj" in full.replace("\n", "")
 
@@ -257,9 +266,9 @@ def test_sites_are_listed(cli: Cli, small: Path) -> None:
     assert len(lines) == 39
     assert lines[0].split() == ["model.embed_tokens", "batch", "token", "feature=80", "bfloat16"]
     found = json.loads(cli("sites", "--model", small, "--json").out)
-    assert [s["name"] for s in found] == [line.split()[0] for line in lines]
+    assert [s["site"] for s in found] == [line.split()[0] for line in lines]
     assert found[-1] == {
-        "name": "lm_head",
+        "site": "lm_head",
         "dims": ["batch", "token", "feature"],
         "shape": [0, 0, 301],
         "dtype": "bfloat16",
@@ -308,9 +317,7 @@ def test_a_recorded_candidate_says_what_it_lacks(cli: Cli, small: Path, port: Ca
 
 
 def test_two_dumps_are_compared(cli: Cli, recorded: Path, small: Path) -> None:
-    ran = cli(
-        "record", "--tokens", TOKENS, "-m", small, "--dtype", "float32", "-c", "impl.qwen3:load", "-o", "port.h5"
-    )
+    ran = cli("record", "--tokens", TOKENS, "-m", small, "--dtype", "float32", "-c", "impl.qwen3:load", "-o", "port.h5")
     assert ran.code == 0, ran.err
     ran = cli("diff", "ref.h5", "port.h5")
     assert ran.code == 0, ran.out + ran.err
@@ -318,17 +325,13 @@ def test_two_dumps_are_compared(cli: Cli, recorded: Path, small: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("ref.h5",), ("ref.h5", "--model", "SMALL"), ("-c", "ref.h5")], ids=str)
-def test_a_dump_alone_is_the_candidate(
-    cli: Cli, recorded: Path, small: Path, arguments: tuple[str, ...]
-) -> None:
+def test_a_dump_alone_is_the_candidate(cli: Cli, recorded: Path, small: Path, arguments: tuple[str, ...]) -> None:
     ran = cli("diff", *(str(small) if a == "SMALL" else a for a in arguments))
     assert ran.code == 0, ran.out + ran.err
     assert "39/39" in ran.out
 
 
-def test_a_dump_is_judged_in_the_dtype_of_the_candidate(
-    cli: Cli, recorded: Path, small: Path, tmp_path: Path
-) -> None:
+def test_a_dump_is_judged_in_the_dtype_of_the_candidate(cli: Cli, recorded: Path, small: Path, tmp_path: Path) -> None:
     ran = cli("record", "--tokens", TOKENS, "-m", small, "--dtype", "bfloat16", "-c", "impl.qwen3:load", "-o", "b.h5")
     assert ran.code == 0, ran.err
     ran = cli("diff", "ref.h5", "b.h5", "-o", tmp_path / "report")
@@ -358,27 +361,21 @@ def test_a_port_that_dumps_only_layers_is_judged_by_layers(
     assert ran.code == 0, ran.out + ran.err
     report = report_in(tmp_path / "report")
     assert (report.coverage.measured, report.coverage.known) == (5, 39)
-    missing = {m.site: m for m in report.sites if m.verdict == "unmeasured"}
-    assert missing["model.layers.0.mlp"].reason if "model.layers.0.mlp" in missing else True
-    assert all(m.reason for m in missing.values())
+    assert {m.reason for m in report.sites if m.verdict == "unmeasured"} == {"not recorded by the candidate"}
 
 
-def test_a_wrong_layer_names_the_operations_it_may_be(
-    cli: Cli, recorded: Path, small: Path, tmp_path: Path
-) -> None:
+def test_a_wrong_layer_names_the_operations_it_may_be(cli: Cli, recorded: Path, small: Path, tmp_path: Path) -> None:
     interchange(recorded, tmp_path / "port.safetensors", is_coarse, {"model.layers.1": lambda x: x * 1.01})
     ran = cli("diff", "port.safetensors", "-m", small, "--dtype", "float32", "-o", tmp_path / "report")
     assert ran.code == 1, ran.out + ran.err
     report = report_in(tmp_path / "report")
-    assert progressive_order(report) == ["model.layers.1"]
+    assert bad_sites(report) == ["model.layers.1"]
     span = report.findings[0].span
     assert span[0] == "model.layers.1.input_layernorm"
     assert span[-1] == "model.layers.1.mlp.down_proj"
 
 
-def test_a_port_may_lay_out_its_axes_as_it_likes(
-    cli: Cli, recorded: Path, small: Path, tmp_path: Path
-) -> None:
+def test_a_port_may_lay_out_its_axes_as_it_likes(cli: Cli, recorded: Path, small: Path, tmp_path: Path) -> None:
     site = "model.layers.0.self_attn.q_rope"
     interchange(
         recorded,
@@ -434,7 +431,7 @@ def one_line(ran: Ran, *words: str) -> None:
 RUN = ("diff", "--tokens", TOKENS, "--model", "SMALL")
 BAD_CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown model directory": (("diff", "--tokens", "1", "--model", "./nowhere"), ("./nowhere", "no such directory")),
-    "unknown hub id": (("diff", "--tokens", "1", "--model", "nobody/no-such-model"), ("nobody/no-such-model", "HF_HUB_OFFLINE")),
+    "unknown hub id": (("diff", "--tokens", "1", "--model", "nobody/nothing"), ("nobody/nothing", "HF_HUB_OFFLINE")),
     "model that is a file": (("diff", "--tokens", "1", "--model", "a_file"), ("a_file",)),
     "no model in sites": (("sites", "--model", "./nowhere"), ("./nowhere",)),
     "candidate file missing": ((*RUN, "-c", "no_file.py:load"), ("no_file.py",)),
@@ -492,28 +489,32 @@ def test_a_gpu_that_is_not_there(cli: Cli, small: Path) -> None:
     one_line(cli(*RUN[:-1], small, "--device", "cuda"), "--device cuda")
 
 
-BAD_CANDIDATES = {
+def answering(statement: str) -> str:
+    """A candidate whose forward pass is one statement."""
+    return f"""
+from torch import nn
+class Model(nn.Module):
+    def forward(self, x):
+        {statement}
+def load(*arguments):
+    return Model()
+"""
+
+
+BAD_CANDIDATES: dict[str, tuple[str, tuple[str, ...]]] = {
     "does not parse": ("def load(:", ("SyntaxError",)),
     "fails at import": ("import nothing_of_this_name", ("nothing_of_this_name", "candidate_file.py:1")),
     "ends the program at import": ("import sys\nsys.exit(0)", ("SystemExit",)),
     "has no load": ("x = 1", ("no function 'load'",)),
-    "fails in load": ("def load(*a):\n    raise ValueError('no\\nsuch weight')", ("no such weight", "candidate_file.py:2")),
+    "fails in load": ("def load(*a):\n    raise ValueError('no\\nsuch weight')", ("no such", "candidate_file.py:2")),
     "ends the program in load": ("import sys\ndef load(*a):\n    sys.exit(0)", ("SystemExit",)),
     "takes other arguments": ("def load():\n    pass", ("TypeError",)),
     "returns no module": ("def load(*a):\n    return 3", ("int", "torch.nn.Module")),
-    "fails in forward": (
-        "from torch import nn\nclass M(nn.Module):\n    def forward(self, x):\n        raise KeyError('k')\ndef load(*a):\n    return M()",
-        ("KeyError", "candidate_file.py:4"),
-    ),
-    "returns no logits": (
-        "from torch import nn\nclass M(nn.Module):\n    def forward(self, x):\n        return {'a': x}\ndef load(*a):\n    return M()",
-        ("dict", "logits"),
-    ),
-    "has no module of a known name": (
-        "from torch import nn\nclass M(nn.Module):\n    def forward(self, x):\n        return x[..., None].float()\ndef load(*a):\n    return M()",
-        ("no submodule", "parity sites"),
-    ),
-}  # fmt: skip
+    "fails in forward": (answering("raise KeyError('k')"), ("KeyError", "candidate_file.py:5")),
+    "ends the program in forward": (answering("raise SystemExit(0)"), ("SystemExit",)),
+    "returns no logits": (answering("return {'a': x}"), ("dict", "logits")),
+    "has no module of a known name": (answering("return x[..., None].float()"), ("no submodule", "parity sites")),
+}
 
 
 @pytest.mark.parametrize("case", BAD_CANDIDATES)
@@ -543,7 +544,7 @@ def test_a_candidate_may_bear_the_name_of_a_module_in_use(
 
 def test_a_truncated_dump(cli: Cli, recorded: Path, small: Path) -> None:
     whole = recorded.read_bytes()
-    for share in (0.02, 0.5, 0.98):
+    for share in (0.02, 0.98):
         recorded.write_bytes(whole[: int(len(whole) * share)])
         one_line(cli("diff", "ref.h5", "--model", small), "ref.h5")
 
@@ -666,7 +667,3 @@ def test_ctrl_c_leaves_nothing_that_looks_whole(tmp_path: Path, candidate: tuple
     assert process.returncode == 130, errors
     assert list(out.iterdir()) == []
     assert "Traceback" not in errors
-
-
-def test_the_module_is_run_from_anywhere() -> None:
-    assert (ROOT / "parity" / "cli.py").is_file()

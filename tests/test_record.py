@@ -19,6 +19,7 @@ from parity.record.arrays import to_numpy, to_torch
 from parity.record.attention import INSIDE, attention_taps, register
 from parity.record.tap import first_tensor, quiet_torch, tapping
 from parity.sites import Site
+from tests.conftest import slow_but
 
 IDS = torch.tensor([[5, 17, 3, 120, 44, 9, 61, 2, 33], [8, 8, 100, 7, 1, 90, 30, 200, 4]])
 
@@ -27,9 +28,7 @@ def stock(path: Path, implementation: str, dtype: torch.dtype = torch.float32) -
     from transformers import AutoModelForCausalLM
 
     with quiet_torch():
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=implementation
-        ).eval()
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=implementation).eval()
 
 
 def run(model: Any, ids: Tensor = IDS, **kwargs: Any) -> Any:
@@ -93,10 +92,8 @@ def looks_ahead(model: Any) -> bool:
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("model_type", ["qwen3", "mistral", "gemma3_text"])
-def test_the_causal_mask_is_in_place(
-    checkpoint: Callable[..., Path], model_type: str, implementation: str
-) -> None:
+@pytest.mark.parametrize("model_type", slow_but(["qwen3"], ["qwen3", "mistral", "gemma3_text"]))
+def test_the_causal_mask_is_in_place(checkpoint: Callable[..., Path], model_type: str, implementation: str) -> None:
     assert not looks_ahead(stock(checkpoint(model_type), register(implementation)))
 
 
@@ -157,8 +154,10 @@ def test_probs_are_those_that_transformers_returns(small: Path, dtype: torch.dty
 def test_what_a_tap_returns_flows_on(small: Path, kind: str) -> None:
     model = stock(small, register("eager"))
     plain = run(model).logits
-    target = "model.layers.0" if kind == "layer" else "model.layers.0." + (
-        kind if kind == "resid_mid" else f"self_attn.{kind}"
+    target = (
+        "model.layers.0"
+        if kind == "layer"
+        else "model.layers.0." + (kind if kind == "resid_mid" else f"self_attn.{kind}")
     )
 
     def tap(site: str, value: Tensor) -> Tensor:
@@ -212,7 +211,6 @@ def test_a_tap_that_raises_leaves_nothing_behind(small: Path, kind: str) -> None
         return value
 
     with pytest.raises(PlantedError), tapping(model, sites_of(model, inner=True), tap):
-        assert hooks(model) > before
         run(model)
     assert hooks(model) == before
     assert attention._active.get() is None

@@ -35,9 +35,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize(("name", "kin", "layer", "brief", "label"), NAMES, ids=[n[0] for n in NAMES])
-def test_a_name_says_its_family_layer_and_row(
-    name: str, kin: str, layer: int | None, brief: str, label: str
-) -> None:
+def test_a_name_says_its_family_layer_and_row(name: str, kin: str, layer: int | None, brief: str, label: str) -> None:
     assert family(name) == kin
     assert layer_of(name) == layer
     assert short(name) == brief

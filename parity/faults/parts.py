@@ -177,3 +177,14 @@ def rounded(x: Tensor, bits: int) -> Tensor:
     with as_written():
         mantissa, exponent = torch.frexp(x.to(torch.float64))
         return torch.ldexp(torch.round(mantissa * 2.0**bits), exponent - bits).to(x.dtype)
+
+
+def elsewhere(scope: Scope, parameter: str, step: int) -> Tensor | None:
+    """A parameter of the layer as another layer has it, `step` layers on; None if there is none of this name."""
+    if scope.index is None or not 0 <= scope.index + step < int(scope.config.num_hidden_layers):
+        return None
+    own = next(name for name, module in scope.model.named_modules() if module is scope.layer)
+    try:
+        return scope.weight(f"{own.rpartition('.')[0]}.{scope.index + step}.{parameter}")
+    except KeyError:
+        return None

@@ -259,7 +259,7 @@ BUGS = (
         PROBS,
         kind="precision",
         dtypes=("float32",),
-        note=_ONE_TOKEN + " In bfloat16 the context hides it; the probabilities themselves show it.",
+        note=_ONE_TOKEN + " In bfloat16 the context may hide it; the probabilities show it.",
     ),
     _bug(
         "kv-fp8",

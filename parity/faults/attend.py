@@ -1,0 +1,144 @@
+"""Attention with something changed: what goes in, the mask, the softmax, or the scores themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from parity.faults.fault import Scope, attribute, source_of
+from parity.faults.parts import attention_of, head_dim_of
+
+Change = AbstractContextManager[None]
+QKV = tuple[Tensor, Tensor, Tensor]
+# (visible (b, 1, t, s), query number (t, 1), key number (s)) -> visible
+Rule = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (query, key, value, mask, scale) -> context and probabilities, as an eager attention of transformers
+Attend = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def has_attention(scope: Scope) -> bool:
+    """Whether the layer's attention is a function that can be exchanged."""
+    attention = attention_of(scope)
+    return attention is not None and hasattr(source_of(attention), "eager_attention_forward")
+
+
+def original(scope: Scope) -> Attend:
+    """The attention function of the reference."""
+    found: Attend = source_of(attention_of(scope)).eager_attention_forward
+    return found
+
+
+def replaced(scope: Scope, new: Attend) -> Change:
+    """Another attention function."""
+    return attribute(source_of(attention_of(scope)), "eager_attention_forward", new)
+
+
+def scale_of(scope: Scope) -> float:
+    """The factor on the scores."""
+    own = getattr(attention_of(scope), "scaling", None)
+    return float(own) if own is not None else head_dim_of(scope) ** -0.5
+
+
+def window_of(scope: Scope) -> int | None:
+    """How many tokens each sees, itself included; None if all."""
+    attention, config = attention_of(scope), scope.config
+    kinds = getattr(config, "layer_types", None)
+    if hasattr(attention, "sliding_window"):
+        found = attention.sliding_window
+    elif kinds and scope.index is not None and kinds[scope.index] != "sliding_attention":
+        found = None
+    else:
+        found = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return int(found) if found else None
+
+
+def softcap_of(scope: Scope) -> float | None:
+    """The bound on the scores; None if there is none."""
+    found = getattr(scope.config, "attn_logit_softcapping", None)
+    return float(found) if found else None
+
+
+def has_sinks(scope: Scope) -> bool:
+    """Whether a learned sink takes part of the probability."""
+    return getattr(attention_of(scope), "sinks", None) is not None
+
+
+# -- the ways of changing it -----------------------------------------------------------------------------------
+
+
+def reading(scope: Scope, edit: Callable[[Tensor, Tensor, Tensor], QKV]) -> Change:
+    """Attention on `edit(query, key, value)`: (b, h, t, d) and twice (b, g, s, d)."""
+    attend = original(scope)
+
+    def new(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
+        return attend(module, *edit(q, k, v), mask, **kwargs)
+
+    return replaced(scope, new)
+
+
+def with_options(scope: Scope, **options: Any) -> Change:
+    """Attention with other keyword arguments: scaling, softcap."""
+    attend = original(scope)
+
+    def new(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
+        return attend(module, q, k, v, mask, **(kwargs | options))
+
+    return replaced(scope, new)
+
+
+def seeing(scope: Scope, rule: Rule) -> Change:
+    """Attention where `rule` says which keys each query sees."""
+    attend = original(scope)
+
+    def new(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
+        keys = torch.arange(k.shape[2], device=k.device)
+        queries = torch.arange(q.shape[2], device=q.device)[:, None] + k.shape[2] - q.shape[2]
+        seen = rule(visible(mask, q, k), queries, keys)
+        hidden = torch.zeros(seen.shape, dtype=q.dtype, device=q.device)
+        return attend(module, q, k, v, hidden.masked_fill(~seen, torch.finfo(q.dtype).min), **kwargs)
+
+    return replaced(scope, new)
+
+
+def visible(mask: Any, q: Tensor, k: Tensor) -> Tensor:
+    """What a mask leaves visible, (b, 1, t, s), whether it is additive, boolean or absent."""
+    if not isinstance(mask, Tensor):
+        return torch.ones(q.shape[0], 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+class softmax_as(TorchFunctionMode):  # noqa: N801
+    """Attention's softmax is `compute` during the block; the taps on scores and probabilities stay.
+
+    Only tensors with an axis of heads are attention's: a router has a softmax of its own.
+    """
+
+    def __init__(self, compute: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.compute = compute
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.softmax and args[0].ndim == 4:
+            return self.compute(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def from_scratch(scope: Scope, on_scores: Callable[[Tensor], Tensor]) -> Change:
+    """Attention without softcap and sinks, with `on_scores` between scaling and mask."""
+
+    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        scale = kwargs.get("scaling")
+        scores = on_scores(q @ k.transpose(2, 3) * (scale if scale is not None else module.head_dim**-0.5))
+        scores = scores if mask is None else scores + mask
+        probs = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+        return (probs @ v).transpose(1, 2).contiguous(), probs
+
+    return replaced(scope, attend)

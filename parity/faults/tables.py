@@ -1,0 +1,155 @@
+"""RoPE's tables of cosines and sines, computed as the reference does and as ports with a bug do."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parity.faults.fault import Scope, attribute, source_of
+from parity.faults.parts import as_written, attention_of, entry, head_dim_of, wide
+
+Tables = tuple[Tensor, Tensor]
+
+
+def has_rope(scope: Scope) -> bool:
+    """Whether the layer rotates queries and keys by tables that transformers hands to it."""
+    attention, given = attention_of(scope), scope.kwargs.get("position_embeddings")
+    if attention is None or not isinstance(given, tuple) or len(given) != 2 or _rotary_module(scope) is None:
+        return False
+    rotate = getattr(source_of(attention), "apply_rotary_pos_emb", None)
+    return rotate is not None and list(inspect.signature(rotate).parameters)[:4] == ["q", "k", "cos", "sin"]
+
+
+def parameters_of(scope: Scope) -> dict[str, Any]:
+    """The layer's own part of the config's RoPE parameters."""
+    found = dict(scope.config.rope_parameters or {})
+    kind = _layer_type(scope)
+    return dict(found[kind]) if kind in found else found
+
+
+def theta_of(scope: Scope) -> float:
+    """The base of the frequencies."""
+    return float(parameters_of(scope)["rope_theta"])
+
+
+def is_scaled(scope: Scope) -> bool:
+    """Whether the config stretches RoPE (linear, dynamic, llama3, YaRN, longrope)."""
+    return has_rope(scope) and parameters_of(scope).get("rope_type", "default") != "default"
+
+
+def is_plain(scope: Scope) -> bool:
+    """Whether RoPE is as first published."""
+    return has_rope(scope) and not is_scaled(scope)
+
+
+def _layer_type(scope: Scope) -> str | None:
+    kinds = getattr(scope.config, "layer_types", None)
+    return kinds[scope.index] if kinds and scope.index is not None else None
+
+
+def _rotary_module(scope: Scope) -> Any:
+    children = scope.model.base_model.children()
+    return next((m for m in children if hasattr(m, "compute_default_rope_parameters")), None)
+
+
+def frequencies(scope: Scope, **changes: Any) -> tuple[Tensor, float]:
+    """The reference's angles per position, and its factor on the tables, with RoPE parameters changed."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config, kind = copy.copy(scope.config), _layer_type(scope)
+    mine = parameters_of(scope) | changes
+    nested = kind in (scope.config.rope_parameters or {})
+    config.rope_parameters = dict(scope.config.rope_parameters) | {kind: mine} if nested else mine
+    rope_type = mine.get("rope_type", "default")
+    plain = _rotary_module(scope).compute_default_rope_parameters
+    compute = plain if rope_type == "default" else ROPE_INIT_FUNCTIONS[rope_type]
+    with as_written():
+        found, factor = compute(config, layer_type=kind) if nested else compute(config)
+    return found, float(factor)
+
+
+def plain_frequencies(theta: float, size: int, count: int | None = None) -> Tensor:
+    """theta ** (-2i / size) for the first `count` pairs, by default size / 2 of them."""
+    with as_written():
+        exponents = torch.arange(0, 2 * (count or size // 2), 2, dtype=torch.float32) / size
+        return 1.0 / theta**exponents
+
+
+def positions_of(scope: Scope) -> Tensor:
+    """Positions of the tokens (b or 1, t) as transformers counts them."""
+    given = scope.kwargs.get("position_ids")
+    cos: Tensor = scope.kwargs["position_embeddings"][0]
+    return given if isinstance(given, Tensor) else torch.arange(cos.shape[-2], device=cos.device)[None]
+
+
+def tables(
+    scope: Scope,
+    angles: Tensor,
+    factor: float,
+    positions: Tensor | None = None,
+    store: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Tables:
+    """Cosines and sines in the layout and dtype of the reference's.
+
+    `angles` per position, one for each pair; `store` says how positions, angles and phases are kept.
+    """
+    cos: Tensor = scope.kwargs["position_embeddings"][0]
+    dtype = wide(cos.dtype)
+    where = positions_of(scope) if positions is None else positions
+    phases = store(store(where[..., None].to(cos.device, dtype)) * store(angles.to(cos.device, dtype)))
+    copies = max(1, cos.shape[-1] // frequencies(scope)[0].numel())
+    phases = torch.cat([phases] * copies, dim=-1)
+    return (phases.cos() * factor).to(cos.dtype), (phases.sin() * factor).to(cos.dtype)
+
+
+# -- changing ------------------------------------------------------------------------------------------------
+
+
+def with_tables(scope: Scope, new: Tables) -> AbstractContextManager[None]:
+    """Queries and keys turn by other tables."""
+    return entry(scope.kwargs, "position_embeddings", new)
+
+
+def original_rotation(scope: Scope) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The function of the reference that turns queries and keys."""
+    found: Callable[..., tuple[Tensor, Tensor]] = source_of(attention_of(scope)).apply_rotary_pos_emb
+    return found
+
+
+def with_rotation(scope: Scope, new: Callable[..., tuple[Tensor, Tensor]]) -> AbstractContextManager[None]:
+    """Queries and keys turn by another function (q, k, cos, sin, …) -> (q, k)."""
+    return attribute(source_of(attention_of(scope)), "apply_rotary_pos_emb", new)
+
+
+def each_by(scope: Scope, q: Tables | None, k: Tables | None) -> AbstractContextManager[None]:
+    """Queries and keys turn by tables of their own; None means the reference's."""
+    original = original_rotation(scope)
+
+    def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        turned = original(query, key, *(q or (cos, sin)), *args, **kwargs)[0]
+        return turned, original(query, key, *(k or (cos, sin)), *args, **kwargs)[1]
+
+    return with_rotation(scope, rotate)
+
+
+def pairs_halves(scope: Scope) -> bool:
+    """Whether the reference rotates the pairs (i, i + d/2), rather than neighbours: tried on a small tensor."""
+    if not has_rope(scope):
+        return False
+    pairs = frequencies(scope)[0].numel()
+    size = scope.kwargs["position_embeddings"][0].shape[-1]
+    x = torch.arange(2.0 * pairs).reshape(1, 1, 1, -1)
+    cos, sin = torch.zeros(1, 1, size), torch.ones(1, 1, size)
+    turned, _ = original_rotation(scope)(x, x, cos, sin)
+    return bool(turned.flatten()[0] == -pairs)
+
+
+def rotary_fraction(scope: Scope) -> float:
+    """The part of each head that is rotated."""
+    return 2 * frequencies(scope)[0].numel() / head_dim_of(scope)
