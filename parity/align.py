@@ -64,13 +64,13 @@ class AmbiguousLayoutError(IncomparableError):
     """The sizes allow more than one reading of an activation whose axes are not declared."""
 
 
-def align(entry: Entry, site: Site, head_dim: int | None) -> Pair | Gap:
+def align(entry: Entry, site: Site, head_dim: int | None, token: int | None = None) -> Pair | Gap:
     """Read `entry` as `site`.
 
-    `head_dim` lets a flattened axis of heads be split. Raises AmbiguousLayoutError where several layouts
+    `head_dim` and `token` let flattened axes of heads and of a batch's tokens be split. Raises AmbiguousLayoutError where several layouts
     fit and none is declared; a shape that fits no layout is a Gap.
     """
-    atoms = _atoms(site, head_dim)
+    atoms = _atoms(site, {"head_dim": head_dim, "token": token})
     readings = _distinct(_readings(entry, atoms), dict(atoms))
     if not readings:
         declared = f" declared as {' '.join(entry.dims)!r}" if entry.dims else ""
@@ -80,16 +80,14 @@ def align(entry: Entry, site: Site, head_dim: int | None) -> Pair | Gap:
         choices = " or ".join(repr(" ".join(axes)) for axes in readings[:3])
         raise AmbiguousLayoutError(
             f"{site.name}: shape {entry.shape} can be read as {choices}. "
-            f"Declare its axes: parity.dims = {{{site.name!r}: {' '.join(readings[0])!r}}} in the dump's metadata or the name map."
+            f"Declare its axes in the dump: parity.dims = {{{site.name!r}: {' '.join(readings[0])!r}}}."
         )
     return Pair(site, readings[0], atoms)
 
 
-def _atoms(site: Site, head_dim: int | None) -> tuple[tuple[str, int], ...]:
+def _atoms(site: Site, inner: dict[str, int | None]) -> tuple[tuple[str, int], ...]:
     """The site's axes with every flattened one split, if the sizes are known."""
     atoms: list[tuple[str, int]] = []
-    batch = next((size for dim, size in zip(site.dims, site.shape, strict=True) if dim == "batch"), None)
-    inner = {"head_dim": head_dim, "token": None, "batch": batch}
     for dim, size in zip(site.dims, site.shape, strict=True):
         first, _, second = dim.partition(FLATTENED)
         known = inner.get(second)

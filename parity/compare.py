@@ -21,7 +21,7 @@ from parity.align import AmbiguousLayoutError, Gap, Pair, align
 from parity.candidates import torch_module
 from parity.dump import ArchiveWriter, Dump, Entry, RunInfo, open_dump
 from parity.errors import IncomparableError, UsageError
-from parity.judge import RoundingMode, covered, findings, judge_run, judge_site, rounding_mode
+from parity.judge import RoundingMode, covered, findings, judge_run, judge_site, luck, rounding_mode
 from parity.metrics import Metrics, measure
 from parity.outcome import NextTokenWatch
 from parity.record.arrays import to_numpy, to_torch
@@ -258,8 +258,9 @@ def _conclude(
     clock: Clock,
 ) -> Comparison:
     mode = rounding_mode([m.local for m in measured.values()], unit_roundoff(model.dtype))
+    lucky = luck({site: m.local for site, m in measured.items()})
     sites = [
-        _judged(measured[site], mode) if isinstance(pair, Pair) else Measurement(site, "unmeasured", pair.reason)
+        _judged(measured[site], mode, lucky[site]) if isinstance(pair, Pair) else Measurement(site, "unmeasured", pair.reason)
         for site, pair in pairs.items()
     ]
     next_token = watch.result()
@@ -277,8 +278,8 @@ def _conclude(
     )
 
 
-def _judged(m: _Measured, mode: RoundingMode) -> Measurement:
-    verdict, ratio, reason = judge_site(m.local, mode)
+def _judged(m: _Measured, mode: RoundingMode, lucky: float) -> Measurement:
+    verdict, ratio, reason = judge_site(m.local, mode, lucky)
     x, local = m.metrics, m.local
     return Measurement(
         site=m.pair.site.name,
@@ -356,7 +357,7 @@ def _sites(model: PiecewiseModel, question: Question) -> tuple[Site, ...]:
 
 
 def _align(dump: Dump, sites: Sequence[Site], axes: dict[str, tuple[str, ...]]) -> dict[str, Pair | Gap]:
-    head_dim = _head_dim(sites)
+    head_dim, token = _head_dim(sites), _tokens(sites)
     pairs: dict[str, Pair | Gap] = {}
     for site in sites:
         entry = dump.entries.get(site.name)
@@ -364,12 +365,16 @@ def _align(dump: Dump, sites: Sequence[Site], axes: dict[str, tuple[str, ...]]) 
             pairs[site.name] = Gap(site.name, "not recorded by the candidate")
         else:
             declared = replace(entry, dims=entry.dims or axes.get(site.name))
-            pairs[site.name] = align(declared, site, head_dim)
+            pairs[site.name] = align(declared, site, head_dim, token)
     return pairs
 
 
 def _head_dim(sites: Sequence[Site]) -> int | None:
     return next((s.shape[-1] for s in sites if s.dims[-2:] == ("token", "head_dim")), None)
+
+
+def _tokens(sites: Sequence[Site]) -> int | None:
+    return next((s.shape[s.dims.index("token")] for s in sites if "token" in s.dims), None)
 
 
 def _piece_name(piece: int | str) -> str:

@@ -6,7 +6,7 @@ site's ratio, and only where that is too large the question whether the error is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
@@ -38,6 +38,8 @@ _CONCENTRATED = 3.0
 _TRUNCATION_GAIN = -0.7213
 # The reference's own error is exceeded this many times at the logits only if something is wrong.
 _TOTAL = 4.0
+# A floor that is this much below its family's is no longer put down to chance.
+_LUCKIEST = 4.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class RoundingMode:
 
 def rounding_mode(sites: Iterable[Local], roundoff: float) -> RoundingMode:
     """The rounding mode that most sites share. `roundoff` is the unit roundoff of the working dtype."""
-    noisy = [s for s in sites if not s.must_be_exact and 0 < s.ratio < IMPRECISE]
+    noisy = [s for s in sites if not s.must_be_exact and not s.bit_equal and 0 < s.ratio < IMPRECISE]
     if not noisy:
         return RoundingMode(fused=False, truncates=False)
     gains = [s.structure.gain / roundoff for s in noisy]
@@ -63,26 +65,45 @@ def rounding_mode(sites: Iterable[Local], roundoff: float) -> RoundingMode:
     return RoundingMode(fused=not truncates and median(s.ratio for s in noisy) > 1.15, truncates=truncates)
 
 
-def judge_site(local: Local, mode: RoundingMode) -> tuple[SiteVerdict, float, str]:
-    """Verdict, ratio and reason for one site."""
+def luck(sites: Mapping[str, Local]) -> dict[str, float]:
+    """By how much each site's floor fell short of what is usual in its family: 1 or more.
+
+    The floor of few numbers is one draw of a random quantity. An operation of the same kind, in another layer,
+    says how large it usually is; a floor that came out small by chance must not turn rounding into a bug.
+    """
+    families: dict[str, list[float]] = {}
+    for name, local in sites.items():
+        families.setdefault(family(name), []).append(local.floor_rel)
+    usual = {name: median(floors) for name, floors in families.items()}
+    return {
+        name: min(max(usual[family(name)] / local.floor_rel, 1.0), _LUCKIEST) if local.floor_rel else 1.0
+        for name, local in sites.items()
+    }
+
+
+def judge_site(local: Local, mode: RoundingMode, lucky: float = 1.0) -> tuple[SiteVerdict, float, str]:
+    """Verdict, ratio and reason for one site; `lucky` is its share of `luck`."""
     if local.nonfinite:
         if local.reference_nonfinite:
             return "nonfinite", local.ratio, "overflows; so does the reference in this dtype"
         return "nonfinite", local.ratio, f"{local.nonfinite} values are NaN or infinite, on finite inputs"
     if local.nonfinite_inputs and local.ratio == 0:
         return "unmeasured", 0.0, "its inputs are not finite"
-    ratio = local.ratio_fused if mode.fused else local.ratio
+    strict, ratio_fused = local.ratio / lucky, local.ratio_fused / lucky
+    ratio = ratio_fused if mode.fused else strict
     if local.bit_equal:
         return "exact", ratio, "bit-equal to the reference on the same inputs"
     if local.must_be_exact:
         return ("exact", 0.0, "equal") if ratio == 0 else ("wrong", ratio, "moves data only, and must be bit-equal")
+    if mode.truncates and ratio <= IMPRECISE / 2 and local.structure.gain < 0:
+        return "imprecise", ratio, "truncates where it should round to nearest"
     if ratio <= ROUNDING:
         return "rounding", ratio, "within the reference's own rounding"
     if local.all_zero:
         return "wrong", ratio, "all zero"
+    if ratio_fused <= ROUNDING and not _follows_value(local.structure):
+        return "rounding", ratio_fused, "rounding of an operation fused with the one before it"
     structured = structure_of(local.structure)
-    if mode.truncates and ratio <= IMPRECISE / 2 and local.structure.gain < 0:
-        return "imprecise", ratio, "truncates where it should round to nearest"
     if ratio <= IMPRECISE and not structured:
         return "imprecise", ratio, "noise, but more of it than this dtype needs"
     return "wrong", ratio, structured or "too large for rounding"
@@ -90,8 +111,7 @@ def judge_site(local: Local, mode: RoundingMode) -> tuple[SiteVerdict, float, st
 
 def structure_of(s: Structure) -> str:
     """What shows that an error is no noise, or an empty string."""
-    # Chance alone correlates n numbers by about 1/√n.
-    if abs(s.cosine) > max(_COHERENT, 5 / max(s.elements, 1) ** 0.5):
+    if _follows_value(s):
         return f"the error follows the value: gain {1 + s.gain:.4g}"
     if _spread(s.by_head) > _CONCENTRATED:
         worst = max(range(len(s.by_head)), key=s.by_head.__getitem__)
@@ -102,6 +122,11 @@ def structure_of(s: Structure) -> str:
     if s.channel_share > 0.5:
         return f"{s.channel_share:.0%} of it in channel {s.channel}"
     return ""
+
+
+def _follows_value(s: Structure) -> bool:
+    # Chance alone correlates n numbers by about 1/√n.
+    return abs(s.cosine) > max(_COHERENT, 5 / max(s.elements, 1) ** 0.5)
 
 
 def _spread(profile: Sequence[float]) -> float:

@@ -20,7 +20,7 @@ from parity.reference.checkpoint import find
 from parity.reference.pieces import EMBED, HEAD, PiecewiseModel
 from tests.checkpoints import OTHER
 from tests.conftest import slow_but
-from tests.test_discover import IDS, fired
+from tests.test_discover import IDS, fired, whole
 from tests.test_record import hooks
 
 TYPES = ["qwen3", *OTHER]
@@ -52,11 +52,8 @@ def run(
 
 
 def stock_logits(path: Path, implementation: str, dtype: torch.dtype, ids: Tensor = IDS) -> Tensor:
-    from transformers import AutoModelForCausalLM
-
     with quiet_torch():
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=implementation)
-        logits: Tensor = model.eval()(input_ids=ids, use_cache=False).logits
+        logits: Tensor = whole(path, implementation, dtype)(input_ids=ids, use_cache=False).logits
     return logits
 
 
@@ -70,10 +67,10 @@ def test_pieces_compute_what_the_whole_computes(
     model = piecewise(path, dtype, implementation)
     seen, logits = run(model)
     assert torch.equal(logits, stock_logits(path, implementation, dtype))
-    whole = fired(path, implementation, dtype, model.sites)
-    assert list(seen) == list(whole)
+    expected = fired(path, implementation, dtype, model.sites)
+    assert list(seen) == list(expected)
     for name, value in seen.items():
-        assert torch.equal(value, whole[name][0]), name
+        assert torch.equal(value, expected[name][0]), name
 
 
 @pytest.mark.parametrize(

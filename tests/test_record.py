@@ -56,7 +56,7 @@ def sites_of(model: Any, *, inner: bool = False) -> list[Site]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", slow_but(["eager"], ["eager", "sdpa"]))
 @pytest.mark.parametrize("inner", [False, True], ids=["", "inner"])
 def test_recording_leaves_the_logits_as_they_are(
     small: Path, implementation: str, dtype: torch.dtype, inner: bool

@@ -13,15 +13,13 @@ from parity.faults.attend import (
     from_scratch,
     has_attention,
     has_sinks,
-    original,
     reading,
-    replaced,
     scale_of,
     softcap_of,
     softmax_as,
     with_options,
 )
-from parity.faults.fault import Fault, Number, Scope
+from parity.faults.fault import Fault, Number, Scope, attribute, source_of
 from parity.faults.parts import (
     attention_of,
     forward,
@@ -33,6 +31,7 @@ from parity.faults.parts import (
     plain,
     stored_as,
     together,
+    wide,
 )
 from parity.faults.tables import has_rope, original_rotation, with_rotation
 
@@ -50,18 +49,20 @@ def _scale_is_not(value: Callable[[Scope], float]) -> Callable[[Scope], bool]:
 
 
 def _by_hidden(scope: Scope) -> float:
-    return hidden_per_head(scope) ** -0.5
+    return float(hidden_per_head(scope) ** -0.5)
 
 
 def _by_head_dim(scope: Scope) -> float:
-    return head_dim_of(scope) ** -0.5
+    return float(head_dim_of(scope) ** -0.5)
 
 
 # -- heads ---------------------------------------------------------------------------------------------------
 
 
 def _is_grouped(scope: Scope) -> bool:
-    return has_attention(scope) and 1 < kv_heads_of(scope) < scope.config.num_attention_heads
+    attention = attention_of(scope)
+    grouped = attention is not None and 1 < kv_heads_of(scope) < scope.config.num_attention_heads
+    return grouped and hasattr(source_of(attention), "repeat_kv")
 
 
 def _several_kv(scope: Scope) -> bool:
@@ -69,28 +70,23 @@ def _several_kv(scope: Scope) -> bool:
 
 
 def _tiled(scope: Scope) -> Change:
-    """Key/value heads in the order 0, 1, 0, 1, …: all of them are laid out, so the reference repeats none."""
-    attend = original(scope)
+    return attribute(source_of(attention_of(scope)), "repeat_kv", lambda x, group: x.repeat(1, group, 1, 1))
 
-    def new(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
-        group = q.shape[1] // k.shape[1]
-        # The reference repeats each head `group` times and would do so again: take every group-th for it.
-        order = torch.arange(q.shape[1], device=q.device) % k.shape[1]
-        rows = [
-            attend(module, q[:, order == head], k[:, head : head + 1].expand(-1, 1, -1, -1), v[:, head : head + 1], mask, **kwargs)
-            for head in range(k.shape[1])
-        ]
-        del group
-        return rows
 
-    return replaced(scope, new)
+def _first_from_second(v: Tensor) -> Tensor:
+    return torch.cat([v[:, 1:2], v[:, 1:]], dim=1)
+
+
+def _values_turned(scope: Scope) -> Change:
+    rotate = original_rotation(scope)
+    return reading(scope, lambda q, k, v: (q, k, rotate(v, v, *scope.kwargs["position_embeddings"])[0]))
 
 
 def _heads_permuted(scope: Scope) -> Change:
     """q's and k's projections split as (head_dim, heads)."""
 
     def split(x: Tensor) -> Tensor:
-        return x.flatten(2).unflatten(2, (x.shape[3], x.shape[2])).transpose(2, 3)
+        return x.reshape(*x.shape[:2], x.shape[3], x.shape[2]).transpose(2, 3)
 
     norms = [m for name, m in norms_of(scope).items() if name.endswith((".q_norm", ".k_norm"))]
     if norms:
@@ -113,4 +109,272 @@ def _merged_wrong(scope: Scope) -> Change:
     out = linear(scope, "o_proj")
     assert out is not None, "unreachable because the fault applies only where there is one"
     before, size = out.forward, head_dim_of(scope)
-    return forward(out, lambda x: before(x.unflatten(-1, (-1, size)).transpose(-1, -2).flatten(-2)))
+    return forward(out, lambda x: before(x.reshape(*x.shape[:-1], -1, size).transpose(-1, -2).flatten(-2)))
+
+
+# -- softmax and storage -------------------------------------------------------------------------------------
+
+
+def _softmax_low(scores: Tensor) -> Tensor:
+    raised = (scores - scores.amax(-1, keepdim=True)).exp()
+    return raised / raised.sum(-1, keepdim=True)
+
+
+def _softmax_bf16(scores: Tensor) -> Tensor:
+    """Every step stored in bfloat16."""
+    raised = stored_as((stored_as(scores, torch.bfloat16) - scores.amax(-1, keepdim=True)).exp(), torch.bfloat16)
+    return stored_as(raised / stored_as(raised.sum(-1, keepdim=True), torch.bfloat16), torch.bfloat16)
+
+
+def _softmax_plus_one(scores: Tensor) -> Tensor:
+    """A logit of zero beside the scores takes its share and gives nothing."""
+    up = torch.nn.functional.pad(scores.to(wide(scores.dtype)), (0, 1))
+    return up.softmax(-1)[..., :-1]
+
+
+def _capped(scope: Scope, cap: float) -> Change:
+    # No cap is a cap at infinity, where the formula would be infinity times zero.
+    return from_scratch(scope, lambda s: s if cap == float("inf") else torch.tanh(s / cap) * cap)
+
+
+def _cap_applies(scope: Scope) -> bool:
+    return has_attention(scope) and softcap_of(scope) is None and not has_sinks(scope)
+
+
+def _in_fp8(x: Tensor) -> Tensor:
+    return stored_as(x.clamp(-448.0, 448.0), torch.float8_e4m3fn)
+
+
+def _in_int8(x: Tensor) -> Tensor:
+    step = x.abs().amax(-1, keepdim=True) / 127
+    return torch.where(step > 0, (x / step).round() * step, x)
+
+
+def _cache_in(store: Callable[[Tensor], Tensor]) -> Callable[[Scope], Change]:
+    return lambda scope: reading(scope, lambda q, k, v: (q, store(k), store(v)))
+
+
+FAULTS: tuple[Fault, ...] = (
+    Fault(
+        "attention-scale",
+        "scores are multiplied by another factor than the reference's",
+        INSIDE,
+        "multiply q·k by head_dim ** -0.5, or by what the config says in its place",
+        "emmy#412",
+        TWO_TOKENS,
+        lambda scope, scale: with_options(scope, scaling=scale),
+        has_attention,
+        Number("scale", scale_of, (1.0, 0.125, 128**-0.5, 0.0625)),
+    ),
+    Fault(
+        "attention-scale-hidden",
+        "scores are scaled by (hidden / heads) ** -0.5; the reference uses another head_dim",
+        INSIDE,
+        "take head_dim from config.json, not hidden_size / num_attention_heads",
+        "marin#2098",
+        TWO_TOKENS,
+        plain(_scaled(_by_hidden)),
+        _scale_is_not(_by_hidden),
+    ),
+    Fault(
+        "attention-scale-head-dim",
+        "scores are scaled by head_dim ** -0.5; the reference takes the scale from the config",
+        INSIDE,
+        "use query_pre_attn_scalar or attention_multiplier of config.json",
+        "llama.cpp#8197",
+        TWO_TOKENS,
+        plain(_scaled(_by_head_dim)),
+        _scale_is_not(_by_head_dim),
+    ),
+    Fault(
+        "attention-scale-missing",
+        "scores are not scaled",
+        INSIDE,
+        "multiply q·k by head_dim ** -0.5",
+        "",
+        TWO_TOKENS,
+        plain(_scaled(lambda _s: 1.0)),
+        _scale_is_not(lambda _s: 1.0),
+    ),
+    Fault(
+        "attention-scale-twice",
+        "scores are scaled twice, as when q is scaled beforehand and the attention function scales again",
+        INSIDE,
+        "scale either q or the scores",
+        "",
+        TWO_TOKENS,
+        plain(_scaled(lambda s: scale_of(s) ** 2)),
+        _scale_is_not(lambda s: scale_of(s) ** 2),
+    ),
+    Fault(
+        "gqa-tile",
+        "query head h reads key/value head h % kv_heads; in the reference it reads h // (heads / kv_heads)",
+        INSIDE,
+        "repeat each key/value head in place (repeat_interleave), not the row of heads (tile)",
+        "onnx#7274",
+        "",
+        plain(_tiled),
+        _is_grouped,
+    ),
+    Fault(
+        "kv-heads-reversed",
+        "key/value heads are in reverse order",
+        INSIDE,
+        "keep the order of heads when splitting them over devices",
+        "GenerelSchwerz/llama.cpp#48",
+        "",
+        plain(lambda s: reading(s, lambda q, k, v: (q, k.flip(1), v.flip(1)))),
+        _several_kv,
+    ),
+    Fault(
+        "v-head-shifted",
+        "each query head reads the values of the next key/value head",
+        ("context",),
+        "use the same index for keys and values",
+        "",
+        "",
+        plain(lambda s: reading(s, lambda q, k, v: (q, k, v.roll(-1, dims=1)))),
+        _several_kv,
+    ),
+    Fault(
+        "v-first-head",
+        "the first value head holds the values of the second",
+        ("context",),
+        "check the offset at which the first head is read",
+        "",
+        "",
+        plain(lambda s: reading(s, lambda q, k, v: (q, k, _first_from_second(v)))),
+        _several_kv,
+    ),
+    Fault(
+        "kv-exchanged",
+        "keys and values change places in attention",
+        INSIDE,
+        "hand over keys before values",
+        "",
+        "",
+        plain(lambda s: reading(s, lambda q, k, v: (q, v, k))),
+        has_attention,
+    ),
+    Fault(
+        "v-is-k",
+        "the keys are used as values",
+        ("context",),
+        "give the cache of values a buffer of its own",
+        "",
+        "",
+        plain(lambda s: reading(s, lambda q, k, v: (q, k, k))),
+        has_attention,
+    ),
+    Fault(
+        "v-rope",
+        "RoPE turns the values as well",
+        ("context",),
+        "rotate queries and keys only",
+        "",
+        TWO_TOKENS,
+        plain(_values_turned),
+        lambda s: has_attention(s) and has_rope(s),
+    ),
+    Fault(
+        "heads-split-wrong",
+        "the outputs of q_proj and k_proj are split as (head_dim, heads); in the reference heads come first",
+        ("q_norm", "k_norm", "q_rope", "k_rope"),
+        "view the last axis as (heads, head_dim)",
+        "",
+        "",
+        plain(_heads_permuted),
+        lambda s: linear(s, "q_proj") is not None and has_rope(s),
+    ),
+    Fault(
+        "heads-merged-wrong",
+        "the heads are merged as (head_dim, heads) before o_proj; in the reference heads come first",
+        ("o_proj",),
+        "move the heads behind the tokens before flattening them",
+        "",
+        "",
+        plain(_merged_wrong),
+        lambda s: linear(s, "o_proj") is not None,
+    ),
+    Fault(
+        "softmax-low",
+        "softmax is computed in the dtype of the model; the reference computes it in float32",
+        ("probs", "context"),
+        "cast the scores to float32 before softmax",
+        "",
+        "bfloat16 or float16, and two tokens or more",
+        plain(lambda _s: softmax_as(_softmax_low)),
+        has_attention,
+    ),
+    Fault(
+        "softmax-bf16",
+        "softmax is computed in bfloat16",
+        ("probs", "context"),
+        "cast the scores to float32 before softmax",
+        "",
+        TWO_TOKENS,
+        plain(lambda _s: softmax_as(_softmax_bf16)),
+        has_attention,
+    ),
+    Fault(
+        "softmax-plus-one",
+        "softmax has a sink: one more logit, of zero, that takes part of the probability",
+        ("probs", "context"),
+        "let the probabilities of each row add up to one",
+        "",
+        "",
+        plain(lambda _s: softmax_as(_softmax_plus_one)),
+        lambda s: has_attention(s) and not has_sinks(s),
+    ),
+    Fault(
+        "sinks-dropped",
+        "the learned sinks are left out of softmax",
+        INSIDE,
+        "add the layer's sinks to the denominator of softmax",
+        "vllm-metal#550",
+        "",
+        plain(lambda s: from_scratch(s, lambda scores: scores)),
+        lambda s: has_attention(s) and has_sinks(s),
+    ),
+    Fault(
+        "softcap-applied",
+        "scores are capped by tanh; the reference does not cap them",
+        INSIDE,
+        "cap scores only where the config has attn_logit_softcapping",
+        "",
+        "scores that are not small beside the cap",
+        _capped,
+        _cap_applies,
+        Number("cap", lambda _s: float("inf"), (50.0, 30.0, 20.0), discrete=True),
+    ),
+    Fault(
+        "softcap-dropped",
+        "scores are not capped; the reference caps them by tanh",
+        INSIDE,
+        "compute cap * tanh(scores / cap) with attn_logit_softcapping of the config",
+        "vllm-metal#665",
+        "scores that are not small beside the cap",
+        plain(lambda s: with_options(s, softcap=None)),
+        lambda s: has_attention(s) and softcap_of(s) is not None,
+    ),
+    Fault(
+        "kv-cache-fp8",
+        "keys and values are kept in float8 (e4m3)",
+        INSIDE,
+        "keep the cache in the dtype of the model, or compare with a reference that does the same",
+        "",
+        "",
+        plain(_cache_in(_in_fp8)),
+        has_attention,
+    ),
+    Fault(
+        "kv-cache-int8",
+        "keys and values are kept in 8-bit integers, one step for each head and token",
+        INSIDE,
+        "keep the cache in the dtype of the model, or compare with a reference that does the same",
+        "",
+        "",
+        plain(_cache_in(_in_int8)),
+        has_attention,
+    ),
+)

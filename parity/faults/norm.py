@@ -48,7 +48,7 @@ def adds_one(norm: Any) -> bool:
     if own is None or own.is_meta or is_centred(norm):
         return False
     with weight(norm, "weight", torch.zeros_like(own)), torch.no_grad():
-        return bool(norm.forward(torch.ones_like(own)[None]).any())
+        return bool(type(norm).forward(norm, torch.ones_like(own)[None]).any())
 
 
 def rms_norms(scope: Scope, names: tuple[str, ...] = ALL) -> dict[str, Any]:
@@ -86,10 +86,8 @@ def _unit(x: Tensor, eps: float) -> Tensor:
 
 def _weigh(norm: Any, unit: Tensor, dtype: torch.dtype) -> Tensor:
     """The last step, in the order in which the reference rounds."""
-    if adds_one(norm):
-        return (unit * (1.0 + norm.weight.to(unit.dtype))).to(dtype)
-    product: Tensor = norm.weight * unit.to(dtype)
-    return product
+    own: Tensor = norm.weight
+    return (unit * (1.0 + own.to(unit.dtype))).to(dtype) if adds_one(norm) else own * unit.to(dtype)
 
 
 # -- the bugs ------------------------------------------------------------------------------------------------
@@ -106,12 +104,14 @@ def _centred(norm: Any, x: Tensor) -> Tensor:
 
 def _one_plus(norm: Any, x: Tensor) -> Tensor:
     unit = _unit(_up(x), eps_of(norm))
-    return (unit * (1.0 + norm.weight.to(unit.dtype))).to(x.dtype)
+    own: Tensor = norm.weight
+    return (unit * (1.0 + own.to(unit.dtype))).to(x.dtype)
 
 
 def _one_forgotten(norm: Any, x: Tensor) -> Tensor:
     unit = _unit(_up(x), eps_of(norm))
-    return (unit * norm.weight.to(unit.dtype)).to(x.dtype)
+    own: Tensor = norm.weight
+    return (unit * own.to(unit.dtype)).to(x.dtype)
 
 
 def _unweighted(norm: Any, x: Tensor) -> Tensor:
@@ -146,10 +146,8 @@ def _inverse_rounded(norm: Any, x: Tensor) -> Tensor:
 
 def _other_order(norm: Any, x: Tensor) -> Tensor:
     unit = _unit(_up(x), eps_of(norm))
-    if adds_one(norm):
-        late: Tensor = unit.to(x.dtype) * (1.0 + norm.weight)
-        return late
-    return (unit * norm.weight.to(unit.dtype)).to(x.dtype)
+    own: Tensor = norm.weight
+    return unit.to(x.dtype) * (1.0 + own) if adds_one(norm) else (unit * own.to(unit.dtype)).to(x.dtype)
 
 
 def _mean_kept(norm: Any, x: Tensor) -> Tensor:
@@ -257,9 +255,7 @@ FAULTS: tuple[Fault, ...] = (
         "subtract the mean and divide by the standard deviation",
         "",
         "",
-        plain(
-            lambda s: together(*(forward(n, partial(_mean_kept, n)) for n in norms_of(s).values() if is_centred(n)))
-        ),
+        plain(lambda s: together(*(forward(n, partial(_mean_kept, n)) for n in norms_of(s).values() if is_centred(n)))),
         lambda s: any(is_centred(n) for n in norms_of(s).values()),
     ),
     Fault(

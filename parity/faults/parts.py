@@ -52,11 +52,12 @@ def _child(module: Any, names: tuple[str, ...]) -> Any:
     return next((found for name in names if isinstance(found := getattr(module, name, None), nn.Module)), None)
 
 
-def norms_of(scope: Scope) -> dict[str, nn.Module]:
+def norms_of(scope: Scope) -> dict[str, Any]:
     """The norms of the layer by name, or the final norm at the ends."""
     if scope.layer is None:
         base = scope.model.base_model
-        return {name: m for name in FINAL_NORM_NAMES if is_norm(m := getattr(base, name, None))}
+        found = {name: getattr(base, name, None) for name in FINAL_NORM_NAMES}
+        return {name: m for name, m in found.items() if is_norm(m)}
     return {name: m for name, m in scope.layer.named_modules() if is_norm(m)}
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from parity.faults.fault import Fault, Scope
-from parity.faults.norm import QK, _each, _exchangeable, _exchanged, _left_out, eps_of, adds_one, rms_norms
+from parity.faults.norm import QK, _each, _exchangeable, _exchanged, _left_out, adds_one, eps_of, rms_norms
 from parity.faults.parts import forward, head_dim_of, kv_heads_of, plain, together, wide
 from parity.faults.tables import has_rope, original_rotation, with_rotation
 
@@ -46,7 +46,8 @@ def _joint(scope: Scope) -> Change:
         square = up.pow(2).mean((_head_axis(x, heads), 3), keepdim=True)
         unit = up * torch.rsqrt(square + eps_of(norm))
         factor = norm.weight.to(unit.dtype) + (1.0 if adds_one(norm) else 0.0)
-        return (unit * factor).to(x.dtype)
+        out: Tensor = (unit * factor).to(x.dtype)
+        return out
 
     return together(
         *(forward(norm, partial(compute, norm, _heads(scope, name))) for name, norm in _per_head(scope).items())
@@ -55,9 +56,10 @@ def _joint(scope: Scope) -> Change:
 
 def _separate(scope: Scope) -> Change:
     def compute(norm: Any, x: Tensor) -> Tensor:
-        up = x.to(wide(x.dtype)).unflatten(-1, (-1, head_dim_of(scope)))
+        up = x.to(wide(x.dtype)).reshape(*x.shape[:-1], -1, head_dim_of(scope))
         unit = up * torch.rsqrt(up.pow(2).mean(-1, keepdim=True) + eps_of(norm))
-        return (unit.flatten(-2) * norm.weight.to(unit.dtype)).to(x.dtype)
+        out: Tensor = (unit.flatten(-2) * norm.weight.to(unit.dtype)).to(x.dtype)
+        return out
 
     return together(*(forward(norm, partial(compute, norm)) for norm in _over_heads(scope).values()))
 
@@ -68,7 +70,7 @@ def _after_rope(scope: Scope) -> Change:
 
     def turned(x: Tensor, heads: int) -> Tensor:
         cos, sin = scope.kwargs["position_embeddings"]
-        split = x if x.ndim == 4 else x.unflatten(-1, (heads, -1))
+        split = x if x.ndim == 4 else x.reshape(*x.shape[:-1], heads, -1)
         where = 1 if x.ndim == 4 and _head_axis(x, heads) == 1 else 2
         return rotate(split, split, cos, sin, unsqueeze_dim=where)[0].reshape(x.shape)
 
@@ -106,7 +108,7 @@ FAULTS: tuple[Fault, ...] = (
         "QK-norm runs over all heads together; the reference normalizes each head",
         QK,
         "take the mean square over head_dim alone",
-        "mlx-lm#898",
+        "vllm#16311",
         "",
         plain(_joint),
         lambda s: bool(_per_head(s)),
@@ -116,7 +118,7 @@ FAULTS: tuple[Fault, ...] = (
         "QK-norm runs over each head; the reference normalizes all heads together",
         QK,
         "take the mean square over all heads, across devices if they are split",
-        "vllm#16311",
+        "",
         "",
         plain(_separate),
         lambda s: bool(_over_heads(s)),

@@ -109,9 +109,7 @@ def _other_head_dim(scope: Scope) -> Change:
 
 
 def _phases_in(dtype: torch.dtype) -> Callable[[Scope], Change]:
-    return lambda scope: with_tables(
-        scope, tables(scope, *frequencies(scope), store=lambda x: stored_as(x, dtype))
-    )
+    return lambda scope: with_tables(scope, tables(scope, *frequencies(scope), store=lambda x: stored_as(x, dtype)))
 
 
 def _angles_in(dtype: torch.dtype) -> Callable[[Scope], Change]:
@@ -299,7 +297,7 @@ FAULTS: tuple[Fault, ...] = (
         "RoPE's angles are computed in float16; the reference computes them in float32",
         BOTH,
         "compute positions times frequencies, cosine and sine in float32 and cast only the tables",
-        "gpt-neox#1003",
+        "",
         "some hundred tokens, or float32",
         plain(_phases_in(torch.float16)),
         has_rope,

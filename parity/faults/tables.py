@@ -131,7 +131,9 @@ def each_by(scope: Scope, q: Tables | None, k: Tables | None) -> AbstractContext
     """Queries and keys turn by tables of their own; None means the reference's."""
     original = original_rotation(scope)
 
-    def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def rotate(
+        query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         turned = original(query, key, *(q or (cos, sin)), *args, **kwargs)[0]
         return turned, original(query, key, *(k or (cos, sin)), *args, **kwargs)[1]
 

@@ -52,6 +52,8 @@ def first_tensor(output: Any) -> Tensor | None:
 
 
 def _output_hook(site: str, tap: Tap) -> Callable[[nn.Module, Any, Any], Any]:
+    # A compiled candidate must not compile the recorder into itself.
+    @torch.compiler.disable
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         value = first_tensor(output)
         if value is None:

@@ -2,8 +2,13 @@
 
 With r = candidate − truth, row by row (a row is a token, or a head of a token):
 
-    floor² = max(‖reference in the working dtype − truth‖, ‖truth rounded for storage − truth‖, 0.3 u ‖truth‖)²
+    floor² = max(‖reference in the working dtype − truth‖, ‖truth rounded for storage − truth‖,
+                 0.3 u ‖truth‖, 2⁻²⁴ √(n / 6) ‖truth‖)²
              + ‖truth on jittered inputs − truth‖²   (only where operations may have been fused)
+
+The last term in the maximum is what adding n products one after another in float32 costs, as a plain loop
+in C or Rust does: partial sums grow like a random walk, and each is rounded once. Libraries that add in
+blocks are better than that, and no port is wrong for not being a library.
 
 The ratio R is the larger of ‖r‖ / ‖floor‖ over the whole tensor and the median of the row ratios: the first
 sees an error anywhere, the second is not swallowed by one row of massive activations.
@@ -26,6 +31,7 @@ from parity.sites import FLATTENED, Dims
 _LEAST_SHARE = 0.3
 _PROFILE_BINS = 256
 _MASKED = -1e30
+_HIDDEN = -1e3
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ def local_error(site: Replayed, working: torch.dtype, storage: torch.dtype, head
     wide = truth.dtype
     candidate, floor = site.candidate.to(truth.device), site.floor
     compared = _comparable(candidate, truth)
-    r = torch.where(compared, candidate.to(wide) - truth, 0)
+    r = torch.where(compared, candidate.to(wide) - truth, _unmasked(candidate, truth))
     y = torch.where(compared, truth, 0)
     e = torch.where(compared & floor.isfinite(), floor.to(wide) - truth, 0)
     s = torch.where(compared, truth.to(storage).to(wide) - truth, 0).nan_to_num(0, 0, 0)
@@ -70,7 +76,8 @@ def local_error(site: Replayed, working: torch.dtype, storage: torch.dtype, head
 
     rr, ee, ss, qq, yy = (x.square().sum(-1) for x in (r, e, s, q, y))
     must_be_exact = not bool(ee.any() or ss.any() or qq.any())
-    least = (_LEAST_SHARE * unit_roundoff(working)) ** 2 * yy
+    summation = unit_roundoff(torch.float32) ** 2 * site.summands / 6 if site.summands > 1 else 0.0
+    least = max((_LEAST_SHARE * unit_roundoff(working)) ** 2, summation) * yy
     strict = torch.zeros_like(yy) if must_be_exact else torch.maximum(torch.maximum(ee, ss), least)
     ratios = _ratio(rr, strict)
     return Local(
@@ -92,8 +99,14 @@ def local_error(site: Replayed, working: torch.dtype, storage: torch.dtype, head
 
 
 def _comparable(candidate: Tensor, truth: Tensor) -> Tensor:
-    """Elements that both sides have; masked scores are no values (any large negative number will do)."""
+    """Elements that both sides have as values; masked scores are none."""
     return candidate.isfinite() & truth.isfinite() & (truth > _MASKED)
+
+
+def _unmasked(candidate: Tensor, truth: Tensor) -> Tensor:
+    """The error of a masked score: none if the candidate hides it too, by whatever large negative number."""
+    shown = (truth <= _MASKED) & (candidate > _HIDDEN)
+    return torch.where(shown, torch.full_like(truth, -_HIDDEN), torch.zeros_like(truth))
 
 
 def _ratio(squares: Tensor, floor: Tensor) -> Tensor:

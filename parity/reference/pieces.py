@@ -44,6 +44,8 @@ class PiecewiseModel:
     """A causal LM of transformers whose weights are in memory one piece at a time.
 
     `sites` are the model's sites in order of execution, with the probe's sizes (`with_sizes` gives a run's).
+    A model whose layers are no plain chain cannot be cut: it has one piece, HEAD, that is all of it, and
+    `is_cut` says so.
     """
 
     def __init__(
@@ -53,20 +55,49 @@ class PiecewiseModel:
         device: str = "cpu",
         attention: str = "eager",
         inner: bool = False,
-        sites: tuple[Site, ...] | None = None,
+        original: PiecewiseModel | None = None,
     ) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         self.attention = attention
         self.model = _build(checkpoint, dtype, attention)
         self.config = self.model.config.get_text_config()
-        self.sites = sites or discover(self.model, inner=inner)
         self.layers = _find_layers(self.model)
+        self.sites: tuple[Site, ...] = original.sites if original else ()
+        self.is_cut: bool = original.is_cut if original else False
+        if original is None:
+            # The meta kernel of the default grouped product takes bfloat16 alone.
+            with self._experts("batched_mm"), _watch_chain(self.layers) as chain:
+                self.sites = discover(self.model, inner=inner)
+            self.is_cut = bool(self.layers) and chain.is_whole(len(self.layers))
+        if not self.is_cut:
+            self.layers = []
         self._sites = self._sort_sites()
         self._calls: list[_Call] = []
 
     def twin(self, dtype: torch.dtype) -> PiecewiseModel:
         """The same model in another dtype; its pieces are loaded from this one's."""
-        return PiecewiseModel(self.checkpoint, dtype, str(self.device), self.attention, sites=self.sites)
+        other = PiecewiseModel(self.checkpoint, dtype, str(self.device), self.attention, original=self)
+        # The grouped product of experts has no float64 kernel.
+        other.config._experts_implementation = "eager"
+        return other
+
+    @contextmanager
+    def _experts(self, implementation: str) -> Iterator[None]:
+        """Another way of computing a mixture of experts during the block; nothing to other models."""
+        before = getattr(self.config, "_experts_implementation", None)
+        self.config._experts_implementation = implementation
+        try:
+            yield
+        finally:
+            self.config._experts_implementation = before
+
+    def summands(self, site: Site) -> int:
+        """How many products one number of a site is the sum of; 1 where the operation is no matrix product."""
+        if site.where == "attention":
+            return {"scores": site.shape[-1], "context": max(site.shape)}.get(site.name.rsplit(".", 1)[-1], 1)
+        weight = getattr(self.model.get_submodule(site.module), "weight", None)
+        is_product = site.where == "output" and isinstance(weight, Tensor) and weight.dim() == 2
+        return int(weight.shape[-1]) if is_product and weight is not None else 1
 
     # -- weights ---------------------------------------------------------------------------------------------
 
@@ -113,7 +144,7 @@ class PiecewiseModel:
             for file in self.checkpoint.files:
                 shard = stack.enter_context(safe_open(file, framework="pt"))
                 for key in shard.keys():  # noqa: SIM118
-                    if _layer_of_key(key) == (piece if isinstance(piece, int) else None):
+                    if not self.is_cut or _layer_of_key(key) == (piece if isinstance(piece, int) else None):
                         tensors[key] = shard.get_slice(key)
             with _no_progress_bar():
                 info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
@@ -174,12 +205,12 @@ class PiecewiseModel:
         assert out is not None, "unreachable because discovery saw this layer return a tensor"
         return out
 
-    def head(self, input_ids: Tensor, hidden: Tensor, tap: Tap) -> Tensor:
-        """Logits (b, t, vocab) from the hidden states (b, t, hidden) after the last layer."""
+    def head(self, input_ids: Tensor, hidden: Tensor | None, tap: Tap) -> Tensor:
+        """Logits (b, t, vocab) from the hidden states (b, t, hidden) after the last layer; None if not cut."""
         last = len(self.layers) - 1
 
         def resume(index: int, stubbed: Tensor, _call: _Call) -> Tensor:
-            return hidden if index == last else stubbed
+            return hidden if index == last and hidden is not None else stubbed
 
         with quiet_torch(), self._stubbed(resume), tapping(self.model, self._sites[HEAD], tap):
             logits: Tensor = self.model(input_ids=input_ids.to(self.device), use_cache=False).logits
@@ -189,13 +220,15 @@ class PiecewiseModel:
         """Run any loaded piece: token ids (b, t) and the hidden states before it in, its output out."""
         if piece == EMBED:
             return self.embed(input_ids, tap)
-        assert hidden is not None, "unreachable because the embedding is the first piece"
-        return self.head(input_ids, hidden, tap) if isinstance(piece, str) else self.layer(piece, hidden, tap)
+        if piece == HEAD:
+            return self.head(input_ids, hidden, tap)
+        assert hidden is not None, "unreachable because the embedding comes before the layers"
+        return self.layer(int(piece), hidden, tap)
 
     @property
     def pieces(self) -> list[Piece]:
         """All pieces in order of execution."""
-        return [EMBED, *range(len(self.layers)), HEAD]
+        return [EMBED, *range(len(self.layers)), HEAD] if self.is_cut else [HEAD]
 
     def sites_of(self, piece: Piece) -> list[Site]:
         """The sites that running a piece fires, in order."""
@@ -206,7 +239,7 @@ class PiecewiseModel:
         numbers = {module: number for number, layer in enumerate(self.layers) for module in layer.modules()}
         owner = {name: numbers[module] for name, module in self.model.named_modules() if module in numbers}
         sorted_sites: dict[Piece, list[Site]] = {piece: [] for piece in self.pieces}
-        end: Piece = EMBED
+        end = self.pieces[0]
         for site in self.sites:
             piece = owner.get(site.module)
             end = end if piece is None else HEAD
@@ -259,12 +292,44 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> Any:
     return model.eval()
 
 
-def _find_layers(model: nn.Module) -> list[nn.Module]:
-    """The decoder layers: the longest list of modules that the backbone holds."""
-    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
-    if not lists:
-        raise ModelError(f"{type(model).__name__} has no list of layers; parity cannot cut it into pieces.")
-    return max(lists, key=len)
+def _find_layers(model: Any) -> list[nn.Module]:
+    """The decoder layers: the longest list of modules that the backbone holds, if it holds any."""
+    lists = [list(m) for m in model.base_model.children() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=len, default=[])
+
+
+@dataclass
+class _Chain:
+    """Which layers were called, each with the hidden states it took and gave."""
+
+    calls: list[tuple[int, Tensor | None, Tensor | None]]
+    shares_state: bool = False
+
+    def is_whole(self, count: int) -> bool:
+        """Whether each layer was called once, in order, on what the one before it gave, and shares nothing else."""
+        links = zip(self.calls, self.calls[1:], strict=False)
+        in_order = [number for number, _, _ in self.calls] == list(range(count))
+        return in_order and not self.shares_state and all(gave is took for (_, _, gave), (_, took, _) in links)
+
+
+@contextmanager
+def _watch_chain(layers: list[nn.Module]) -> Iterator[_Chain]:
+    """Watch how the layers are called: a model can be cut where they are a plain chain."""
+    chain = _Chain([])
+
+    def hook_of(number: int) -> Callable[..., None]:
+        def hook(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            took = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+            chain.calls.append((number, took, first_tensor(output)))
+            # What a layer can write into, a later one may read from.
+            chain.shares_state |= any(isinstance(v, (dict, list)) and bool(v) for v in (*args, *kwargs.values()))
+
+        return hook
+
+    with ExitStack() as stack:
+        for number, layer in enumerate(layers):
+            stack.callback(layer.register_forward_hook(hook_of(number), with_kwargs=True).remove)
+        yield chain
 
 
 _LAYER_KEY = re.compile(r"(?:^|\.)(\d+)\.")

@@ -34,6 +34,7 @@ class Replayed:
     """One site after all passes; every tensor in the reference's layout, in its own dtype.
 
     `candidate` is None where the candidate did not record the site; `own` is the reference's plain run.
+    `summands` is the length of the sums behind each number (PiecewiseModel.summands).
     """
 
     site: Site
@@ -43,6 +44,7 @@ class Replayed:
     truth: Tensor
     floor: Tensor
     jitter: Tensor
+    summands: int
 
 
 class Reference:
@@ -68,7 +70,10 @@ class Reference:
             with self.working.loaded(piece), self.precise.loaded(piece, source=self.working):
                 for one in passes.values():
                     one.run(piece, input_ids)
-            yield piece, [_gather(site, recorded.get(site.name), passes) for site in sites]
+            yield (
+                piece,
+                [_gather(s, recorded.get(s.name), passes, self.working.summands(s)) for s in sites],
+            )
 
     def _passes(self, recorded: dict[str, Tensor]) -> dict[str, _Pass]:
         generator = torch.Generator(self.working.device).manual_seed(_JITTER_SEED)
@@ -116,5 +121,6 @@ class _Pass:
         return onward
 
 
-def _gather(site: Site, candidate: Tensor | None, passes: dict[str, _Pass]) -> Replayed:
-    return Replayed(site, candidate=candidate, **{name: one.values[site.name] for name, one in passes.items()})
+def _gather(site: Site, candidate: Tensor | None, passes: dict[str, _Pass], summands: int) -> Replayed:
+    values = {name: one.values[site.name] for name, one in passes.items()}
+    return Replayed(site, candidate=candidate, summands=summands, **values)

@@ -8,14 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from parity.reference.checkpoint import Checkpoint
-from parity.reference.pieces import EMBED, PiecewiseModel
+from parity.reference.pieces import PiecewiseModel
 from parity.results import Check
 
 
 def reference_checks(model: PiecewiseModel, input_ids: Tensor) -> list[Check]:
     """A reference that rounds its RoPE frequencies, uses TF32 or gives other numbers each time is no reference."""
-    checks = []
-    with model.loaded(EMBED):
+    checks = [
+        Check(
+            "reference in pieces",
+            True,
+            f"{len(model.layers)} layers, one in memory at a time" if model.is_cut else "cannot be cut; run whole",
+        )
+    ]
+    with model.loaded(model.pieces[0]):
         frequencies = {name: b.dtype for name, b in model.model.named_buffers() if name.endswith("inv_freq")}
     narrow = [name for name, dtype in frequencies.items() if dtype in (torch.bfloat16, torch.float16)]
     if frequencies:
@@ -30,11 +36,14 @@ def reference_checks(model: PiecewiseModel, input_ids: Tensor) -> list[Check]:
 
 def _is_deterministic(model: PiecewiseModel, input_ids: Tensor) -> bool:
     """Whether the first layer gives the same bits twice: it has every kind of operation that the others have."""
-    with model.loaded(EMBED):
-        hidden = model.embed(input_ids, _pass_through)
-    with model.loaded(0):
-        first, second = (model.layer(0, hidden, _pass_through) for _ in range(2))
-    return torch.equal(first, second)
+    hidden = None
+    for piece in model.pieces[:2]:
+        with model.loaded(piece):
+            first, second = (model.run(piece, input_ids, hidden, _pass_through) for _ in range(2))
+        if not torch.equal(first, second):
+            return False
+        hidden = first
+    return True
 
 
 def _pass_through(_site: str, value: Tensor) -> Tensor:

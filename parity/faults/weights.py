@@ -1,0 +1,251 @@
+"""Weights: read in the wrong order, from the wrong place, as the wrong numbers."""
+
+from __future__ import annotations
+
+import torch
+
+from parity.faults.fault import Fault, Number
+from parity.faults.parts import HEAD_SITES, plain, stored_as, truncated
+from parity.faults.weight_changes import (
+    as_float16,
+    biases,
+    bytes_swapped,
+    column_major,
+    each,
+    exchanged,
+    fits_blocks,
+    fp8,
+    from_layer,
+    gain_of,
+    has_bias,
+    has_layer,
+    has_linears,
+    has_pairs,
+    in_blocks,
+    int8_rows,
+    is_finer_than,
+    own_heads,
+    query_heads,
+    rows_permuted,
+    splits_by_query_heads,
+)
+
+QKV = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value")
+MLP = ("gate_proj", "up_proj", "gate_up_proj", "down_proj", "dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2")
+LAYER = (*QKV, "o_proj", "dense", *MLP)
+LINEARS = (*LAYER, *HEAD_SITES)
+QK = ("q_proj", "k_proj")
+
+_KV, _GATE_UP, _Q_AND_K = exchanged("k_proj", "v_proj"), exchanged("gate_proj", "up_proj"), exchanged(*QK)
+
+_ORDER = (
+    Fault(
+        "weight-transposed",
+        "the weight is read column by column: its transpose, where it is square",
+        LINEARS,
+        "a torch weight is stored as (out, in), row by row; a Conv1D of GPT-2 as (in, out)",
+        "candle#321",
+        "",
+        plain(each(column_major)),
+        has_linears,
+    ),
+    Fault(
+        "weight-rows-for-interleaved",
+        "the rows of q_proj and k_proj are permuted for a RoPE of interleaved pairs",
+        QK,
+        "leave the rows as they are for a RoPE of halves, or change the RoPE with them",
+        "llama.cpp#2376",
+        "",
+        plain(rows_permuted(own_heads, into_pairs=True, names=QK)),
+        has_pairs,
+    ),
+    Fault(
+        "weight-rows-for-halves",
+        "the rows of q_proj and k_proj are permuted as if they came from interleaved pairs",
+        QK,
+        "permute the rows of checkpoints for interleaved RoPE only, and only once",
+        "",
+        "",
+        plain(rows_permuted(own_heads, into_pairs=False, names=QK)),
+        has_pairs,
+    ),
+    Fault(
+        "weight-k-rows-by-query-heads",
+        "the rows of k_proj are permuted as if it had as many heads as q_proj",
+        ("k_proj",),
+        "permute k_proj by the number of key/value heads",
+        "llama.cpp#3364",
+        "",
+        plain(rows_permuted(query_heads, into_pairs=True, names=("k_proj",))),
+        splits_by_query_heads,
+    ),
+)
+
+_PLACE = (
+    Fault(
+        "weight-kv-exchanged",
+        "k_proj and v_proj have each other's weights",
+        ("k_proj", "v_proj"),
+        "check the order in a fused projection: q, k, v",
+        "tt-mlir#8958",
+        "",
+        plain(_KV[0]),
+        _KV[1],
+    ),
+    Fault(
+        "weight-qk-exchanged",
+        "q_proj and k_proj have each other's weights",
+        QK,
+        "check the order in a fused projection: q, k, v",
+        "",
+        "",
+        plain(_Q_AND_K[0]),
+        _Q_AND_K[1],
+    ),
+    Fault(
+        "weight-gate-up-exchanged",
+        "gate_proj and up_proj have each other's weights",
+        ("gate_proj", "up_proj"),
+        "check the order in a fused projection: gate, up; w1 is gate and w3 is up in Meta's names",
+        "",
+        "",
+        plain(_GATE_UP[0]),
+        _GATE_UP[1],
+    ),
+    Fault(
+        "weight-next-layer",
+        "the weight is that of the next layer",
+        LAYER,
+        "check how the checkpoint's layers are numbered",
+        "TorchSpec#89",
+        "",
+        plain(from_layer(1)),
+        has_layer(1),
+    ),
+    Fault(
+        "weight-previous-layer",
+        "the weight is that of the layer before",
+        LAYER,
+        "check how the checkpoint's layers are numbered",
+        "TorchSpec#89",
+        "",
+        plain(from_layer(-1)),
+        has_layer(-1),
+    ),
+    Fault(
+        "weight-zero",
+        "the weight is zero: it was never loaded",
+        LINEARS,
+        "fail when a tensor of the checkpoint is left over, or one of the model stays without numbers",
+        "raven#81",
+        "",
+        plain(each(torch.zeros_like)),
+        has_linears,
+    ),
+    Fault(
+        "bias-missing",
+        "the bias is not added",
+        LINEARS,
+        "load and add the bias (attention_bias, Qwen2's q, k and v)",
+        "ANEForge#253",
+        "",
+        plain(biases(lambda m, x: torch.nn.functional.linear(x, m.weight))),
+        has_bias,
+    ),
+    Fault(
+        "bias-twice",
+        "the bias is added twice",
+        LINEARS,
+        "add the bias in the product or after it",
+        "",
+        "",
+        plain(biases(lambda m, x: torch.nn.functional.linear(x, m.weight, m.bias) + m.bias)),
+        has_bias,
+    ),
+)
+
+_NUMBERS = (
+    Fault(
+        "weight-gain",
+        "the projection carries another factor",
+        LINEARS,
+        "check scales that are multiplied into the weight or its output",
+        "",
+        "",
+        gain_of,
+        has_linears,
+        Number("factor", lambda _s: 1.0, (2.0, 0.5)),
+    ),
+    Fault(
+        "weight-read-as-fp16",
+        "the bits of a bfloat16 weight are read as float16",
+        LINEARS,
+        "mind the dtype in the header of the file: both have two bytes",
+        "llama.cpp#1473",
+        "",
+        plain(each(as_float16)),
+        has_linears,
+    ),
+    Fault(
+        "weight-bytes-swapped",
+        "the bytes of the weight are in the wrong order",
+        LINEARS,
+        "read the file as little-endian",
+        "safetensors#307",
+        "",
+        plain(each(bytes_swapped)),
+        has_linears,
+    ),
+    Fault(
+        "weight-truncated-bf16",
+        "the float32 weight is cut to bfloat16 by dropping its low bits",
+        LINEARS,
+        "round to nearest even when converting",
+        "",
+        "a float32 checkpoint",
+        plain(each(truncated)),
+        is_finer_than(torch.bfloat16),
+    ),
+    Fault(
+        "weight-rounded-bf16",
+        "the float32 weight is rounded to bfloat16",
+        LINEARS,
+        "keep the weight in the dtype of the checkpoint, or run the reference in bfloat16 as well",
+        "",
+        "a float32 checkpoint",
+        plain(each(lambda w: stored_as(w, torch.bfloat16))),
+        is_finer_than(torch.bfloat16),
+    ),
+    Fault(
+        "weight-int8",
+        "the weight is in 8-bit integers, one step for each row",
+        LINEARS,
+        "load the weight unquantized, or compare with a reference that is quantized as well",
+        "",
+        "",
+        plain(each(int8_rows)),
+        has_linears,
+    ),
+    Fault(
+        "weight-fp8",
+        "the weight is in float8 (e4m3), one step for each row",
+        LINEARS,
+        "load the weight unquantized, or compare with a reference that is quantized as well",
+        "",
+        "",
+        plain(each(fp8)),
+        has_linears,
+    ),
+    Fault(
+        "weight-8bit-blocks",
+        "the weight is in 8-bit integers by blocks of 32, as GGUF's Q8_0",
+        LINEARS,
+        "load the weight unquantized, or compare with a reference that is quantized as well",
+        "",
+        "",
+        plain(each(in_blocks(127))),
+        fits_blocks,
+    ),
+)
+
+FAULTS: tuple[Fault, ...] = (*_ORDER, *_PLACE, *_NUMBERS)
