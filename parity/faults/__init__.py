@@ -10,7 +10,20 @@ from pathlib import Path
 from types import ModuleType
 
 from parity.errors import UsageError
-from parity.faults import attention, ends, mask, mlp, norm, positions, precision, qk_norm, residual, rope, weights
+from parity.faults import (
+    attention,
+    ends,
+    mask,
+    mlp,
+    norm,
+    positions,
+    precision,
+    qk_norm,
+    residual,
+    rope,
+    softmax,
+    weights,
+)
 from parity.faults.fault import Fault, Number, Scope
 from parity.faults.parts import shows_at
 
@@ -22,6 +35,7 @@ CATALOGUE: tuple[Fault, ...] = (
     *qk_norm.FAULTS,
     *norm.FAULTS,
     *attention.FAULTS,
+    *softmax.FAULTS,
     *mask.FAULTS,
     *mlp.FAULTS,
     *residual.FAULTS,

@@ -1,4 +1,4 @@
-"""Attention: scale, which heads meet, softmax, and how keys and values are kept."""
+"""Attention: scale, and which heads meet."""
 
 from __future__ import annotations
 
@@ -10,13 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from parity.faults.attend import (
-    from_scratch,
     has_attention,
-    has_sinks,
     reading,
     scale_of,
-    softcap_of,
-    softmax_as,
     with_options,
 )
 from parity.faults.fault import Fault, Number, Scope, attribute, source_of
@@ -27,12 +23,10 @@ from parity.faults.parts import (
     hidden_per_head,
     kv_heads_of,
     linear,
-    norms_of,
     plain,
-    stored_as,
     together,
-    wide,
 )
+from parity.faults.qk_norm import head_axis, heads_of, per_head_norms
 from parity.faults.tables import has_rope, original_rotation, with_rotation
 
 INSIDE = ("scores", "context")
@@ -83,19 +77,23 @@ def _values_turned(scope: Scope) -> Change:
 
 
 def _heads_permuted(scope: Scope) -> Change:
-    """q's and k's projections split as (head_dim, heads)."""
+    """q's and k's projections split as (head_dim, heads), where a per-head norm or else RoPE takes them."""
 
     def split(x: Tensor) -> Tensor:
         return x.reshape(*x.shape[:2], x.shape[3], x.shape[2]).transpose(2, 3)
 
-    norms = [m for name, m in norms_of(scope).items() if name.endswith((".q_norm", ".k_norm"))]
+    def of(norm: nn.Module, heads: int) -> Callable[[Tensor], Tensor]:
+        before: Callable[[Tensor], Tensor] = norm.forward
+
+        def forwarded(x: Tensor) -> Tensor:
+            behind = head_axis(x, heads) == 2
+            return before(split(x) if behind else split(x.transpose(1, 2)).transpose(1, 2))
+
+        return forwarded
+
+    norms = per_head_norms(scope)
     if norms:
-
-        def of(norm: nn.Module) -> Callable[[Tensor], Tensor]:
-            before: Callable[[Tensor], Tensor] = norm.forward
-            return lambda x: before(split(x))
-
-        return together(*(forward(norm, of(norm)) for norm in norms))
+        return together(*(forward(norm, of(norm, heads_of(scope, name))) for name, norm in norms.items()))
     rotate = original_rotation(scope)
 
     def turned(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -110,48 +108,6 @@ def _merged_wrong(scope: Scope) -> Change:
     assert out is not None, "unreachable because the fault applies only where there is one"
     before, size = out.forward, head_dim_of(scope)
     return forward(out, lambda x: before(x.reshape(*x.shape[:-1], -1, size).transpose(-1, -2).flatten(-2)))
-
-
-# -- softmax and storage -------------------------------------------------------------------------------------
-
-
-def _softmax_low(scores: Tensor) -> Tensor:
-    raised = (scores - scores.amax(-1, keepdim=True)).exp()
-    return raised / raised.sum(-1, keepdim=True)
-
-
-def _softmax_bf16(scores: Tensor) -> Tensor:
-    """Every step stored in bfloat16."""
-    raised = stored_as((stored_as(scores, torch.bfloat16) - scores.amax(-1, keepdim=True)).exp(), torch.bfloat16)
-    return stored_as(raised / stored_as(raised.sum(-1, keepdim=True), torch.bfloat16), torch.bfloat16)
-
-
-def _softmax_plus_one(scores: Tensor) -> Tensor:
-    """A logit of zero beside the scores takes its share and gives nothing."""
-    up = torch.nn.functional.pad(scores.to(wide(scores.dtype)), (0, 1))
-    return up.softmax(-1)[..., :-1]
-
-
-def _capped(scope: Scope, cap: float) -> Change:
-    # No cap is a cap at infinity, where the formula would be infinity times zero.
-    return from_scratch(scope, lambda s: s if cap == float("inf") else torch.tanh(s / cap) * cap)
-
-
-def _cap_applies(scope: Scope) -> bool:
-    return has_attention(scope) and softcap_of(scope) is None and not has_sinks(scope)
-
-
-def _in_fp8(x: Tensor) -> Tensor:
-    return stored_as(x.clamp(-448.0, 448.0), torch.float8_e4m3fn)
-
-
-def _in_int8(x: Tensor) -> Tensor:
-    step = x.abs().amax(-1, keepdim=True) / 127
-    return torch.where(step > 0, (x / step).round() * step, x)
-
-
-def _cache_in(store: Callable[[Tensor], Tensor]) -> Callable[[Scope], Change]:
-    return lambda scope: reading(scope, lambda q, k, v: (q, store(k), store(v)))
 
 
 FAULTS: tuple[Fault, ...] = (
@@ -295,86 +251,5 @@ FAULTS: tuple[Fault, ...] = (
         "",
         plain(_merged_wrong),
         lambda s: linear(s, "o_proj") is not None,
-    ),
-    Fault(
-        "softmax-low",
-        "softmax is computed in the dtype of the model; the reference computes it in float32",
-        ("probs", "context"),
-        "cast the scores to float32 before softmax",
-        "",
-        "bfloat16 or float16, and two tokens or more",
-        plain(lambda _s: softmax_as(_softmax_low)),
-        has_attention,
-    ),
-    Fault(
-        "softmax-bf16",
-        "softmax is computed in bfloat16",
-        ("probs", "context"),
-        "cast the scores to float32 before softmax",
-        "",
-        TWO_TOKENS,
-        plain(lambda _s: softmax_as(_softmax_bf16)),
-        has_attention,
-    ),
-    Fault(
-        "softmax-plus-one",
-        "softmax has a sink: one more logit, of zero, that takes part of the probability",
-        ("probs", "context"),
-        "let the probabilities of each row add up to one",
-        "",
-        "",
-        plain(lambda _s: softmax_as(_softmax_plus_one)),
-        lambda s: has_attention(s) and not has_sinks(s),
-    ),
-    Fault(
-        "sinks-dropped",
-        "the learned sinks are left out of softmax",
-        INSIDE,
-        "add the layer's sinks to the denominator of softmax",
-        "vllm-metal#550",
-        "",
-        plain(lambda s: from_scratch(s, lambda scores: scores)),
-        lambda s: has_attention(s) and has_sinks(s),
-    ),
-    Fault(
-        "softcap-applied",
-        "scores are capped by tanh; the reference does not cap them",
-        INSIDE,
-        "cap scores only where the config has attn_logit_softcapping",
-        "",
-        "scores that are not small beside the cap",
-        _capped,
-        _cap_applies,
-        Number("cap", lambda _s: float("inf"), (50.0, 30.0, 20.0), discrete=True),
-    ),
-    Fault(
-        "softcap-dropped",
-        "scores are not capped; the reference caps them by tanh",
-        INSIDE,
-        "compute cap * tanh(scores / cap) with attn_logit_softcapping of the config",
-        "vllm-metal#665",
-        "scores that are not small beside the cap",
-        plain(lambda s: with_options(s, softcap=None)),
-        lambda s: has_attention(s) and softcap_of(s) is not None,
-    ),
-    Fault(
-        "kv-cache-fp8",
-        "keys and values are kept in float8 (e4m3)",
-        INSIDE,
-        "keep the cache in the dtype of the model, or compare with a reference that does the same",
-        "",
-        "",
-        plain(_cache_in(_in_fp8)),
-        has_attention,
-    ),
-    Fault(
-        "kv-cache-int8",
-        "keys and values are kept in 8-bit integers, one step for each head and token",
-        INSIDE,
-        "keep the cache in the dtype of the model, or compare with a reference that does the same",
-        "",
-        "",
-        plain(_cache_in(_in_int8)),
-        has_attention,
     ),
 )

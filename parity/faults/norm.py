@@ -2,196 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from parity.faults.fault import Fault, Number, Scope, attribute, weight
-from parity.faults.parts import elsewhere, eps_name, forward, norms_of, plain, stored_as, together, wide
-
-QK = ("q_norm", "k_norm")
-IN_LAYER = (
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
+from parity.faults.fault import Fault, Number, Scope, attribute
+from parity.faults.norm_changes import (
+    ALL,
+    IN_LAYER,
+    QK,
+    STREAM,
+    adds_one,
+    each,
+    eps_of,
+    exchangeable,
+    exchanged,
+    from_layer,
+    has,
+    has_layer,
+    is_centred,
+    left_out,
+    mean_square,
+    normalized,
+    weighted,
+    widened,
 )
-FINAL = ("norm", "final_layernorm", "final_layer_norm")
-STREAM = (*IN_LAYER, *FINAL)
-ALL = (*IN_LAYER, *QK, *FINAL)
+from parity.faults.parts import eps_name, forward, norms_of, plain, stored_as, together
+
 LOW = "bfloat16 or float16"
 Change = AbstractContextManager[None]
 
 
-# -- which norms ---------------------------------------------------------------------------------------------
-
-
-def eps_of(norm: nn.Module) -> float:
-    """The eps of a norm."""
-    return float(getattr(norm, eps_name(norm) or "eps"))
-
-
-def is_centred(norm: Any) -> bool:
-    """Whether a norm subtracts the mean (LayerNorm): tried on a vector that has nothing but a mean."""
-    if isinstance(norm, nn.LayerNorm) or getattr(norm, "bias", None) is not None:
-        return True
-    return "LayerNorm" in type(norm).__name__ and "RMS" not in type(norm).__name__
-
-
-def adds_one(norm: Any) -> bool:
-    """Whether a norm multiplies by 1 + weight: tried with a weight of zero."""
-    own = getattr(norm, "weight", None)
-    if own is None or own.is_meta or is_centred(norm):
-        return False
-    with weight(norm, "weight", torch.zeros_like(own)), torch.no_grad():
-        return bool(type(norm).forward(norm, torch.ones_like(own)[None]).any())
-
-
-def rms_norms(scope: Scope, names: tuple[str, ...] = ALL) -> dict[str, Any]:
-    """The RMS norms of the scope whose names end so."""
-    return {
-        name: norm
-        for name, norm in norms_of(scope).items()
-        if name.split(".")[-1] in names and not is_centred(norm) and getattr(norm, "weight", None) is not None
-    }
-
-
-def _any(names: tuple[str, ...] = ALL, test: Callable[[Any], bool] = lambda _norm: True) -> Callable[[Scope], bool]:
-    return lambda scope: any(test(norm) for norm in rms_norms(scope, names).values())
-
-
-def _each(names: tuple[str, ...], compute: Callable[[Any, Tensor], Tensor]) -> Callable[[Scope], Change]:
-    """All RMS norms of these names compute `compute(norm, x)`."""
-    return lambda scope: together(*(forward(n, partial(compute, n)) for n in rms_norms(scope, names).values()))
-
-
-# -- the norm, step by step ----------------------------------------------------------------------------------
-
-
-def _up(x: Tensor) -> Tensor:
-    return x.to(wide(x.dtype))
-
-
-def _mean_square(x: Tensor) -> Tensor:
-    return x.pow(2).mean(-1, keepdim=True)
-
-
-def _unit(x: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(_mean_square(x) + eps)
-
-
-def _weigh(norm: Any, unit: Tensor, dtype: torch.dtype) -> Tensor:
-    """The last step, in the order in which the reference rounds."""
-    own: Tensor = norm.weight
-    return (unit * (1.0 + own.to(unit.dtype))).to(dtype) if adds_one(norm) else own * unit.to(dtype)
-
-
-# -- the bugs ------------------------------------------------------------------------------------------------
-
-
-def _left_out(_norm: Any, x: Tensor) -> Tensor:
-    return x.clone()
-
-
 def _centred(norm: Any, x: Tensor) -> Tensor:
-    up = _up(x)
-    return _weigh(norm, _unit(up - up.mean(-1, keepdim=True), eps_of(norm)), x.dtype)
+    up = widened(x)
+    return weighted(norm, normalized(up - up.mean(-1, keepdim=True), eps_of(norm)), x.dtype)
 
 
 def _one_plus(norm: Any, x: Tensor) -> Tensor:
-    unit = _unit(_up(x), eps_of(norm))
+    unit = normalized(widened(x), eps_of(norm))
     own: Tensor = norm.weight
     return (unit * (1.0 + own.to(unit.dtype))).to(x.dtype)
 
 
 def _one_forgotten(norm: Any, x: Tensor) -> Tensor:
-    unit = _unit(_up(x), eps_of(norm))
+    unit = normalized(widened(x), eps_of(norm))
     own: Tensor = norm.weight
     return (unit * own.to(unit.dtype)).to(x.dtype)
 
 
 def _unweighted(norm: Any, x: Tensor) -> Tensor:
-    return _unit(_up(x), eps_of(norm)).to(x.dtype)
+    return normalized(widened(x), eps_of(norm)).to(x.dtype)
 
 
 def _eps_outside(norm: Any, x: Tensor) -> Tensor:
-    up = _up(x)
-    return _weigh(norm, up / (_mean_square(up).sqrt() + eps_of(norm)), x.dtype)
+    up = widened(x)
+    return weighted(norm, up / (mean_square(up).sqrt() + eps_of(norm)), x.dtype)
 
 
 def _without_eps(norm: Any, x: Tensor) -> Tensor:
-    return _weigh(norm, _unit(_up(x), 0.0), x.dtype)
+    return weighted(norm, normalized(widened(x), 0.0), x.dtype)
 
 
 def _by_length(norm: Any, x: Tensor) -> Tensor:
-    up = _up(x)
-    return _weigh(norm, up * torch.rsqrt(up.pow(2).sum(-1, keepdim=True) + eps_of(norm)), x.dtype)
+    up = widened(x)
+    return weighted(norm, up * torch.rsqrt(up.pow(2).sum(-1, keepdim=True) + eps_of(norm)), x.dtype)
 
 
 def _low_throughout(norm: Any, x: Tensor) -> Tensor:
-    unit = x * torch.rsqrt(_mean_square(x) + eps_of(norm))
+    unit = x * torch.rsqrt(mean_square(x) + eps_of(norm))
     product: Tensor = unit * (1.0 + norm.weight) if adds_one(norm) else unit * norm.weight
     return product
 
 
 def _inverse_rounded(norm: Any, x: Tensor) -> Tensor:
-    up = _up(x)
-    inverse = stored_as(torch.rsqrt(_mean_square(up) + eps_of(norm)), torch.bfloat16)
-    return _weigh(norm, up * inverse, x.dtype)
+    up = widened(x)
+    inverse = stored_as(torch.rsqrt(mean_square(up) + eps_of(norm)), torch.bfloat16)
+    return weighted(norm, up * inverse, x.dtype)
 
 
 def _other_order(norm: Any, x: Tensor) -> Tensor:
-    unit = _unit(_up(x), eps_of(norm))
+    unit = normalized(widened(x), eps_of(norm))
     own: Tensor = norm.weight
     return unit.to(x.dtype) * (1.0 + own) if adds_one(norm) else (unit * own.to(unit.dtype)).to(x.dtype)
 
 
 def _mean_kept(norm: Any, x: Tensor) -> Tensor:
-    unit = _unit(_up(x), eps_of(norm)).to(x.dtype)
+    unit = normalized(widened(x), eps_of(norm)).to(x.dtype)
     scaled: Tensor = unit * norm.weight if norm.weight is not None else unit
     return scaled + norm.bias if norm.bias is not None else scaled
 
 
 def _eps(scope: Scope, eps: float) -> Change:
     return together(*(attribute(n, eps_name(n) or "eps", eps) for n in norms_of(scope).values()))
-
-
-def _from_layer(step: int) -> Callable[[Scope], Change]:
-    def change(scope: Scope) -> Change:
-        found = {n: (norm, elsewhere(scope, f"{n}.weight", step)) for n, norm in norms_of(scope).items()}
-        pairs = [(norm, w) for norm, w in found.values() if w is not None and w.shape == norm.weight.shape]
-        return together(*(weight(norm, "weight", w.to(norm.weight)) for norm, w in pairs))
-
-    return change
-
-
-def _has_layer(step: int) -> Callable[[Scope], bool]:
-    return lambda scope: any(elsewhere(scope, f"{n}.weight", step) is not None for n in norms_of(scope))
-
-
-def _exchanged(one: str, other: str) -> Callable[[Scope], Change]:
-    def change(scope: Scope) -> Change:
-        a, b = _pair(scope, one, other)
-        return together(weight(a, "weight", b.weight.data), weight(b, "weight", a.weight.data))
-
-    return change
-
-
-def _pair(scope: Scope, one: str, other: str) -> list[Any]:
-    last = {name.split(".")[-1]: norm for name, norm in norms_of(scope).items()}
-    return [last[name] for name in (one, other) if name in last]
-
-
-def _exchangeable(one: str, other: str) -> Callable[[Scope], bool]:
-    def test(scope: Scope) -> bool:
-        pair = _pair(scope, one, other)
-        return len(pair) == 2 and pair[0].weight.shape == pair[1].weight.shape
-
-    return test
 
 
 _SMALL = "hidden states whose mean square is not far above eps (early layers), or float32"
@@ -204,8 +109,8 @@ FAULTS: tuple[Fault, ...] = (
         "apply the norm before what follows it",
         "candle#2021",
         "",
-        plain(_each(STREAM, _left_out)),
-        _any(STREAM),
+        plain(each(STREAM, left_out)),
+        has(STREAM),
     ),
     Fault(
         "norm-eps",
@@ -225,8 +130,8 @@ FAULTS: tuple[Fault, ...] = (
         "add rms_norm_eps to the mean square",
         "",
         _SMALL,
-        plain(_each(ALL, _without_eps)),
-        _any(),
+        plain(each(ALL, _without_eps)),
+        has(),
     ),
     Fault(
         "norm-eps-outside",
@@ -235,8 +140,8 @@ FAULTS: tuple[Fault, ...] = (
         "compute x * rsqrt(mean(x²) + eps)",
         "coremltools#2821",
         _SMALL,
-        plain(_each(ALL, _eps_outside)),
-        _any(),
+        plain(each(ALL, _eps_outside)),
+        has(),
     ),
     Fault(
         "norm-layernorm",
@@ -245,8 +150,8 @@ FAULTS: tuple[Fault, ...] = (
         "divide by the root mean square and subtract nothing",
         "mlx-examples#1308",
         "",
-        plain(_each(ALL, _centred)),
-        _any(),
+        plain(each(ALL, _centred)),
+        has(),
     ),
     Fault(
         "norm-rms-for-layernorm",
@@ -265,8 +170,8 @@ FAULTS: tuple[Fault, ...] = (
         "take the mean of the squares, not their sum",
         "",
         "",
-        plain(_each(ALL, _by_length)),
-        _any(),
+        plain(each(ALL, _by_length)),
+        has(),
     ),
     Fault(
         "norm-one-plus-w",
@@ -275,8 +180,8 @@ FAULTS: tuple[Fault, ...] = (
         "multiply by the weight as it is (1 + w is Gemma's)",
         "mlx-lm#1623",
         "",
-        plain(_each(ALL, _one_plus)),
-        _any(test=lambda n: not adds_one(n)),
+        plain(each(ALL, _one_plus)),
+        has(test=lambda n: not adds_one(n)),
     ),
     Fault(
         "norm-one-forgotten",
@@ -285,8 +190,8 @@ FAULTS: tuple[Fault, ...] = (
         "multiply by 1 + weight, or add the one when converting the checkpoint",
         "llama.cpp#5810",
         "",
-        plain(_each(ALL, _one_forgotten)),
-        _any(test=adds_one),
+        plain(each(ALL, _one_forgotten)),
+        has(test=adds_one),
     ),
     Fault(
         "norm-unweighted",
@@ -295,8 +200,8 @@ FAULTS: tuple[Fault, ...] = (
         "load the norm's weights and multiply by them",
         "",
         "",
-        plain(_each(ALL, _unweighted)),
-        _any(),
+        plain(each(ALL, _unweighted)),
+        has(),
     ),
     Fault(
         "norm-next-layer",
@@ -305,8 +210,8 @@ FAULTS: tuple[Fault, ...] = (
         "check how the checkpoint's layers are numbered",
         "TorchSpec#89",
         "",
-        plain(_from_layer(1)),
-        _has_layer(1),
+        plain(from_layer(1)),
+        has_layer(1),
     ),
     Fault(
         "norm-previous-layer",
@@ -315,8 +220,8 @@ FAULTS: tuple[Fault, ...] = (
         "check how the checkpoint's layers are numbered",
         "TorchSpec#89",
         "",
-        plain(_from_layer(-1)),
-        _has_layer(-1),
+        plain(from_layer(-1)),
+        has_layer(-1),
     ),
     Fault(
         "norm-exchanged",
@@ -325,8 +230,8 @@ FAULTS: tuple[Fault, ...] = (
         "input_layernorm belongs before attention, post_attention_layernorm after it",
         "",
         "",
-        plain(_exchanged("input_layernorm", "post_attention_layernorm")),
-        _exchangeable("input_layernorm", "post_attention_layernorm"),
+        plain(exchanged("input_layernorm", "post_attention_layernorm")),
+        exchangeable("input_layernorm", "post_attention_layernorm"),
     ),
     Fault(
         "norm-not-upcast",
@@ -335,8 +240,8 @@ FAULTS: tuple[Fault, ...] = (
         "cast to float32 before squaring",
         "",
         LOW,
-        plain(_each(ALL, _low_throughout)),
-        _any(),
+        plain(each(ALL, _low_throughout)),
+        has(),
     ),
     Fault(
         "norm-inverse-bf16",
@@ -345,8 +250,8 @@ FAULTS: tuple[Fault, ...] = (
         "keep rsqrt(mean(x²) + eps) in float32 until it has been multiplied",
         "AMD/IRON#139",
         "",
-        plain(_each(ALL, _inverse_rounded)),
-        _any(),
+        plain(each(ALL, _inverse_rounded)),
+        has(),
     ),
     Fault(
         "norm-rounding-order",
@@ -355,7 +260,7 @@ FAULTS: tuple[Fault, ...] = (
         "legal unless bit-equality is wanted: round to the model's dtype where the reference does",
         "vllm#42379",
         LOW,
-        plain(_each(ALL, _other_order)),
-        _any(),
+        plain(each(ALL, _other_order)),
+        has(),
     ),
 )

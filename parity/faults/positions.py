@@ -45,9 +45,8 @@ def _is_text(scope: Scope) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-1] != mask.shape[-2]:
         return None
     seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    # A text token sees itself; rows of padding may be opened up so that no softmax is empty, so ask its column.
-    below = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
-    return (seen[:, 0] & below)[:, -1, :] if bool(seen[:, 0, -1, -1].all()) else None
+    # A text token sees at least itself; padding sees nothing.
+    return seen[:, 0].diagonal(dim1=-2, dim2=-1)
 
 
 def _counted(scope: Scope) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from parity.faults.fault import Fault, Scope
-from parity.faults.norm import ALL as NORMS
+from parity.faults.norm_changes import ALL as NORMS
 from parity.faults.parts import (
     ACTIVATION_NAMES,
     activation_of,

@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 
 from parity.faults.fault import Fault, Scope
-from parity.faults.norm import QK, _each, _exchangeable, _exchanged, _left_out, adds_one, eps_of, rms_norms
+from parity.faults.norm_changes import QK, adds_one, each, eps_of, exchangeable, exchanged, left_out, rms_norms
 from parity.faults.parts import forward, head_dim_of, kv_heads_of, plain, together, wide
 from parity.faults.tables import has_rope, original_rotation, with_rotation
 
 Change = AbstractContextManager[None]
 
 
-def _heads(scope: Scope, name: str) -> int:
+def heads_of(scope: Scope, name: str) -> int:
+    """Heads that the norm of this name sees."""
     return int(scope.config.num_attention_heads) if name.endswith("q_norm") else kv_heads_of(scope)
 
 
-def _head_axis(x: Tensor, heads: int) -> int:
+def head_axis(x: Tensor, heads: int) -> int:
     """Where the heads of x (b, t, h, d) or (b, h, t, d) are."""
     if x.shape[1] == x.shape[2] == heads:
         # A view of a projection has its heads behind the tokens; transposed, it is no longer contiguous.
@@ -30,7 +31,7 @@ def _head_axis(x: Tensor, heads: int) -> int:
     return 2 if x.shape[2] == heads else 1
 
 
-def _per_head(scope: Scope) -> dict[str, Any]:
+def per_head_norms(scope: Scope) -> dict[str, Any]:
     """QK-norms with one weight for each number of a head."""
     return {n: m for n, m in rms_norms(scope, QK).items() if m.weight.numel() == head_dim_of(scope)}
 
@@ -43,14 +44,14 @@ def _over_heads(scope: Scope) -> dict[str, Any]:
 def _joint(scope: Scope) -> Change:
     def compute(norm: Any, heads: int, x: Tensor) -> Tensor:
         up = x.to(wide(x.dtype))
-        square = up.pow(2).mean((_head_axis(x, heads), 3), keepdim=True)
+        square = up.pow(2).mean((head_axis(x, heads), 3), keepdim=True)
         unit = up * torch.rsqrt(square + eps_of(norm))
         factor = norm.weight.to(unit.dtype) + (1.0 if adds_one(norm) else 0.0)
         out: Tensor = (unit * factor).to(x.dtype)
         return out
 
     return together(
-        *(forward(norm, partial(compute, norm, _heads(scope, name))) for name, norm in _per_head(scope).items())
+        *(forward(norm, partial(compute, norm, heads_of(scope, name))) for name, norm in per_head_norms(scope).items())
     )
 
 
@@ -71,14 +72,14 @@ def _after_rope(scope: Scope) -> Change:
     def turned(x: Tensor, heads: int) -> Tensor:
         cos, sin = scope.kwargs["position_embeddings"]
         split = x if x.ndim == 4 else x.reshape(*x.shape[:-1], heads, -1)
-        where = 1 if x.ndim == 4 and _head_axis(x, heads) == 1 else 2
+        where = 1 if x.ndim == 4 and head_axis(x, heads) == 1 else 2
         return rotate(split, split, cos, sin, unsqueeze_dim=where)[0].reshape(x.shape)
 
     def of(norm: Any, heads: int) -> Callable[[Tensor], Tensor]:
         plain_forward = norm.forward
         return lambda x: plain_forward(turned(x, heads))
 
-    changes = [forward(norm, of(norm, _heads(scope, name))) for name, norm in rms_norms(scope, QK).items()]
+    changes = [forward(norm, of(norm, heads_of(scope, name))) for name, norm in rms_norms(scope, QK).items()]
     return together(*changes, with_rotation(scope, lambda q, k, *_a, **_k: (q.clone(), k.clone())))
 
 
@@ -90,7 +91,7 @@ FAULTS: tuple[Fault, ...] = (
         "normalize each head of q and k after the projection and before RoPE, in decoding as well",
         "aprender#2085",
         "two tokens or more",
-        plain(_each(QK, _left_out)),
+        plain(each(QK, left_out)),
         lambda s: bool(rms_norms(s, QK)),
     ),
     Fault(
@@ -111,7 +112,7 @@ FAULTS: tuple[Fault, ...] = (
         "vllm#16311",
         "",
         plain(_joint),
-        lambda s: bool(_per_head(s)),
+        lambda s: bool(per_head_norms(s)),
     ),
     Fault(
         "qk-norm-separate",
@@ -130,7 +131,7 @@ FAULTS: tuple[Fault, ...] = (
         "q_norm belongs to the queries, k_norm to the keys",
         "",
         "norm weights that differ",
-        plain(_exchanged(*QK)),
-        _exchangeable(*QK),
+        plain(exchanged(*QK)),
+        exchangeable(*QK),
     ),
 )

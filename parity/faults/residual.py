@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from parity.faults.fault import Fault, Number, Scope
-from parity.faults.norm import IN_LAYER
+from parity.faults.norm_changes import IN_LAYER
 from parity.faults.parts import attention_of, forward, mlp_of, norms_of, plain, together, truncated, wide
 
 MID, OUT = ("resid_mid",), ("",)

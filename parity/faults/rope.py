@@ -4,76 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from parity.faults.fault import Fault, Number, Scope
 from parity.faults.parts import head_dim_of, hidden_per_head, plain, stored_as
 from parity.faults.tables import (
     each_by,
+    first_dims,
     frequencies,
     has_rope,
+    interleaved,
     is_plain,
     is_scaled,
-    original_rotation,
+    not_turned,
     pairs_halves,
     plain_frequencies,
     rotary_fraction,
     tables,
     theta_of,
-    with_rotation,
     with_tables,
 )
 
 BOTH = ("q_rope", "k_rope")
 TWO_TOKENS = "two tokens or more"
 Change = AbstractContextManager[None]
-
-
-def _interleaved(scope: Scope) -> Change:
-    pairs = frequencies(scope)[0].numel()
-
-    def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        cos, sin = cos[..., :pairs], sin[..., :pairs]
-        even, odd = x[..., 0 : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2]
-        turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
-        return torch.cat([turned.to(x.dtype), x[..., 2 * pairs :]], dim=-1)
-
-    def rotate(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1, **_: Any
-    ) -> tuple[Tensor, Tensor]:
-        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-        return turn(q, cos, sin), turn(k, cos, sin)
-
-    return with_rotation(scope, rotate)
-
-
-def _first_dims(scope: Scope, fraction: float) -> Change:
-    """Only the first `fraction` of each head turns, by the angles of a head of that size."""
-    size = max(2, int(head_dim_of(scope) * fraction) // 2 * 2)
-    new = tables(scope, plain_frequencies(theta_of(scope), size), 1.0)
-    original = original_rotation(scope)
-
-    def rotate(q: Tensor, k: Tensor, _cos: Tensor, _sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        turned = original(q[..., :size], k[..., :size], *new, *args, **kwargs)
-        return torch.cat([turned[0], q[..., size:]], -1), torch.cat([turned[1], k[..., size:]], -1)
-
-    return with_rotation(scope, rotate)
-
-
-def _not_turned(q: bool, k: bool) -> Callable[[Scope], Change]:
-    def change(scope: Scope) -> Change:
-        original = original_rotation(scope)
-
-        def rotate(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            turned = original(query, key, *args, **kwargs)
-            return query.clone() if q else turned[0], key.clone() if k else turned[1]
-
-        return with_rotation(scope, rotate)
-
-    return change
 
 
 def _theta(scope: Scope, theta: float) -> Change:
@@ -144,7 +99,7 @@ FAULTS: tuple[Fault, ...] = (
         "pair x[i] with x[i + head_dim/2], or permute the rows of q_proj and k_proj when converting the checkpoint",
         "candle#3411",
         TWO_TOKENS,
-        plain(_interleaved),
+        plain(interleaved),
         pairs_halves,
     ),
     Fault(
@@ -165,7 +120,7 @@ FAULTS: tuple[Fault, ...] = (
         "rotate all head_dim numbers of a head",
         "MaxText 942563445",
         TWO_TOKENS,
-        _first_dims,
+        first_dims,
         lambda s: is_plain(s) and rotary_fraction(s) == 1.0,
         Number("fraction", rotary_fraction, (0.5, 0.25, 0.4, 0.75), discrete=True),
     ),
@@ -176,7 +131,7 @@ FAULTS: tuple[Fault, ...] = (
         "rotate partial_rotary_factor * head_dim numbers of each head and leave the rest as they are",
         "llama.cpp#12957",
         TWO_TOKENS,
-        plain(lambda s: _first_dims(s, 1.0)),
+        plain(lambda s: first_dims(s, 1.0)),
         lambda s: is_plain(s) and rotary_fraction(s) < 1.0,
     ),
     Fault(
@@ -249,7 +204,7 @@ FAULTS: tuple[Fault, ...] = (
         "rotate queries and keys after their projection (and QK-norm, if there is one)",
         "",
         TWO_TOKENS,
-        plain(_not_turned(q=True, k=True)),
+        plain(not_turned(q=True, k=True)),
         has_rope,
     ),
     Fault(
@@ -259,7 +214,7 @@ FAULTS: tuple[Fault, ...] = (
         "rotate the queries as well as the keys",
         "",
         TWO_TOKENS,
-        plain(_not_turned(q=True, k=False)),
+        plain(not_turned(q=True, k=False)),
         has_rope,
     ),
     Fault(
@@ -269,7 +224,7 @@ FAULTS: tuple[Fault, ...] = (
         "rotate the keys before they enter the cache",
         "",
         TWO_TOKENS,
-        plain(_not_turned(q=False, k=True)),
+        plain(not_turned(q=False, k=True)),
         has_rope,
     ),
     Fault(

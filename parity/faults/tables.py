@@ -1,4 +1,4 @@
-"""RoPE's tables of cosines and sines, computed as the reference does and as ports with a bug do."""
+"""RoPE's tables of cosines and sines, and what turns by them: as in the reference, and as in ports with a bug."""
 
 from __future__ import annotations
 
@@ -155,3 +155,53 @@ def pairs_halves(scope: Scope) -> bool:
 def rotary_fraction(scope: Scope) -> float:
     """The part of each head that is rotated."""
     return 2 * frequencies(scope)[0].numel() / head_dim_of(scope)
+
+
+# -- rotating otherwise ----------------------------------------------------------------------------------------
+
+
+def interleaved(scope: Scope) -> AbstractContextManager[None]:
+    """Neighbours (2i, 2i+1) turn together."""
+    pairs = frequencies(scope)[0].numel()
+
+    def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = cos[..., :pairs], sin[..., :pairs]
+        even, odd = x[..., 0 : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2]
+        turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+        return torch.cat([turned.to(x.dtype), x[..., 2 * pairs :]], dim=-1)
+
+    def rotate(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1, **_: Any
+    ) -> tuple[Tensor, Tensor]:
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return turn(q, cos, sin), turn(k, cos, sin)
+
+    return with_rotation(scope, rotate)
+
+
+def first_dims(scope: Scope, fraction: float) -> AbstractContextManager[None]:
+    """Only the first `fraction` of each head turns, by the angles of a head of that size."""
+    size = max(2, int(head_dim_of(scope) * fraction) // 2 * 2)
+    new = tables(scope, plain_frequencies(theta_of(scope), size), 1.0)
+    original = original_rotation(scope)
+
+    def rotate(q: Tensor, k: Tensor, _cos: Tensor, _sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        turned = original(q[..., :size], k[..., :size], *new, *args, **kwargs)
+        return torch.cat([turned[0], q[..., size:]], -1), torch.cat([turned[1], k[..., size:]], -1)
+
+    return with_rotation(scope, rotate)
+
+
+def not_turned(q: bool, k: bool) -> Callable[[Scope], AbstractContextManager[None]]:
+    """Queries or keys stay as they are."""
+
+    def change(scope: Scope) -> AbstractContextManager[None]:
+        original = original_rotation(scope)
+
+        def rotate(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            turned = original(query, key, *args, **kwargs)
+            return query.clone() if q else turned[0], key.clone() if k else turned[1]
+
+        return with_rotation(scope, rotate)
+
+    return change

@@ -53,7 +53,7 @@ def first_tensor(output: Any) -> Tensor | None:
 
 def _output_hook(site: str, tap: Tap) -> Callable[[nn.Module, Any, Any], Any]:
     # A compiled candidate must not compile the recorder into itself.
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         value = first_tensor(output)
         if value is None:
@@ -63,7 +63,8 @@ def _output_hook(site: str, tap: Tap) -> Callable[[nn.Module, Any, Any], Any]:
             return None
         return new if isinstance(output, Tensor) else type(output)((new, *output[1:]))
 
-    return hook
+    disabled: Callable[[nn.Module, Any, Any], Any] = hook
+    return disabled
 
 
 def _input_hook(site: str, tap: Tap) -> Callable[[nn.Module, Any, Any], None]:

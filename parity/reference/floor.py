@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,11 @@ _LEAST_SHARE = 0.3
 _PROFILE_BINS = 256
 _MASKED = -1e30
 _HIDDEN = -1e3
+# A token whose ratio is above this counts as the first one that is wrong.
+_FIRST = 3.0
+_HEADS = f"head{FLATTENED}head_dim"
+# Elements in a block: a handful of float32 temporaries of this size fit a usual L2 cache.
+_BLOCK = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -63,44 +69,150 @@ def local_error(site: Replayed, working: torch.dtype, storage: torch.dtype, head
 
     `storage` is the dtype whose grid the candidate's numbers lie on; `head_dim` splits flattened heads.
     """
-    assert site.candidate is not None, "unreachable because only recorded sites are measured"
-    truth = site.truth
-    wide = truth.dtype
-    candidate, floor = site.candidate.to(truth.device), site.floor
-    compared = _comparable(candidate, truth)
-    r = torch.where(compared, candidate.to(wide) - truth, _unmasked(candidate, truth))
-    y = torch.where(compared, truth, 0)
-    e = torch.where(compared & floor.isfinite(), floor.to(wide) - truth, 0)
-    s = torch.where(compared, truth.to(storage).to(wide) - truth, 0).nan_to_num(0, 0, 0)
-    q = torch.where(compared & site.jitter.isfinite(), site.jitter - truth, 0)
-
-    rr, ee, ss, qq, yy = (x.square().sum(-1) for x in (r, e, s, q, y))
-    must_be_exact = not bool(ee.any() or ss.any() or qq.any())
-    summation = unit_roundoff(torch.float32) ** 2 * site.summands / 6 if site.summands > 1 else 0.0
-    least = max((_LEAST_SHARE * unit_roundoff(working)) ** 2, summation) * yy
-    strict = torch.zeros_like(yy) if must_be_exact else torch.maximum(torch.maximum(ee, ss), least)
-    ratios = _ratio(rr, strict)
+    rows = _measure_rows(site, working, storage, head_dim)
+    must_be_exact = not bool(rows.ee.any() or rows.ss.any() or rows.qq.any())
+    strict = torch.zeros_like(rows.yy) if must_be_exact else rows.floor
+    ratios = _ratio(rows.rr, strict)
     return Local(
-        ratio=_statistic(rr, strict, ratios),
-        ratio_fused=_statistic(rr, strict + qq, _ratio(rr, strict + qq)),
+        ratio=_statistic(rows.rr, strict, ratios),
+        ratio_fused=_statistic(rows.rr, strict + rows.qq, _ratio(rows.rr, strict + rows.qq)),
         row_max=float(ratios.max()) if ratios.numel() else 0.0,
-        local_rel=_relative(rr, yy),
-        floor_rel=_relative(strict, yy),
-        inherited_rel=_relative((truth - site.own.to(wide)).nan_to_num(0, 0, 0).square().sum(), yy),
-        total_ratio=_total_ratio(site, candidate.to(wide)),
-        bit_equal=_bit_equal(candidate, floor),
+        local_rel=_relative(rows.rr, rows.yy),
+        floor_rel=_relative(strict, rows.yy),
+        inherited_rel=_relative(rows.inherited, rows.yy),
+        total_ratio=_relative(rows.total, rows.own_total),
+        bit_equal=rows.counts["different"] == 0,
         must_be_exact=must_be_exact,
-        all_zero=not bool(candidate.any()) and bool(truth.any()),
-        nonfinite=int((~candidate.isfinite() & truth.isfinite()).sum()),
-        nonfinite_inputs=not bool(truth.isfinite().all()),
-        reference_nonfinite=int((~floor.isfinite() & truth.isfinite()).sum()),
-        structure=_structure(r, y, rr, strict, site.site.dims, head_dim),
+        all_zero=rows.counts["candidate nonzero"] == 0 and rows.counts["truth nonzero"] > 0,
+        nonfinite=rows.counts["candidate nonfinite"],
+        nonfinite_inputs=rows.counts["truth nonfinite"] > 0,
+        reference_nonfinite=rows.counts["floor nonfinite"],
+        structure=_structure(rows, strict, site.site.dims, tuple(site.truth.shape)),
     )
 
 
-def _comparable(candidate: Tensor, truth: Tensor) -> Tensor:
-    """Elements that both sides have as values; masked scores are none."""
-    return candidate.isfinite() & truth.isfinite() & (truth > _MASKED)
+@dataclass
+class _Rows:
+    """Sums of squares for each row (a row is all but the last axis), and what is summed over all rows.
+
+    rr, ee, ss, qq, yy: the local error, the reference's error, that of storage, that of jitter, and the truth;
+    ry: error times truth; floor: the strict floor; inherited, total, own_total: see Measurement.
+    channels and heads: energy of the error in units of each row's floor, by last-axis index and by head.
+    """
+
+    rr: Tensor
+    ee: Tensor
+    ss: Tensor
+    qq: Tensor
+    yy: Tensor
+    ry: Tensor
+    floor: Tensor
+    inherited: Tensor
+    total: Tensor
+    own_total: Tensor
+    channels: Tensor
+    heads: Tensor
+    counts: dict[str, int]
+
+
+_PER_ROW = ("rr", "ee", "ss", "qq", "yy", "ry", "floor", "inherited", "total", "own_total")
+
+
+def _measure_rows(site: Replayed, working: torch.dtype, storage: torch.dtype, head_dim: int | None) -> _Rows:
+    """One pass over the site in blocks that stay in cache: whole-tensor temporaries cost ten times as much."""
+    assert site.candidate is not None, "unreachable because only recorded sites are measured"
+    width = site.truth.shape[-1]
+    values = _Values(site.candidate.to(site.truth.device), site.truth, site.floor, site.jitter, site.own, site.ideal)
+    flat = _Values(*(value.reshape(-1, width) for value in values))
+    step = max(1, _BLOCK // max(width, 1))
+    least = _least(site, working)
+    heads = width // head_dim if site.site.dims[-1] == _HEADS and head_dim and width % head_dim == 0 else 1
+    starts = range(0, max(flat.truth.shape[0], 1), step)
+    blocks = [_block(_Values(*(f[i : i + step] for f in flat)), storage, least, heads) for i in starts]
+    return _Rows(
+        **{name: torch.cat([getattr(b, name) for b in blocks]) for name in _PER_ROW},
+        channels=torch.stack([b.channels for b in blocks]).sum(0),
+        heads=torch.stack([b.heads for b in blocks]).sum(0),
+        counts={key: sum(b.counts[key] for b in blocks) for key in blocks[0].counts},
+    )
+
+
+def _least(site: Replayed, working: torch.dtype) -> float:
+    """The smallest floor that any operation of this kind has, squared, relative to the truth."""
+    summation = unit_roundoff(torch.float32) ** 2 * site.summands / 6 if site.summands > 1 else 0.0
+    return float(max((_LEAST_SHARE * unit_roundoff(working)) ** 2, summation))
+
+
+class _Values(NamedTuple):
+    """The six tensors of a site, or the same rows (n, features) of each."""
+
+    candidate: Tensor
+    truth: Tensor
+    floor: Tensor
+    jitter: Tensor
+    own: Tensor
+    ideal: Tensor
+
+
+def _block(values: _Values, storage: torch.dtype, least: float, heads: int) -> _Rows:
+    truth, wide = values.truth, values.truth.dtype
+    c, f, o = (x.to(wide) for x in (values.candidate, values.floor, values.own))
+    r, y, e = c - truth, truth, f - truth
+    s, q = truth.to(storage).to(wide) - truth, values.jitter - truth
+    inherited, total, own_total = truth - o, c - values.ideal, o - values.ideal
+    plain = _is_plain(truth, r, e, s, q, inherited, own_total)
+    if not plain:
+        compared = c.isfinite() & truth.isfinite() & (truth > _MASKED)
+        r = torch.where(compared, r, _unmasked(c, truth))
+        y = torch.where(compared, truth, 0)
+        e, s, q, inherited, total, own_total = (
+            torch.where(compared & x.isfinite(), x, 0) for x in (e, s, q, inherited, total, own_total)
+        )
+    rr, ee, ss, qq, yy = (torch.linalg.vecdot(x, x) for x in (r, e, s, q, y))
+    strict = torch.maximum(torch.maximum(ee, ss), least * yy)
+    channels = torch.where(strict > 0, 1 / strict, torch.ones_like(strict)) @ r.square()
+    return _Rows(
+        rr,
+        ee,
+        ss,
+        qq,
+        yy,
+        torch.linalg.vecdot(r, y),
+        strict,
+        torch.linalg.vecdot(inherited, inherited),
+        torch.linalg.vecdot(total, total),
+        torch.linalg.vecdot(own_total, own_total),
+        channels,
+        channels.reshape(heads, -1).sum(-1),
+        {
+            "different": int(torch.count_nonzero(c != f)),
+            "candidate nonzero": int(torch.count_nonzero(c)),
+            "truth nonzero": int(torch.count_nonzero(truth)),
+            **_nonfinite(c, truth, f, plain=plain),
+        },
+    )
+
+
+def _is_plain(truth: Tensor, *differences: Tensor) -> bool:
+    """Whether nothing is NaN, infinite or masked: a sum shows the first two, a minimum the last."""
+    if not truth.numel():
+        return True
+    sums = torch.stack([x.sum() for x in differences])
+    return bool(sums.isfinite().all()) and float(truth.min()) > _MASKED
+
+
+def _nonfinite(candidate: Tensor, truth: Tensor, floor: Tensor, *, plain: bool) -> dict[str, int]:
+    names = ("candidate nonfinite", "truth nonfinite", "floor nonfinite")
+    if plain:
+        return dict.fromkeys(names, 0)
+    finite = truth.isfinite()
+    return dict(
+        zip(
+            names,
+            (int(x.sum()) for x in (~candidate.isfinite() & finite, ~finite, ~floor.isfinite() & finite)),
+            strict=True,
+        )
+    )
 
 
 def _unmasked(candidate: Tensor, truth: Tensor) -> Tensor:
@@ -117,63 +229,43 @@ def _ratio(squares: Tensor, floor: Tensor) -> Tensor:
 def _statistic(squares: Tensor, floor: Tensor, rows: Tensor) -> float:
     if not rows.numel():
         return 0.0
-    return max(float(_ratio(squares.sum(), floor.sum())), float(rows.flatten().median()))
+    return max(float(_ratio(squares.sum(), floor.sum())), float(rows.median()))
 
 
 def _relative(squares: Tensor, size: Tensor) -> float:
     return float(_ratio(squares.sum(), size.sum()))
 
 
-def _total_ratio(site: Replayed, candidate: Tensor) -> float:
-    """How far the candidate is from the exact run, in units of how far the reference is."""
-    ideal = site.ideal
-    both = candidate.isfinite() & site.own.isfinite() & ideal.isfinite()
-    mine = torch.where(both, candidate - ideal, 0).square().sum()
-    theirs = torch.where(both, site.own.to(ideal.dtype) - ideal, 0).square().sum()
-    return float(_ratio(mine, theirs))
-
-
-def _bit_equal(candidate: Tensor, floor: Tensor) -> bool:
-    """Same numbers as the reference in the working dtype; a wider dump of the same numbers counts."""
-    return bool(torch.equal(candidate.to(torch.float64), floor.to(torch.float64)))
-
-
-def _structure(r: Tensor, y: Tensor, rr: Tensor, floor: Tensor, dims: Dims, head_dim: int | None) -> Structure:
-    weight = torch.where(floor > 0, 1 / floor, torch.zeros_like(floor))
-    if not bool(weight.any()):
-        weight = torch.ones_like(floor)
-    ry = ((r * y).sum(-1) * weight).sum()
-    energy, size = (rr * weight).sum(), (y.square().sum(-1) * weight).sum()
-    channels = (r.square() * weight[..., None]).flatten(0, -2).sum(0)
-    by_token = _profile(rr, floor, dims, "token")
-    channel = int(channels.argmax())
+def _structure(rows: _Rows, strict: Tensor, dims: Dims, shape: tuple[int, ...]) -> Structure:
+    weight = torch.where(rows.floor > 0, 1 / rows.floor, torch.ones_like(rows.floor))
+    ry, energy, size = ((x * weight).sum() for x in (rows.ry, rows.rr, rows.yy))
+    by_token = _profile(rows.rr, strict, dims, shape, "token")
+    channel = int(rows.channels.argmax()) if rows.channels.numel() else 0
+    if rows.heads.numel() > 1:
+        # Energy is in units of each row's whole floor, of which one head has its share.
+        by_head = (rows.heads / max(rows.rr.numel(), 1) * rows.heads.numel()).sqrt()
+    else:
+        by_head = _profile(rows.rr, strict, dims, shape, "head")
     return Structure(
         gain=float(ry / size) if size else 0.0,
         cosine=float(ry / (energy * size).sqrt()) if energy and size else 0.0,
         by_token=_bins(by_token),
-        by_head=tuple(_by_head(r, rr, floor, dims, head_dim).tolist()),
+        by_head=tuple(by_head.tolist()),
         channel=channel,
-        channel_share=float(channels[channel] / channels.sum()) if energy else 0.0,
-        first_token=next((i for i, value in enumerate(by_token.tolist()) if value > 3), None),
-        elements=r.numel(),
+        channel_share=float(rows.channels[channel] / rows.channels.sum()) if energy else 0.0,
+        first_token=next((i for i, value in enumerate(by_token.tolist()) if value > _FIRST), None),
+        elements=math.prod(shape),
     )
 
 
-def _profile(rr: Tensor, floor: Tensor, dims: Dims, axis: str) -> Tensor:
+def _profile(rr: Tensor, floor: Tensor, dims: Dims, shape: tuple[int, ...], axis: str) -> Tensor:
     """Ratio along one axis of the rows; empty if the rows have no such axis."""
-    rows = list(dims[:-1])
+    rows = dims[:-1]
     if axis not in rows:
         return rr.new_empty(0)
     rest = [i for i, dim in enumerate(rows) if dim != axis]
+    rr, floor = rr.reshape(shape[:-1]), floor.reshape(shape[:-1])
     return _ratio(rr.sum(rest), floor.sum(rest)) if rest else _ratio(rr, floor)
-
-
-def _by_head(r: Tensor, rr: Tensor, floor: Tensor, dims: Dims, head_dim: int | None) -> Tensor:
-    if dims[-1] != f"head{FLATTENED}head_dim" or not head_dim or r.shape[-1] % head_dim:
-        return _profile(rr, floor, dims, "head")
-    heads = r.reshape(*r.shape[:-1], -1, head_dim).square().sum(-1)
-    share = heads.flatten(0, -2).sum(0) / floor.sum() * heads.shape[-1]
-    return torch.nan_to_num(share.sqrt(), 0.0, float("inf"), 0.0)
 
 
 def _bins(profile: Tensor) -> tuple[float, ...]:
