@@ -21,6 +21,7 @@ from parity.errors import IncomparableError
 from parity.sites import FLATTENED, Dims, Site
 
 # Names with a meaning of their own; any other name that a dump gives an axis ("hidden", "vocab") is its feature axis.
+_UNSPLIT = "+"  # in place of FLATTENED where the sizes of the parts are not known
 _KNOWN = {"batch", "token", "key", "head", "head_dim"}
 _SYNONYMS = {"kv_head": "head", "query": "token", "seq": "token"}
 
@@ -39,7 +40,8 @@ class Pair:
     @property
     def steps(self) -> tuple[str, ...]:
         """What alignment does to the candidate's array, in words; empty where nothing is done."""
-        return () if self.axes == self.site.dims else (f"{' '.join(self.axes)} → {' '.join(self.site.dims)}",)
+        mine = tuple(axis.replace(_UNSPLIT, FLATTENED) for axis in self.axes)
+        return () if mine == self.site.dims else (f"{' '.join(mine)} → {' '.join(self.site.dims)}",)
 
     def read(self, array: NDArray[Any]) -> NDArray[Any]:
         """The candidate's array in the layout of the reference: a view wherever numpy can give one."""
@@ -67,7 +69,8 @@ class AmbiguousLayoutError(IncomparableError):
 def align(entry: Entry, site: Site, head_dim: int | None, token: int | None = None) -> Pair | Gap:
     """Read `entry` as `site`.
 
-    `head_dim` and `token` let flattened axes of heads and of a batch's tokens be split. Raises AmbiguousLayoutError where several layouts
+    `head_dim` and `token` let flattened axes of heads and of a batch's tokens be split.
+    Raises AmbiguousLayoutError where several layouts
     fit and none is declared; a shape that fits no layout is a Gap.
     """
     atoms = _atoms(site, {"head_dim": head_dim, "token": token})
@@ -94,7 +97,7 @@ def _atoms(site: Site, inner: dict[str, int | None]) -> tuple[tuple[str, int], .
         if second and known and size % known == 0:
             atoms += [(first, size // known), (second, known)]
         else:
-            atoms.append((dim, size))
+            atoms.append((dim.replace(FLATTENED, _UNSPLIT), size))
     return tuple(atoms)
 
 
@@ -139,8 +142,8 @@ def _same_axis(declared: str, axis: str) -> bool:
         return True
     names = [_SYNONYMS.get(name, name) for name in declared.split(FLATTENED)]
     if len(names) == 1 and names[0] not in _KNOWN:
-        return axis == "feature" or axis == f"head{FLATTENED}head_dim"
-    return FLATTENED.join(names) == axis
+        return axis in ("feature", f"head{FLATTENED}head_dim", f"head{_UNSPLIT}head_dim")
+    return FLATTENED.join(names) == axis.replace(_UNSPLIT, FLATTENED)
 
 
 def _distinct(readings: Iterator[Dims], size: dict[str, int]) -> list[Dims]:

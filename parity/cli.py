@@ -16,7 +16,8 @@ import typer
 from parity.errors import ParityError, UsageError
 
 if TYPE_CHECKING:
-    from parity.compare import Progress, Question
+    from parity.compare import Progress
+    from parity.question import Question
     from parity.results import Comparison
 
 app = typer.Typer(
@@ -63,19 +64,27 @@ Json = Annotated[bool, typer.Option("--json", help="The report alone, as JSON on
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every site.", rich_help_panel=_OUT)]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(version("parity"))
+        except PackageNotFoundError:
+            print("not installed")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")
     ] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Set what holds for every command (the debug flag is read by `main`, outside of typer)."""
-    if version:
-        from importlib.metadata import version as installed
-
-        print(installed("parity"))
-        raise typer.Exit
 
 
 @app.command()
@@ -156,9 +165,8 @@ def sites(model: Model = None, inner: Inner = False, json: Json = False) -> None
         return
     width = max(len(s.name) for s in known)
     for s in known:
-        print(
-            f"{s.name:{width}}  {' '.join(f'{d}={n}' if n else d for d, n in zip(s.dims, s.sizes, strict=True))}  {s.dtype}"
-        )
+        axes = " ".join(f"{d}={n}" if n else d for d, n in zip(s.dims, s.sizes, strict=True))
+        print(f"{s.name:{width}}  {axes}  {s.dtype}")
 
 
 # -- from options to a question ------------------------------------------------------------------------------
@@ -192,7 +200,7 @@ class Ask:
 
     def question(self, token_ids: tuple[tuple[int, ...], ...] | None = None, model: str | None = None) -> Question:
         """The question; token ids and model may come from a dump instead of the options."""
-        from parity.compare import Question
+        from parity.question import Question
         from parity.reference.checkpoint import default_dtype, find
 
         checkpoint = find(self.model or model or EMBEDDED)
@@ -224,10 +232,12 @@ class Ask:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        except (OSError, ValueError, ImportError) as error:
+            ids = tuple(AutoTokenizer.from_pretrained(model_dir)(prompt).input_ids)
+        except Exception as error:
             raise UsageError(f"{model_dir}: no tokenizer could be loaded. Give --tokens instead.") from error
-        return (tuple(tokenizer(prompt).input_ids),)
+        if not ids:
+            raise UsageError(f"{model_dir}: its tokenizer makes no token of the prompt. Give --tokens instead.")
+        return (ids,)
 
 
 def _read_text(option: str, path: Path) -> str:
@@ -278,18 +288,19 @@ def _diff(ask: Ask, dumps: list[Path], candidate: str, progress: Progress) -> Co
 
 
 def _diff_dumps(ask: Ask, dumps: list[Path], progress: Progress) -> Comparison:
-    from parity.compare import diff_dump, reference_for
+    from parity.compare import diff_dump, reference_for, working_dtype
     from parity.dump import open_dump
 
     with open_dump(dumps[0]) as first, open_dump(dumps[-1]) as last:
         ids = None if ask.says_what_to_run else (first.info.token_ids or last.info.token_ids)
         if ids is None and not ask.says_what_to_run:
             raise UsageError(
-                f"{dumps[-1]}: does not say its token ids. Give --prompt, --tokens, or write parity.token_ids into the dump."
+                f"{dumps[-1]}: does not say its token ids. Give --prompt or --tokens, or write parity.token_ids into it."
             )
-        ask.dtype = ask.dtype or first.info.dtype or last.info.dtype
+        ask.dtype = ask.dtype or working_dtype(last)
         question = ask.question(ids, first.info.model)
-        _same_model(first, question.checkpoint)
+        for dump in (first, last):
+            _same_model(dump, question.checkpoint)
         return diff_dump(question, last, reference_for(question), progress)
 
 

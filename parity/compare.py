@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from parity.align import AmbiguousLayoutError, Gap, Pair, align
 from parity.candidates import torch_module
-from parity.dump import ArchiveWriter, Dump, Entry, RunInfo, open_dump
-from parity.errors import IncomparableError, UsageError
+from parity.dump import ArchiveWriter, Array, Dump, Entry, open_dump
+from parity.errors import IncomparableError
 from parity.judge import RoundingMode, covered, findings, judge_run, judge_site, luck, rounding_mode
 from parity.metrics import Metrics, measure
 from parity.outcome import NextTokenWatch
+from parity.question import DTYPES, Question, versions
 from parity.record.arrays import to_numpy, to_torch
 from parity.record.discover import with_sizes
-from parity.reference.checkpoint import Checkpoint
 from parity.reference.floor import Local, local_error
 from parity.reference.pieces import PiecewiseModel
 from parity.reference.precision import unit_roundoff
@@ -37,53 +37,14 @@ from parity.sites import Site
 
 Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def silent(_what: str, _done: int, _total: int) -> None:
     """Progress that nobody watches."""
 
 
-@dataclass(frozen=True)
-class Question:
-    """What both sides are asked: the model, the tokens, and how to run.
-
-    `token_ids` (b, t) are the rows of the batch, `prompt` the text they came from, if any.
-    """
-
-    checkpoint: Checkpoint
-    token_ids: tuple[tuple[int, ...], ...]
-    dtype: str
-    device: str = "cpu"
-    attention: str = "eager"
-    prompt: str | None = None
-    inner: bool = False
-    command: str = ""
-
-    @property
-    def ids(self) -> Tensor:
-        """Token ids as a tensor (b, t) of int64."""
-        return torch.tensor(self.token_ids, dtype=torch.long)
-
-    def info(self, producer: str) -> RunInfo:
-        """What a dump of an answer to this question says of itself."""
-        return RunInfo(
-            producer=producer,
-            model=self.checkpoint.name,
-            fingerprint=self.checkpoint.fingerprint(),
-            token_ids=self.token_ids,
-            dtype=self.dtype,
-            device=self.device,
-            attention=self.attention,
-            prompt=self.prompt,
-            versions=versions(),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-
-
 def record_reference(question: Question, path: Path, progress: Progress = silent) -> list[Site]:
     """Record the reference's plain run to an HDF5 dump, piece by piece. Returns the sites recorded."""
-    model = _model(question)
+    model = question.reference()
     sites = {site.name: site for site in _sites(model, question)}
     pieces = model.pieces
     with ArchiveWriter(path, question.info(f"transformers {versions()['transformers']}")) as writer:
@@ -102,7 +63,7 @@ def record_reference(question: Question, path: Path, progress: Progress = silent
 
 def record_candidate(question: Question, spec: str, path: Path) -> list[str]:
     """Record a live candidate to an HDF5 dump. Returns the reference's sites that it does not have."""
-    sites = _model(question).sites
+    sites = question.reference().sites
     module = torch_module.build(spec, question.checkpoint.path, question.dtype, question.device)
     _record_live(module, question, sites, path, spec)
     have = {site.name for site in torch_module.own_sites(module, sites)}
@@ -141,8 +102,8 @@ def diff_module(
             try:
                 pairs = _align(dump, _sites(model, question), axes)
             except AmbiguousLayoutError:
-                # A live candidate can be asked which axis counts tokens; a file cannot.
-                axes = torch_module.token_axes(module, question.ids.to(question.device), model.sites)
+                # A live candidate can be asked which axis counts what; a file cannot.
+                axes = torch_module.known_axes(module, question.ids.to(question.device), model.sites)
                 pairs = _align(dump, _sites(model, question), axes)
             del module
             return _compare(question, reference, dump, pairs, name, checks, progress, clock)
@@ -153,7 +114,8 @@ def diff_dump(question: Question, dump: Dump, reference: Reference, progress: Pr
     theirs = dump.info.token_ids
     if theirs is not None and theirs != question.token_ids:
         raise IncomparableError(
-            f"{dump.path}: holds a run on token ids {_preview(theirs)}, the reference was asked {_preview(question.token_ids)}. "
+            f"{dump.path}: holds a run on token ids {_preview(theirs)}, "
+            f"the reference was asked {_preview(question.token_ids)}. "
             "Run the port on the same ids (parity record writes them to a .tokens.txt file)."
         )
     pairs = _align(dump, _sites(reference.working, question), {})
@@ -162,7 +124,7 @@ def diff_dump(question: Question, dump: Dump, reference: Reference, progress: Pr
 
 def reference_for(question: Question) -> Reference:
     """The reference that answers a question, no weight of it loaded. Raises UsageError and ModelError."""
-    return Reference(_model(question))
+    return Reference(question.reference())
 
 
 # -- the straight way ----------------------------------------------------------------------------------------
@@ -176,6 +138,7 @@ class Clock:
 
     @contextmanager
     def __call__(self, what: str) -> Iterator[None]:
+        """Add the time that the block takes to `what`."""
         start = time.perf_counter()
         try:
             yield
@@ -260,7 +223,9 @@ def _conclude(
     mode = rounding_mode([m.local for m in measured.values()], unit_roundoff(model.dtype))
     lucky = luck({site: m.local for site, m in measured.items()})
     sites = [
-        _judged(measured[site], mode, lucky[site]) if isinstance(pair, Pair) else Measurement(site, "unmeasured", pair.reason)
+        _judged(measured[site], mode, lucky[site])
+        if isinstance(pair, Pair)
+        else Measurement(site, "unmeasured", pair.reason)
         for site, pair in pairs.items()
     ]
     next_token = watch.result()
@@ -318,33 +283,6 @@ def _answer(sites: Sequence[Measurement], verdict: str) -> str:
 
 
 # -- small things --------------------------------------------------------------------------------------------
-
-
-def _model(question: Question) -> PiecewiseModel:
-    if question.dtype not in DTYPES:
-        raise UsageError(f"dtype {question.dtype!r} is not one of {', '.join(DTYPES)}.")
-    model = PiecewiseModel(
-        question.checkpoint, DTYPES[question.dtype], question.device, question.attention, question.inner
-    )
-    _check_tokens(question, model)
-    return model
-
-
-def _check_tokens(question: Question, model: PiecewiseModel) -> None:
-    rows = question.token_ids
-    if not rows or not rows[0]:
-        raise UsageError("the prompt is empty: no token to run. Give --prompt, --prompt-file or --tokens.")
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest and len(rows[0]) > longest:
-        raise UsageError(
-            f"the prompt has {len(rows[0])} tokens, but {question.checkpoint.name} has positions for {longest}. Shorten it."
-        )
-    vocabulary = model.config.vocab_size
-    outside = [token for row in rows for token in row if not 0 <= token < vocabulary]
-    if outside:
-        raise UsageError(
-            f"token id {outside[0]} is outside the vocabulary of {question.checkpoint.name} (0 … {vocabulary - 1})."
-        )
 
 
 def _record_live(module: nn.Module, question: Question, sites: Sequence[Site], path: Path, name: str) -> None:
@@ -415,19 +353,19 @@ def _environment(
     )
 
 
-def versions() -> dict[str, str]:
-    """Versions of everything that changes numbers."""
-    import platform
-    from importlib.metadata import version
+def working_dtype(dump: Dump) -> str:
+    """The dtype that a dump's numbers were made in, read off their bits: most sites decide.
 
-    packages = ("parity", "torch", "transformers", "numpy")
-    return {"python": platform.python_version()} | {name: _version(name, version) for name in packages}
+    A float32 dump of bfloat16 tensors holds only numbers that bfloat16 has.
+    """
+    kinds = [_grid(dump.read(site)) for site in dump.entries]
+    return max(DTYPES, key=kinds.count)
 
 
-def _version(name: str, version: Callable[[str], str]) -> str:
-    from importlib.metadata import PackageNotFoundError
-
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
+def _grid(array: Array) -> str:
+    """The narrowest working dtype that has all of (the first 64K) numbers of an array."""
+    if array.dtype.name != "float32":
+        return str(array.dtype.name)
+    sample = to_torch(array.reshape(-1)[:65536])
+    narrow = [name for name in ("bfloat16", "float16") if torch.equal(sample.to(DTYPES[name]).float(), sample)]
+    return narrow[0] if narrow else "float32"

@@ -6,6 +6,7 @@ site's ratio, and only where that is too large the question whether the error is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -40,6 +41,8 @@ _TRUNCATION_GAIN = -0.7213
 _TOTAL = 4.0
 # A floor that is this much below its family's is no longer put down to chance.
 _LUCKIEST = 4.0
+# Where the reference itself is this far off, relative to the value, nothing can be said of a candidate.
+_USELESS = 0.5
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ def judge_site(local: Local, mode: RoundingMode, lucky: float = 1.0) -> tuple[Si
         return "unmeasured", 0.0, "its inputs are not finite"
     strict, ratio_fused = local.ratio / lucky, local.ratio_fused / lucky
     ratio = ratio_fused if mode.fused else strict
+    if local.floor_rel > _USELESS:
+        return "unmeasured", ratio, f"the reference's own rounding is {local.floor_rel:.0%} of the value"
     if local.bit_equal:
         return "exact", ratio, "bit-equal to the reference on the same inputs"
     if local.must_be_exact:
@@ -126,7 +131,7 @@ def structure_of(s: Structure) -> str:
 
 def _follows_value(s: Structure) -> bool:
     # Chance alone correlates n numbers by about 1/√n.
-    return abs(s.cosine) > max(_COHERENT, 5 / max(s.elements, 1) ** 0.5)
+    return abs(s.cosine) > max(_COHERENT, 5 / math.sqrt(max(s.elements, 1)))
 
 
 def _spread(profile: Sequence[float]) -> float:

@@ -28,6 +28,7 @@ FLOORS: dict[str, set[str]] = {
     "faults": {"errors", "sites", "results", "record", "reference"},
     "judge": {"sites", "results", "reference"},
     "outcome": {"results", "metrics", "record", "reference"},
+    "question": {"errors", "dump", "reference"},
     "diagnose": {"errors", "sites", "results", "record", "reference", "faults", "judge"},
     "compare": {
         "errors",
@@ -43,6 +44,7 @@ FLOORS: dict[str, set[str]] = {
         "faults",
         "judge",
         "outcome",
+        "question",
         "diagnose",
     },
     "report": {"errors", "sites", "results"},
@@ -56,6 +58,7 @@ FLOORS: dict[str, set[str]] = {
         "reference",
         "candidates",
         "faults",
+        "question",
         "compare",
         "report",
     },

@@ -70,9 +70,7 @@ def test_every_format_says_the_same(tmp_path: Path, name: str, as_tensor: bool) 
 
 @FORMATS
 def test_a_dump_may_say_nothing(tmp_path: Path, name: str) -> None:
-    dump = open_dump(
-        write(tmp_path / name, {"norm": LAYER, "empty": np.zeros((0, 3)), "one": np.array(5)}, {})
-    )
+    dump = open_dump(write(tmp_path / name, {"norm": LAYER, "empty": np.zeros((0, 3)), "one": np.array(5)}, {}))
     assert (dump.info.token_ids, dump.info.producer, dump.info.notes) == (None, None, ())
     assert dump.read("empty").shape == (0, 3)
     assert dump.read("one") == 5
@@ -129,9 +127,7 @@ def test_tokens_are_lines_of_ids(tmp_path: Path) -> None:
 
 
 def port(tmp_path: Path, **arrays: Any) -> Dump:
-    return open_dump(
-        write(tmp_path / "port.safetensors", arrays, {"dims": dict.fromkeys(arrays, "batch token _")})
-    )
+    return open_dump(write(tmp_path / "port.safetensors", arrays, {"dims": dict.fromkeys(arrays, "batch token _")}))
 
 
 def test_a_map_renames_by_number_and_splits_without_copying(tmp_path: Path) -> None:

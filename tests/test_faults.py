@@ -220,9 +220,12 @@ CASES = {
 }
 
 
+Run = Callable[[], Tensor]
+
+
 @contextmanager
-def stock_layer(case: Case) -> Iterator[tuple[Scope, Scope, Callable[[], Tensor]]]:
-    """A stock transformers model: the scopes of a layer and of the ends, and a way to run both."""
+def stock_layer(case: Case) -> Iterator[tuple[tuple[Scope, Run], tuple[Scope, Run]]]:
+    """A stock transformers model: the scopes of a layer and of the ends, each with a way to run it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(case.model_type, **checkpoints.OTHER.get(case.model_type, {}) | case.config)
@@ -249,31 +252,33 @@ def stock_layer(case: Case) -> Iterator[tuple[Scope, Scope, Callable[[], Tensor]
             Scope(model, model.config, None, None, {}, stored),
         )
 
-        def run() -> Tensor:
+        def run_layer() -> Tensor:
             out = layers[MIDDLE](*args, **kwargs)
-            hidden = out if isinstance(out, Tensor) else out[0]
-            return torch.cat([hidden.flatten(), model(**inputs, use_cache=False).logits.flatten()])
+            return out if isinstance(out, Tensor) else out[0]
 
-        yield *scopes, run
+        def run_ends() -> Tensor:
+            logits: Tensor = model(**inputs, use_cache=False).logits
+            return logits
+
+        yield (scopes[0], run_layer), (scopes[1], run_ends)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_every_fault_runs_on_other_architectures(case: Case) -> None:
-    with stock_layer(case) as (layer, ends, run):
-        clean = run()
+    with stock_layer(case) as pieces:
         seen = set()
-        for fault in CATALOGUE:
-            for scope in (layer, ends):
+        for scope, run in pieces:
+            clean, before = run(), trace(scope)
+            for fault in CATALOGUE:
                 applies = fault.applies(scope)
                 assert isinstance(applies, bool), fault.id
                 if applies:
-                    before = trace(scope)
                     with fault.patch(scope, number_of(fault, scope)):
                         changed = not torch.equal(run(), clean)
                     assert trace(scope) == before, fault.id
                     assert changed or fault.needs, f"{fault.id} changes nothing"
                     seen |= {fault.id} if changed else set()
-        assert torch.equal(run(), clean)
+            assert torch.equal(run(), clean)
         assert seen >= set(case.shows)
 
 

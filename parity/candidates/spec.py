@@ -38,16 +38,17 @@ def load_factory(spec: str) -> Factory:
 def _from_file(spec: str, path: Path) -> ModuleType:
     if not path.is_file():
         raise CandidateError(f"candidate {spec!r}: no file {path}. Give its path from {Path.cwd()}.")
-    description = importlib.util.spec_from_file_location(path.stem, path)
+    description = importlib.util.spec_from_file_location(f"parity_candidate_{path.stem}", path)
     assert description, "unreachable because the suffix is .py"
     assert description.loader, "unreachable for the same reason"
     module = importlib.util.module_from_spec(description)
-    sys.modules[path.stem] = module
+    # Under a name of its own: a port may well be called json.py.
+    sys.modules[f"parity_candidate_{path.stem}"] = module
     # A port usually imports its own neighbours.
     sys.path.insert(0, str(path.parent.resolve()))
     try:
         description.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise CandidateError(f"candidate {spec!r}: importing {path} failed with {describe(error)}") from error
     finally:
         sys.path.remove(str(path.parent.resolve()))
@@ -61,7 +62,7 @@ def _from_name(spec: str, name: str) -> ModuleType:
         raise CandidateError(
             f"candidate {spec!r}: no module {error.name!r}. Install it, or give file.py:function."
         ) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise CandidateError(f"candidate {spec!r}: importing {name} failed with {describe(error)}") from error
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from parity.candidates.spec import describe, load_factory
@@ -22,10 +23,13 @@ Progress = Callable[[str], None]
 
 def build(spec: str, model_dir: Path, dtype: str, device: str) -> nn.Module:
     """Call the candidate's factory. Raises CandidateError for anything that goes wrong in it."""
-    factory = load_factory(spec)
+    # Whatever a candidate prints, standard output belongs to the report.
+    with redirect_stdout(sys.stderr):
+        factory = load_factory(spec)
     try:
-        module = factory(str(model_dir), dtype, device)
-    except Exception as error:
+        with redirect_stdout(sys.stderr):
+            module = factory(str(model_dir), dtype, device)
+    except (Exception, SystemExit) as error:
         raise CandidateError(f"candidate {spec!r}: loading {model_dir} failed with {describe(error)}") from error
     if not isinstance(module, nn.Module):
         raise CandidateError(f"candidate {spec!r}: returned {type(module).__name__}, expected a torch.nn.Module.")
@@ -48,27 +52,37 @@ def record(module: nn.Module, input_ids: Tensor, sites: Sequence[Site], path: Pa
                 writer.add(site, to_numpy(value), None)
             return value
 
-        _run(module, input_ids, own_sites(module, sites), tap)
-        if not seen:
+        logits = _run(module, input_ids, own_sites(module, sites), tap)
+        if seen:
+            tap(sites[-1].name, logits)
+        else:
             raise CandidateError(
                 "the candidate has no submodule with a name that the reference has, so nothing could be recorded. "
                 "Name its modules as the checkpoint does (`parity sites` lists the names); nn.Identity will do."
             )
 
 
-def token_axes(module: nn.Module, input_ids: Tensor, sites: Sequence[Site]) -> dict[str, tuple[str, ...]]:
-    """Which axis of each site counts tokens, found by running the module with one token less.
+def known_axes(module: nn.Module, input_ids: Tensor, sites: Sequence[Site]) -> dict[str, tuple[str, ...]]:
+    """Which axes of each site count tokens and rows of the batch, found by running the module on fewer of them.
 
-    Names only that axis; the others are "_". A site whose shape does not change stays out.
+    The other axes are "_". Of two axes that count tokens the second counts keys.
     """
-    long = _shapes(module, input_ids, sites)
-    short = _shapes(module, input_ids[:, :-1], sites)
+    full = _shapes(module, input_ids, sites)
+    fewer_tokens = _shapes(module, input_ids[:, :-1], sites) if input_ids.shape[1] > 1 else full
+    fewer_rows = _shapes(module, input_ids[:-1], sites) if input_ids.shape[0] > 1 else full
     axes: dict[str, tuple[str, ...]] = {}
-    for site, shape in long.items():
-        changed = [i for i, (a, b) in enumerate(zip(shape, short.get(site, shape), strict=False)) if a != b]
-        if len(changed) == 1:
-            axes[site] = tuple("token" if i == changed[0] else "_" for i in range(len(shape)))
+    for site, shape in full.items():
+        names = ["_"] * len(shape)
+        for i in _changed(shape, fewer_rows.get(site, shape)):
+            names[i] = "batch"
+        for name, i in zip(("token", "key"), _changed(shape, fewer_tokens.get(site, shape)), strict=False):
+            names[i] = name if names[i] == "_" else "batch*token"
+        axes[site] = tuple(names)
     return axes
+
+
+def _changed(shape: tuple[int, ...], other: tuple[int, ...]) -> list[int]:
+    return [i for i, (a, b) in enumerate(zip(shape, other, strict=False)) if a != b]
 
 
 def own_sites(module: nn.Module, sites: Sequence[Site]) -> list[Site]:
@@ -88,12 +102,13 @@ def _shapes(module: nn.Module, input_ids: Tensor, sites: Sequence[Site]) -> dict
     return shapes
 
 
-def _run(module: nn.Module, input_ids: Tensor, sites: Sequence[Site], tap: Callable[[str, Tensor], Tensor]) -> None:
+def _run(module: nn.Module, input_ids: Tensor, sites: Sequence[Site], tap: Callable[[str, Tensor], Tensor]) -> Tensor:
     try:
-        with quiet_torch(), tapping(module, sites, tap):
+        with quiet_torch(), redirect_stdout(sys.stderr), tapping(module, sites, tap):
             output: Any = module(input_ids)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise CandidateError(f"the candidate failed in its forward pass with {describe(error)}") from error
-    logits = getattr(output, "logits", None)
-    if not isinstance(logits if logits is not None else first_tensor(output), torch.Tensor):
+    logits = first_tensor(output)
+    if logits is None:
         raise CandidateError(f"the candidate returned {type(output).__name__}, expected logits as a tensor.")
+    return logits

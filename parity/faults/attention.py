@@ -20,7 +20,6 @@ from parity.faults.parts import (
     attention_of,
     forward,
     head_dim_of,
-    hidden_per_head,
     kv_heads_of,
     linear,
     plain,
@@ -43,7 +42,8 @@ def _scale_is_not(value: Callable[[Scope], float]) -> Callable[[Scope], bool]:
 
 
 def _by_hidden(scope: Scope) -> float:
-    return float(hidden_per_head(scope) ** -0.5)
+    # As a fraction: some ports round this head_dim, some do not.
+    return float((scope.config.hidden_size / scope.config.num_attention_heads) ** -0.5)
 
 
 def _by_head_dim(scope: Scope) -> float:

@@ -42,13 +42,14 @@ def _asks_for(kind: str) -> Callable[[Scope], bool]:
 # -- gate and up ---------------------------------------------------------------------------------------------
 
 
-def _is_gated(scope: Scope) -> bool:
+def is_gated(scope: Scope) -> bool:
+    """Whether the MLP is down(act(gate) * up)."""
     mlp = mlp_of(scope)
     has_gate = hasattr(mlp, "gate_up_proj") or (hasattr(mlp, "gate_proj") and hasattr(mlp, "up_proj"))
     return has_gate and hasattr(mlp, "down_proj") and activation_of(scope) is not None
 
 
-def _gated(product: Callable[[Any, Tensor, Tensor], Tensor]) -> Callable[[Scope], Change]:
+def gated(product: Callable[[Any, Tensor, Tensor], Tensor]) -> Callable[[Scope], Change]:
     """The MLP is down(product(activation, gate, up))."""
 
     def change(scope: Scope) -> Change:
@@ -173,8 +174,8 @@ FAULTS: tuple[Fault, ...] = (
         "compute act(gate) * up",
         "",
         "",
-        plain(_gated(lambda act, gate, up: gate * act(up))),
-        _is_gated,
+        plain(gated(lambda act, gate, up: gate * act(up))),
+        is_gated,
     ),
     Fault(
         "mlp-no-up",
@@ -183,8 +184,8 @@ FAULTS: tuple[Fault, ...] = (
         "compute act(gate) * up",
         "",
         "",
-        plain(_gated(lambda act, gate, up: act(gate).clone())),
-        _is_gated,
+        plain(gated(lambda act, gate, up: act(gate).clone())),
+        is_gated,
     ),
     Fault(
         "mlp-sum",
@@ -193,8 +194,8 @@ FAULTS: tuple[Fault, ...] = (
         "compute act(gate) * up",
         "",
         "",
-        plain(_gated(lambda act, gate, up: act(gate) + up)),
-        _is_gated,
+        plain(gated(lambda act, gate, up: act(gate) + up)),
+        is_gated,
     ),
     Fault(
         "gate-up-interleaved",
@@ -204,7 +205,7 @@ FAULTS: tuple[Fault, ...] = (
         "",
         "",
         plain(_interleaved),
-        lambda s: _is_gated(s) and hasattr(mlp_of(s), "gate_up_proj"),
+        lambda s: is_gated(s) and hasattr(mlp_of(s), "gate_up_proj"),
     ),
     Fault(
         "moe-not-renormalized",

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from parity.faults.attend import has_attention, original, replaced
 from parity.faults.fault import Fault, Scope
+from parity.faults.mlp import gated, is_gated
 from parity.faults.norm_changes import ALL as NORMS
 from parity.faults.parts import (
     ACTIVATION_NAMES,
@@ -32,6 +34,7 @@ from parity.faults.parts import (
     wide,
 )
 from parity.faults.residual import cut_sums, is_sequential
+from parity.faults.tables import has_rope, original_rotation, with_rotation
 from parity.faults.weight_changes import has_linears
 from parity.faults.weights import LINEARS
 
@@ -84,10 +87,45 @@ def _cut_after(module: Any) -> Change:
     return forward(module, lambda x: truncated(before(x.to(wide(x.dtype)))).to(x.dtype))
 
 
+def _cut_rope(scope: Scope) -> Change:
+    rotate = original_rotation(scope)
+
+    def turned(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        up = wide(q.dtype)
+        wide_q, wide_k = rotate(q.to(up), k.to(up), *args, **kwargs)
+        return truncated(wide_q).to(q.dtype), truncated(wide_k).to(k.dtype)
+
+    return with_rotation(scope, turned)
+
+
+def _cut_attention(scope: Scope) -> Change:
+    attend = original(scope)
+
+    def new(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
+        up = wide(q.dtype)
+        context, probs = attend(module, q.to(up), k.to(up), v.to(up), mask, **kwargs)
+        return truncated(context).to(q.dtype), probs
+
+    return replaced(scope, new)
+
+
+def _cut_product(act: Any, gate: Tensor, up: Tensor) -> Tensor:
+    return truncated(act(gate).to(wide(up.dtype)) * up).to(up.dtype)
+
+
 def _cut_outputs(scope: Scope) -> Change:
-    others = [*norms_of(scope).values(), *([act] if (act := activation_of(scope)) is not None else [])]
-    changes = [*(_cut_after(m) for m in others), _linears(_cut_linear)(scope)]
-    return together(*changes, *([cut_sums(scope)] if is_sequential(scope) else []))
+    act = activation_of(scope)
+    changes = [_cut_after(m) for m in (*norms_of(scope).values(), *([act] if act is not None else []))]
+    changes.append(_linears(_cut_linear)(scope))
+    for applies, change in (
+        (has_rope, _cut_rope),
+        (has_attention, _cut_attention),
+        (is_gated, gated(_cut_product)),
+        (is_sequential, cut_sums),
+    ):
+        if applies(scope):
+            changes.append(change(scope))
+    return together(*changes)
 
 
 FAULTS: tuple[Fault, ...] = (
@@ -104,7 +142,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         "outputs-truncated",
         "results are cut to bfloat16 by dropping their low bits; the reference rounds them to nearest",
-        (*LINEARS, *NORMS, *ACTIVATION_NAMES, "resid_mid", ""),
+        (*LINEARS, *NORMS, *ACTIVATION_NAMES, "q_rope", "k_rope", "context", "product", "resid_mid", ""),
         "round to nearest even when storing bfloat16, do not shift the bits",
         "ROCm/aiter#5151",
         "",

@@ -125,6 +125,17 @@ FAULTS: tuple[Fault, ...] = (
         Number("fraction", rotary_fraction, (0.5, 0.25, 0.4, 0.75), discrete=True),
     ),
     Fault(
+        "rope-partial-sliced",
+        "RoPE rotates only the first part of each head, by the first of the whole head's angles",
+        BOTH,
+        "rotate all head_dim numbers of a head",
+        "",
+        TWO_TOKENS,
+        lambda scope, fraction: first_dims(scope, fraction, sliced=True),
+        lambda s: is_plain(s) and rotary_fraction(s) == 1.0,
+        Number("fraction", rotary_fraction, (0.5, 0.25, 0.4, 0.75), discrete=True),
+    ),
+    Fault(
         "rope-full",
         "RoPE rotates the whole head; the reference rotates only its first part",
         BOTH,

@@ -179,10 +179,14 @@ def interleaved(scope: Scope) -> AbstractContextManager[None]:
     return with_rotation(scope, rotate)
 
 
-def first_dims(scope: Scope, fraction: float) -> AbstractContextManager[None]:
-    """Only the first `fraction` of each head turns, by the angles of a head of that size."""
+def first_dims(scope: Scope, fraction: float, sliced: bool = False) -> AbstractContextManager[None]:
+    """Only the first `fraction` of each head turns, by the angles of a head of that size.
+
+    If `sliced`, by the first of the whole head's angles instead.
+    """
     size = max(2, int(head_dim_of(scope) * fraction) // 2 * 2)
-    new = tables(scope, plain_frequencies(theta_of(scope), size), 1.0)
+    whole = head_dim_of(scope) if sliced else size
+    new = tables(scope, plain_frequencies(theta_of(scope), whole, size // 2), 1.0)
     original = original_rotation(scope)
 
     def rotate(q: Tensor, k: Tensor, _cos: Tensor, _sin: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

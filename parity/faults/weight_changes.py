@@ -69,6 +69,11 @@ def rows_permuted(
     return change
 
 
+def row_major(w: Tensor) -> Tensor:
+    """The numbers of the transpose in the shape of the weight."""
+    return w.t().reshape(w.shape)
+
+
 def own_heads(scope: Scope, name: str) -> int:
     """Heads of q_proj or k_proj."""
     return int(scope.config.num_attention_heads) if name == "q_proj" else kv_heads_of(scope)
@@ -150,7 +155,9 @@ def bytes_swapped(w: Tensor) -> Tensor:
 
 def int8_rows(w: Tensor) -> Tensor:
     """Rounded to whole steps, 127 of them up to the largest number of each row."""
-    step = w.float().abs().amax(-1, keepdim=True) / 127
+    # In float32 as in the wild: where a weight lies halfway, the rounding of the quotient decides.
+    w = w.float()
+    step = w.abs().amax(-1, keepdim=True) / 127
     return torch.where(step > 0, (w / step).round() * step, w)
 
 
@@ -167,7 +174,8 @@ def in_blocks(levels: int) -> Callable[[Tensor], Tensor]:
 
 def fp8(w: Tensor) -> Tensor:
     """float8 e4m3 with one step for each row, as most 8-bit checkpoints have it."""
-    step = w.abs().amax(-1, keepdim=True).float().clamp_min(1e-30) / 448
+    w = w.float()
+    step = w.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 448
     return (w / step).to(torch.float8_e4m3fn).float() * step
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from parity.faults.fault import Fault, Number
-from parity.faults.parts import HEAD_SITES, plain, stored_as, truncated
+from parity.faults.parts import HEAD_SITES, linears_of, plain, stored_as, truncated
 from parity.faults.weight_changes import (
     as_float16,
     biases,
@@ -26,6 +26,7 @@ from parity.faults.weight_changes import (
     is_finer_than,
     own_heads,
     query_heads,
+    row_major,
     rows_permuted,
     splits_by_query_heads,
 )
@@ -48,6 +49,16 @@ _ORDER = (
         "",
         plain(each(column_major)),
         has_linears,
+    ),
+    Fault(
+        "weight-stored-transposed",
+        "the weight was stored column by column and is read row by row: its transpose, where it is square",
+        LINEARS,
+        "store torch weights as (out, in), contiguous; a transposed view must be copied first",
+        "transformers#40609",
+        "",
+        plain(each(row_major)),
+        lambda s: any(m.weight.shape[0] != m.weight.shape[1] for m in linears_of(s).values()),
     ),
     Fault(
         "weight-rows-for-interleaved",

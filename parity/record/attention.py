@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from parity.errors import UsageError
+
 # Attention modules in reach of the active tap, with the full site name of each value inside them.
 _active: ContextVar[tuple[dict[nn.Module, dict[str, str]], Callable[[str, Tensor], Tensor]] | None]
 _active = ContextVar("parity_attention_taps", default=None)
@@ -33,11 +35,14 @@ INSIDE = {
 def register(implementation: str) -> str:
     """Make the tapped twin of an attention implementation known to transformers; returns its name.
 
-    `implementation` is `eager`, `sdpa` or any other name that transformers knows.
+    `implementation` is `eager`, `sdpa` or any other name that transformers knows; UsageError if it is none.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+    known = sorted(name for name in ALL_MASK_ATTENTION_FUNCTIONS if not name.startswith("parity_"))
+    if implementation not in known:
+        raise UsageError(f"attention {implementation!r} is not one that transformers has: {', '.join(known)}.")
     name = f"parity_{implementation}"
     AttentionInterface.register(name, _tapped(implementation))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])

@@ -71,7 +71,10 @@ def discover(model: nn.Module, *, inner: bool = False) -> tuple[Site, ...]:
         dtype = next(model.parameters()).dtype
         # A ready mask spares the model from looking at values that the meta device does not have.
         mask = torch.zeros(batch, 1, token, token, dtype=dtype, device="meta")
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        if watch.is_new(logits):
+            # What the model does to the head's output, a softcap for one, is an operation too.
+            watch.note("logits", logits, "", "output")
     return tuple(watch.sites.values())
 
 

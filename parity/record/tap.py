@@ -45,7 +45,8 @@ def tapping(model: nn.Module, sites: Iterable[Site], tap: Tap) -> Iterator[None]
 
 
 def first_tensor(output: Any) -> Tensor | None:
-    """The activation in what a module returned: the tensor itself, or the first of a tuple."""
+    """The activation in what a module returned: the tensor itself, its `logits`, or the first of a tuple."""
+    output = getattr(output, "logits", output)
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
     return output if isinstance(output, Tensor) else None
@@ -61,7 +62,7 @@ def _output_hook(site: str, tap: Tap) -> Callable[[nn.Module, Any, Any], Any]:
         new = tap(site, value)
         if new is value:
             return None
-        return new if isinstance(output, Tensor) else type(output)((new, *output[1:]))
+        return (new, *output[1:]) if isinstance(output, tuple) else new
 
     disabled: Callable[[nn.Module, Any, Any], Any] = hook
     return disabled

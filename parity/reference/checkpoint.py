@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,20 @@ class Checkpoint:
     def size(self) -> int:
         """Bytes of all weight files."""
         return sum(file.stat().st_size for file in self.files)
+
+    def open(self, stack: ExitStack) -> list[Any]:
+        """Its safetensors files, opened until the stack is closed. Raises ModelError if one is damaged."""
+        from safetensors import SafetensorError, safe_open
+
+        shards = []
+        for file in self.files:
+            try:
+                shards.append(stack.enter_context(safe_open(file, framework="pt")))
+            except (SafetensorError, OSError) as error:
+                raise ModelError(
+                    f"model {self.name!r}: {file} is no whole safetensors file ({error}). Download it again."
+                ) from error
+        return shards
 
     def fingerprint(self) -> str:
         """A short hash of configuration and weights' names, shapes, dtypes and first bytes.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parity.errors import ModelError
+from parity.errors import ModelError, ParityError
 from parity.record.attention import register
 from parity.record.discover import discover
 from parity.record.tap import Tap, first_tensor, quiet_torch, tapping
@@ -108,17 +108,17 @@ class PiecewiseModel:
         Raises ModelError when the checkpoint lacks a weight or holds one of another shape.
         """
         modules = self._modules(piece)
-        if source is None:
-            self._read(piece)
-        else:
-            for mine, theirs in zip(modules, source._modules(piece), strict=True):
-                _copy_weights(mine, theirs)
-        if not isinstance(piece, int):
-            self.model.tie_weights()
-        for module in modules:
-            self._fill_buffers(module)
-            module.to(self.device)
         try:
+            if source is None:
+                self._read(piece)
+            else:
+                for mine, theirs in zip(modules, source._modules(piece), strict=True):
+                    _copy_weights(mine, theirs)
+            if not isinstance(piece, int):
+                self.model.tie_weights()
+            for module in modules:
+                self._fill_buffers(module)
+                module.to(self.device)
             yield
         finally:
             for module in modules:
@@ -132,7 +132,6 @@ class PiecewiseModel:
         return [m for m in self.model.modules() if m not in inside and _holds_tensors(m)]
 
     def _read(self, piece: Piece) -> None:
-        from safetensors import safe_open
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
@@ -141,8 +140,7 @@ class PiecewiseModel:
         config = LoadStateDictConfig(dtype=self.dtype, weight_mapping=mapping)
         with ExitStack() as stack:
             tensors = {}
-            for file in self.checkpoint.files:
-                shard = stack.enter_context(safe_open(file, framework="pt"))
+            for shard in self.checkpoint.open(stack):
                 for key in shard.keys():  # noqa: SIM118
                     if not self.is_cut or _layer_of_key(key) == (piece if isinstance(piece, int) else None):
                         tensors[key] = shard.get_slice(key)
@@ -154,7 +152,8 @@ class PiecewiseModel:
         if info.mismatched_keys:
             key, found, expected = next(iter(info.mismatched_keys))
             raise ModelError(
-                f"model {self.checkpoint.name!r}: {key} has shape {tuple(found)}, config.json asks for {tuple(expected)}."
+                f"model {self.checkpoint.name!r}: {key} has shape {tuple(found)}, "
+                f"config.json asks for {tuple(expected)}."
             )
         tied = self.model.all_tied_weights_keys if self.config.tie_word_embeddings else {}
         for module in self._modules(piece):
@@ -279,15 +278,19 @@ def _no_progress_bar() -> Iterator[None]:
 def _build(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    name = register(attention)
     try:
+        name = register(attention)
         config = AutoConfig.from_pretrained(checkpoint.path)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=name)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+    except ParityError:
+        raise
+    except Exception as error:
+        # Validation errors of a config are of many classes, some of them the hub client's own.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"model {checkpoint.name!r}: transformers cannot build it from {checkpoint.path / 'config.json'}: {reason[:200]}"
+            f"model {checkpoint.name!r}: transformers cannot build it from "
+            f"{checkpoint.path / 'config.json'}: {reason[:200]}"
         ) from error
     return model.eval()
 
@@ -357,3 +360,5 @@ def _copy_weights(mine: nn.Module, theirs: nn.Module) -> None:
             if parameter is not None:
                 wide = parameter.detach().to(own._parameters[name].dtype)  # type: ignore[union-attr]
                 own._parameters[name] = nn.Parameter(wide, requires_grad=False)
+                # transformers' initializer, which fills the buffers, would otherwise draw this weight anew.
+                own._parameters[name]._is_hf_initialized = True  # type: ignore[union-attr]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -92,10 +93,8 @@ def _how(mine: Tensor, stored: Tensor, checkpoint: Checkpoint) -> str:
 
 def _tensors(checkpoint: Checkpoint, wanted: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """The checkpoint's tensors one by one, or only those of the wanted names."""
-    from safetensors import safe_open
-
-    for file in checkpoint.files:
-        with safe_open(file, framework="pt") as shard:
+    with ExitStack() as stack:
+        for shard in checkpoint.open(stack):
             for name in shard.keys():  # noqa: SIM118
                 if wanted is None or name in wanted:
                     yield name, shard.get_tensor(name)

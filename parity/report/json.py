@@ -27,5 +27,10 @@ def load(path: Path) -> Comparison:
         raise UsageError(
             f"{path}: schema {schema!r} found, this parity reads schema {SCHEMA}. Run `parity diff` again."
         )
-    comparison: Comparison = from_json(Comparison, raw)
+    try:
+        comparison: Comparison = from_json(Comparison, raw)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{path}: claims to be a report but is not whole ({error}). Run `parity diff` again."
+        ) from error
     return comparison

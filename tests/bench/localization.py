@@ -81,7 +81,8 @@ _references: dict[tuple[str, str], Any] = {}
 
 
 def _compare(run: Run) -> Outcome:
-    from parity.compare import Question, reference_for
+    from parity.compare import reference_for
+    from parity.question import Question
 
     checkpoint = find(run.checkpoint)
     variants = [_VARIANTS[v] for v in run.variants]
@@ -181,7 +182,9 @@ def show_clean(outcomes: Sequence[Outcome]) -> None:
         print(f"| {variant} | {len(group)} | {sum(o.sites for o in group)} | {wrong} | {rough} | {worst:.2f} |")
     total = sum(o.sites for o in outcomes)
     alarms = sum(len(o.wrong) for o in outcomes)
-    print(f"\n{len(outcomes)} clean runs, {total} sites, {alarms} wrong, largest ratio {max(o.largest for o in outcomes):.2f}")
+    print(
+        f"\n{len(outcomes)} clean runs, {total} sites, {alarms} wrong, largest ratio {max(o.largest for o in outcomes):.2f}"
+    )
 
 
 def show_bugs(outcomes: Sequence[Outcome]) -> None:
@@ -227,7 +230,11 @@ def main() -> None:
         checkpoints = _checkpoints(Path(folder), quick=given.quick)
         random = next(iter(checkpoints))
         clean = [r for r in clean_runs(checkpoints) if given.only in r.variants[0]]
-        bugs = [r for r in (*bug_runs({random: checkpoints[random]}), *_tiny_bugs(checkpoints)) if given.only in r.variants[0]]
+        bugs = [
+            r
+            for r in (*bug_runs({random: checkpoints[random]}), *_tiny_bugs(checkpoints))
+            if given.only in r.variants[0]
+        ]
         combined = [] if given.only else list(combined_runs(random, checkpoints[random][-1]))
         with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
             outcomes = list(pool.map(run_one, [*clean, *bugs, *combined], chunksize=4))
