@@ -60,6 +60,9 @@ Candidate = Annotated[
     str,
     typer.Option("--candidate", "-c", help="module:factory, file.py:factory, or a dump.", rich_help_panel=_ASK),
 ]
+Names = Annotated[
+    Path | None, typer.Option(help="A name map (JSON): the candidate's names to the reference's.", rich_help_panel=_ASK)
+]
 Json = Annotated[bool, typer.Option("--json", help="The report alone, as JSON on stdout.", rich_help_panel=_OUT)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every site.", rich_help_panel=_OUT)]
 
@@ -99,6 +102,7 @@ def diff(
     device: Device = "cpu",
     attention: Attention = "eager",
     inner: Inner = False,
+    names: Names = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the report.", rich_help_panel=_OUT)] = None,
     json: Json = False,
     verbose: Verbose = False,
@@ -112,7 +116,7 @@ def diff(
     if folder is not None:
         _writable(folder)
     with _progress(quiet=json) as progress:
-        comparison = _diff(ask, dumps or [], candidate, progress)
+        comparison = _diff(ask, dumps or [], candidate, names, progress)
     _report(comparison, folder, json=json, verbose=verbose)
     raise typer.Exit(comparison.exit_code)
 
@@ -152,6 +156,33 @@ def record(
     print(f"{out}: {len(question.token_ids[0])} tokens, {out.stat().st_size / 1e6:.1f} MB; token ids in {ids}")
     for site in missing:
         print(f"not recorded, no module of this name: {site}")
+
+
+@app.command()
+def check(
+    dump: Annotated[Path, typer.Argument(help="The dump to look at.")],
+    model: Model = None,
+    names: Names = None,
+    tokens: Tokens = None,
+) -> None:
+    """Say whether a dump is well-formed and complete, and what each missing site costs. Runs no model.
+
+    Exit code 0: every site can be measured, 1: some cannot, 2: trouble.
+    """
+    from rich.console import Console
+
+    from parity.check import check as check_dump
+    from parity.dump import open_dump
+    from parity.report.terminal import show_check
+
+    with open_dump(dump, names) as opened:
+        if not tokens and opened.info.token_ids is None:
+            raise UsageError(f"{dump}: does not say its token ids. Add parity.token_ids, or give --tokens.")
+        ask = Ask(None, None, tokens, model, None, "cpu", "eager", False)
+        question = ask.question(None if tokens else opened.info.token_ids, opened.info.model)
+        found = check_dump(opened, question.reference(), len(question.token_ids), len(question.token_ids[0]))
+    show_check(found, Console(highlight=False))
+    raise typer.Exit(0 if found.is_complete else 1)
 
 
 @app.command()
@@ -273,7 +304,7 @@ def _check_device(device: str) -> None:
         raise UsageError(f"--device {device}: not usable here ({str(error).splitlines()[0]}).") from error
 
 
-def _diff(ask: Ask, dumps: list[Path], candidate: str, progress: Progress) -> Comparison:
+def _diff(ask: Ask, dumps: list[Path], candidate: str, names: Path | None, progress: Progress) -> Comparison:
     from parity.candidates.spec import is_dump
 
     if len(dumps) > 2:
@@ -282,20 +313,21 @@ def _diff(ask: Ask, dumps: list[Path], candidate: str, progress: Progress) -> Co
         dumps = [Path(candidate)]
     if not dumps:
         from parity.compare import diff_live
+        from parity.dump import load_names
 
-        return diff_live(ask.question(), candidate, progress)
-    return _diff_dumps(ask, dumps, progress)
+        return diff_live(ask.question(), candidate, progress, load_names(names) if names else None)
+    return _diff_dumps(ask, dumps, names, progress)
 
 
-def _diff_dumps(ask: Ask, dumps: list[Path], progress: Progress) -> Comparison:
+def _diff_dumps(ask: Ask, dumps: list[Path], names: Path | None, progress: Progress) -> Comparison:
     from parity.compare import diff_dump, reference_for, working_dtype
     from parity.dump import open_dump
 
-    with open_dump(dumps[0]) as first, open_dump(dumps[-1]) as last:
+    with open_dump(dumps[0]) as first, open_dump(dumps[-1], names) as last:
         ids = None if ask.says_what_to_run else (first.info.token_ids or last.info.token_ids)
         if ids is None and not ask.says_what_to_run:
             raise UsageError(
-                f"{dumps[-1]}: does not say its token ids. Give --prompt or --tokens, or write parity.token_ids into it."
+                f"{dumps[-1]}: does not say its token ids. Give --prompt or --tokens, or add parity.token_ids."
             )
         ask.dtype = ask.dtype or working_dtype(last)
         question = ask.question(ids, first.info.model)

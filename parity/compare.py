@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from parity.align import AmbiguousLayoutError, Gap, Pair, align
 from parity.candidates import torch_module
-from parity.dump import ArchiveWriter, Array, Dump, Entry, open_dump
+from parity.dump import ArchiveWriter, Array, Dump, Entry, NameMap, open_dump, rename
 from parity.errors import IncomparableError
 from parity.judge import RoundingMode, covered, findings, judge_run, judge_site, luck, rounding_mode
 from parity.metrics import Metrics, measure
@@ -65,19 +65,22 @@ def record_candidate(question: Question, spec: str, path: Path) -> list[str]:
     """Record a live candidate to an HDF5 dump. Returns the reference's sites that it does not have."""
     sites = question.reference().sites
     module = torch_module.build(spec, question.checkpoint.path, question.dtype, question.device)
-    _record_live(module, question, sites, path, spec)
+    _record_live(module, question, sites, path, spec, None)
     have = {site.name for site in torch_module.own_sites(module, sites)}
     return [site.name for site in sites if site.name not in have]
 
 
-def diff_live(question: Question, spec: str, progress: Progress = silent) -> Comparison:
-    """Build the candidate, record it, and compare it with the reference."""
+def diff_live(question: Question, spec: str, progress: Progress = silent, names: NameMap | None = None) -> Comparison:
+    """Build the candidate, record it, and compare it with the reference.
+
+    `names` is a name map, for a candidate whose modules are not named as the checkpoint's are.
+    """
     clock = Clock()
     reference = reference_for(question)
     with clock("load candidate"):
         progress(f"loading {spec}", 0, 1)
         module = torch_module.build(spec, question.checkpoint.path, question.dtype, question.device)
-    return diff_module(question, module, spec, reference, progress, clock)
+    return diff_module(question, module, spec, reference, progress, clock, names)
 
 
 def diff_module(
@@ -87,6 +90,7 @@ def diff_module(
     reference: Reference,
     progress: Progress = silent,
     clock: Clock | None = None,
+    names: NameMap | None = None,
 ) -> Comparison:
     """Compare a torch module that already stands in memory; `reference` may serve many questions."""
     clock = clock or Clock()
@@ -95,16 +99,16 @@ def diff_module(
         path = Path(folder) / "candidate.h5"
         with clock("record candidate"):
             progress(f"recording {name}", 0, 1)
-            _record_live(module, question, model.sites, path, name)
+            _record_live(module, question, model.sites, path, name, names)
         checks = [weight_check(module, question.checkpoint)]
         axes: dict[str, tuple[str, ...]] = {}
-        with open_dump(path) as dump:
+        with rename(open_dump(path), names or {}) as dump:
             try:
-                pairs = _align(dump, _sites(model, question), axes)
+                pairs = _align(dump, model, question, axes)
             except AmbiguousLayoutError:
                 # A live candidate can be asked which axis counts what; a file cannot.
-                axes = torch_module.known_axes(module, question.ids.to(question.device), model.sites)
-                pairs = _align(dump, _sites(model, question), axes)
+                axes = torch_module.known_axes(module, question.ids.to(question.device), model.sites, names)
+                pairs = _align(dump, model, question, axes)
             del module
             return _compare(question, reference, dump, pairs, name, checks, progress, clock)
 
@@ -118,7 +122,7 @@ def diff_dump(question: Question, dump: Dump, reference: Reference, progress: Pr
             f"the reference was asked {_preview(question.token_ids)}. "
             "Run the port on the same ids (parity record writes them to a .tokens.txt file)."
         )
-    pairs = _align(dump, _sites(reference.working, question), {})
+    pairs = _align(dump, reference.working, question, {})
     return _compare(question, reference, dump, pairs, str(dump.path), [], progress, Clock())
 
 
@@ -169,7 +173,7 @@ def _compare(
     model = reference.working
     working = model.dtype
     checks = [*reference_checks(model, question.ids), *checks]
-    head_dim = _head_dim(model.sites)
+    head_dim = model.head_dim
     measured: dict[str, _Measured] = {}
     watch = NextTokenWatch(question.checkpoint)
     pieces = len(model.pieces)
@@ -285,8 +289,11 @@ def _answer(sites: Sequence[Measurement], verdict: str) -> str:
 # -- small things --------------------------------------------------------------------------------------------
 
 
-def _record_live(module: nn.Module, question: Question, sites: Sequence[Site], path: Path, name: str) -> None:
-    torch_module.record(module, question.ids.to(question.device), sites, path, question.info(name))
+def _record_live(
+    module: nn.Module, question: Question, sites: Sequence[Site], path: Path, name: str, names: NameMap | None
+) -> None:
+    ids = question.ids.to(question.device)
+    torch_module.record(module, ids, sites, path, question.info(name), names)
 
 
 def _sites(model: PiecewiseModel, question: Question) -> tuple[Site, ...]:
@@ -294,25 +301,19 @@ def _sites(model: PiecewiseModel, question: Question) -> tuple[Site, ...]:
     return with_sizes(model.sites, batch, token)
 
 
-def _align(dump: Dump, sites: Sequence[Site], axes: dict[str, tuple[str, ...]]) -> dict[str, Pair | Gap]:
-    head_dim, token = _head_dim(sites), _tokens(sites)
+def _align(
+    dump: Dump, model: PiecewiseModel, question: Question, axes: dict[str, tuple[str, ...]]
+) -> dict[str, Pair | Gap]:
+    token = len(question.token_ids[0])
     pairs: dict[str, Pair | Gap] = {}
-    for site in sites:
+    for site in _sites(model, question):
         entry = dump.entries.get(site.name)
         if entry is None:
             pairs[site.name] = Gap(site.name, "not recorded by the candidate")
         else:
             declared = replace(entry, dims=entry.dims or axes.get(site.name))
-            pairs[site.name] = align(declared, site, head_dim, token)
+            pairs[site.name] = align(declared, site, model.head_dim, token)
     return pairs
-
-
-def _head_dim(sites: Sequence[Site]) -> int | None:
-    return next((s.shape[-1] for s in sites if s.dims[-2:] == ("token", "head_dim")), None)
-
-
-def _tokens(sites: Sequence[Site]) -> int | None:
-    return next((s.shape[s.dims.index("token")] for s in sites if "token" in s.dims), None)
 
 
 def _piece_name(piece: int | str) -> str:

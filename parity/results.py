@@ -77,10 +77,39 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """A constant read off the candidate: its value, the standard error of that, and what the config says."""
+
+    value: float
+    stderr: float
+    expected: float
+
+
+@dataclass(frozen=True)
+class FaultMatch:
+    """The known porting bug that reproduces what the candidate computed.
+
+    explained        share of the local error's energy that the fault accounts for
+    remainder_ratio  what is left, in units of the fault's own floor; about 1 if nothing is
+    rivals           ids of faults that cannot be told apart from this one in this run
+    reads            constants read off, by name: {"rope_theta": Reading(1e4, 3, 1e6)}
+    """
+
+    id: str
+    title: str
+    fix: str
+    explained: float
+    remainder_ratio: float
+    rivals: tuple[str, ...]
+    reads: dict[str, Reading]
+
+
+@dataclass(frozen=True)
 class Finding:
     """One wrong operation: a family of sites and the layers where it is wrong.
 
-    `span` holds sites that were not measured just before: the fault may lie in any of their operations.
+    `family` may name several families that one fault explains, joined by commas. `span` holds sites that were not
+    measured just before: the fault may lie in any of their operations. `fault` is None where nothing fits.
     """
 
     family: str
@@ -91,6 +120,23 @@ class Finding:
     first_token: int | None
     evidence: tuple[str, ...]
     span: tuple[str, ...] = ()
+    fault: FaultMatch | None = None
+
+
+@dataclass(frozen=True)
+class Invisible:
+    """A fault that this run could not have revealed, and why."""
+
+    fault: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Power:
+    """Which faults of the catalogue this run would have revealed, by id, and which not."""
+
+    visible: tuple[str, ...]
+    invisible: tuple[Invisible, ...]
 
 
 @dataclass(frozen=True)
@@ -170,12 +216,41 @@ class Comparison:
     coverage: Coverage
     checks: tuple[Check, ...]
     environment: Environment
+    power: Power | None = None
     schema: int = SCHEMA
 
     @property
     def exit_code(self) -> int:
         """As diff(1): 0 match, 1 diverged, 2 trouble or inconclusive."""
         return EXIT_CODES[self.verdict]
+
+
+SiteState = Literal["present", "missing", "misshapen", "ambiguous"]
+
+
+@dataclass(frozen=True)
+class FamilyCheck:
+    """The sites of one family that are in the same state, and what that means for them."""
+
+    family: str
+    state: SiteState
+    layers: tuple[int, ...]
+    sites: int
+    detail: str
+
+
+@dataclass(frozen=True)
+class DumpCheck:
+    """What `parity check` knows of a dump. `unknown` are names that the reference has not."""
+
+    families: tuple[FamilyCheck, ...]
+    unknown: tuple[str, ...]
+    has_token_ids: bool
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every site can be measured."""
+        return self.has_token_ids and all(f.state == "present" for f in self.families)
 
 
 def to_json(value: Any) -> Any:

@@ -209,7 +209,9 @@ def test_a_reference_that_flattens_its_batch_is_met_by_a_candidate_that_does(dim
 def test_a_reference_that_flattens_its_batch_is_met_by_a_candidate_that_does_not() -> None:
     array = numbers((1, T, F))
     one = Site(FLAT.name, FLAT.dims, (T, F), "float32", FLAT.module)
-    np.testing.assert_array_equal(paired(entry(array.shape), one).read(array), array[0])
+    pair = align(entry(array.shape), one, D, token=T)
+    assert isinstance(pair, Pair)
+    np.testing.assert_array_equal(pair.read(array), array[0])
 
 
 # -- any layout ----------------------------------------------------------------------------------------------

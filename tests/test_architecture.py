@@ -47,6 +47,7 @@ FLOORS: dict[str, set[str]] = {
         "question",
         "diagnose",
     },
+    "check": {"errors", "sites", "results", "dump", "align", "record", "reference"},
     "report": {"errors", "sites", "results"},
     "cli": {
         "errors",
@@ -59,6 +60,7 @@ FLOORS: dict[str, set[str]] = {
         "candidates",
         "faults",
         "question",
+        "check",
         "compare",
         "report",
     },

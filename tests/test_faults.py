@@ -132,9 +132,7 @@ every_fault = pytest.mark.parametrize("fault", CATALOGUE, ids=lambda fault: faul
 
 
 @every_fault
-def test_a_fault_shows_where_it_says_and_nowhere_else(
-    fault: Fault, benches: dict[torch.dtype, Bench], record_property: Callable[[str, object], None]
-) -> None:
+def test_a_fault_shows_where_it_says_and_nowhere_else(fault: Fault, benches: dict[torch.dtype, Bench]) -> None:
     bench = benches[torch.bfloat16 if fault.needs.startswith("bfloat16") else torch.float64]
     if not applicable(fault, bench):
         pytest.skip("does not apply to Qwen3")
@@ -157,6 +155,17 @@ def test_a_fault_leaves_no_trace(fault: Fault, benches: dict[torch.dtype, Bench]
             raise ZeroDivisionError
         assert trace(scope) == before
         assert not differing(bench.replay(piece, {}), bench.clean[piece])
+
+
+@every_fault
+def test_a_fault_keeps_to_the_dtype_of_the_model(fault: Fault, benches: dict[torch.dtype, Bench]) -> None:
+    bench = benches[torch.bfloat16]
+    for piece, scope in applicable(fault, bench):
+        with fault.patch(scope, number_of(fault, scope)):
+            fresh = bench.replay(piece, bench.clean[piece])
+        assert {s: v.dtype for s, v in fresh.items() if shows_at(fault, s)} == {
+            s: v.dtype for s, v in bench.clean[piece].items() if shows_at(fault, s)
+        }
 
 
 @pytest.mark.parametrize("fault", [f for f in CATALOGUE if f.number], ids=lambda fault: fault.id)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from parity.candidates.spec import describe, load_factory
-from parity.dump import ArchiveWriter, RunInfo
+from parity.dump import ArchiveWriter, NameMap, RunInfo, sites_of
 from parity.errors import CandidateError
 from parity.record.arrays import to_numpy
 from parity.record.tap import first_tensor, quiet_torch, tapping
@@ -36,10 +36,18 @@ def build(spec: str, model_dir: Path, dtype: str, device: str) -> nn.Module:
     return module.eval()
 
 
-def record(module: nn.Module, input_ids: Tensor, sites: Sequence[Site], path: Path, info: RunInfo) -> None:
+def record(
+    module: nn.Module,
+    input_ids: Tensor,
+    sites: Sequence[Site],
+    path: Path,
+    info: RunInfo,
+    names: NameMap | None = None,
+) -> None:
     """Run the module once on token ids (b, t), and write what it has of `sites` to `path`.
 
-    A site is the output of the module's submodule of the same name; the logits are what the module returns.
+    A site is the output of the module's submodule of the same name, or of one that `names` maps (it is recorded
+    under the submodule's name); the logits are what the module returns.
     Raises CandidateError when the module fails, returns no logits or has no site at all.
     """
     with ArchiveWriter(path, info) as writer:
@@ -52,7 +60,7 @@ def record(module: nn.Module, input_ids: Tensor, sites: Sequence[Site], path: Pa
                 writer.add(site, to_numpy(value), None)
             return value
 
-        logits = _run(module, input_ids, own_sites(module, sites), tap)
+        logits = _run(module, input_ids, own_sites(module, sites, names), tap)
         if seen:
             tap(sites[-1].name, logits)
         else:
@@ -62,22 +70,26 @@ def record(module: nn.Module, input_ids: Tensor, sites: Sequence[Site], path: Pa
             )
 
 
-def known_axes(module: nn.Module, input_ids: Tensor, sites: Sequence[Site]) -> dict[str, tuple[str, ...]]:
+def known_axes(
+    module: nn.Module, input_ids: Tensor, sites: Sequence[Site], names: NameMap | None = None
+) -> dict[str, tuple[str, ...]]:
     """Which axes of each site count tokens and rows of the batch, found by running the module on fewer of them.
 
     The other axes are "_". Of two axes that count tokens the second counts keys.
     """
-    full = _shapes(module, input_ids, sites)
-    fewer_tokens = _shapes(module, input_ids[:, :-1], sites) if input_ids.shape[1] > 1 else full
-    fewer_rows = _shapes(module, input_ids[:-1], sites) if input_ids.shape[0] > 1 else full
+    own = own_sites(module, sites, names)
+    full = _shapes(module, input_ids, own)
+    fewer_tokens = _shapes(module, input_ids[:, :-1], own) if input_ids.shape[1] > 1 else full
+    fewer_rows = _shapes(module, input_ids[:-1], own) if input_ids.shape[0] > 1 else full
     axes: dict[str, tuple[str, ...]] = {}
     for site, shape in full.items():
-        names = ["_"] * len(shape)
+        labels = ["_"] * len(shape)
         for i in _changed(shape, fewer_rows.get(site, shape)):
-            names[i] = "batch"
+            labels[i] = "batch"
         for name, i in zip(("token", "key"), _changed(shape, fewer_tokens.get(site, shape)), strict=False):
-            names[i] = name if names[i] == "_" else "batch*token"
-        axes[site] = tuple(names)
+            labels[i] = name if labels[i] == "_" else "batch*token"
+        for ours in sites_of(names or {}, site):
+            axes[ours] = tuple(labels)
     return axes
 
 
@@ -85,10 +97,14 @@ def _changed(shape: tuple[int, ...], other: tuple[int, ...]) -> list[int]:
     return [i for i, (a, b) in enumerate(zip(shape, other, strict=False)) if a != b]
 
 
-def own_sites(module: nn.Module, sites: Sequence[Site]) -> list[Site]:
-    """The reference's sites that the module has, each as the output of the submodule of that name."""
-    names = {name for name, _ in module.named_modules()}
-    return [replace(site, module=site.name, where="output") for site in sites if site.name in names]
+def own_sites(module: nn.Module, sites: Sequence[Site], names: NameMap | None = None) -> list[Site]:
+    """The submodules that are sites of the reference, by their name or by the name map; each under its own name."""
+    wanted = {site.name: site for site in sites}
+    return [
+        replace(sites[0], name=name, module=name, where="output")
+        for name, _ in module.named_modules()
+        if name and any(site in wanted for site in sites_of(names or {}, name))
+    ]
 
 
 def _shapes(module: nn.Module, input_ids: Tensor, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
@@ -98,7 +114,7 @@ def _shapes(module: nn.Module, input_ids: Tensor, sites: Sequence[Site]) -> dict
         shapes.setdefault(site, tuple(value.shape))
         return value
 
-    _run(module, input_ids, own_sites(module, sites), tap)
+    _run(module, input_ids, sites, tap)
     return shapes
 
 

@@ -10,7 +10,7 @@ Arrays are numpy arrays; bfloat16 and float8 are the types of ml_dtypes. Bits in
 """
 
 from parity.dump.archive import ArchiveWriter, open_archive
-from parity.dump.names import NameMap, load_names, rename
+from parity.dump.names import NameMap, load_names, rename, sites_of
 from parity.dump.npy import open_npy_folder, open_npz
 from parity.dump.opening import open_dump
 from parity.dump.records import DTYPES, Array, Dump, Entry, RunInfo
@@ -32,6 +32,7 @@ __all__ = [
     "open_npz",
     "open_safetensors",
     "rename",
+    "sites_of",
     "write_safetensors",
     "write_tokens",
 ]

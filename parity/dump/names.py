@@ -95,6 +95,12 @@ def rename(dump: Dump, names: NameMap) -> Dump:
     return Dump(dump.path, info, entries, load, dump.close)
 
 
+def sites_of(names: NameMap, tensor: str) -> tuple[str, ...]:
+    """The sites that a tensor of this name holds: those that the map says, or the one of the same name."""
+    found = lookup(names, tensor)
+    return (tensor,) if found is None else tuple(_fill(site, found[1]) for site in found[0].sites)
+
+
 def lookup(table: Mapping[str, T], name: str) -> tuple[T, tuple[str, ...]] | None:
     """What a table of names and patterns says of a name, and the numbers that its `*` stand for."""
     if name in table:

@@ -74,6 +74,11 @@ class PiecewiseModel:
         self._sites = self._sort_sites()
         self._calls: list[_Call] = []
 
+    @property
+    def head_dim(self) -> int | None:
+        """Size of one attention head, read off the sites; None for a model without any."""
+        return next((s.shape[-1] for s in self.sites if s.dims[-2:] == ("token", "head_dim")), None)
+
     def twin(self, dtype: torch.dtype) -> PiecewiseModel:
         """The same model in another dtype; its pieces are loaded from this one's."""
         other = PiecewiseModel(self.checkpoint, dtype, str(self.device), self.attention, original=self)

@@ -9,8 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from parity.report.layers import LayerRow, rows
-from parity.results import Comparison, Finding, NextToken
+from parity.results import Comparison, DumpCheck, Finding, NextToken
 
+CHECK_STYLES = {"present": "green", "missing": "yellow", "misshapen": "bold red", "ambiguous": "bold red"}
+_MOST_UNKNOWN = 10
 STYLES = {
     "match": "bold green",
     "diverged": "bold red",
@@ -136,6 +138,21 @@ def _site_table(comparison: Comparison) -> Table:
             *(_number(value, "{:.1e}") for value in (m.local_rel, m.inherited_rel, m.floor_rel)),
         )
     return table
+
+
+def show_check(check: DumpCheck, console: Console) -> None:
+    """Print what `parity check` found: a line for each family in each state."""
+    counts = {state: sum(f.sites for f in check.families if f.state == state) for state in CHECK_STYLES}
+    console.print(", ".join(f"{count} {state}" for state, count in counts.items() if count))
+    for f in check.families:
+        if f.state == "present":
+            continue
+        where = f" (layers {ranges(f.layers)})" if f.layers else ""
+        console.print(Text.assemble((f.state, CHECK_STYLES[f.state]), f"  {f.family}{where}: {f.detail}"))
+    for name in check.unknown[:_MOST_UNKNOWN]:
+        console.print(Text(f"not a site of the reference: {name}"))
+    if len(check.unknown) > _MOST_UNKNOWN:
+        console.print(f"… and {len(check.unknown) - _MOST_UNKNOWN} more names that the reference does not have")
 
 
 def _number(value: float | None, form: str = "") -> str:
