@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from parity.align import AmbiguousLayoutError, Gap, Pair, align
 from parity.candidates import torch_module
+from parity.diagnose import Bench, diagnose
 from parity.dump import ArchiveWriter, Array, Dump, Entry, NameMap, open_dump, rename
 from parity.errors import IncomparableError
+from parity.faults import Fault
 from parity.judge import RoundingMode, covered, findings, judge_run, judge_site, luck, rounding_mode
 from parity.metrics import Metrics, measure
 from parity.outcome import NextTokenWatch
@@ -77,10 +79,14 @@ def diff_live(question: Question, spec: str, progress: Progress = silent, names:
     """
     clock = Clock()
     reference = reference_for(question)
+    # No name holds the candidate here, so that it can be let go of once it is recorded.
+    return diff_module(question, _built(question, spec, progress, clock), spec, reference, progress, clock, names)
+
+
+def _built(question: Question, spec: str, progress: Progress, clock: Clock) -> nn.Module:
     with clock("load candidate"):
         progress(f"loading {spec}", 0, 1)
-        module = torch_module.build(spec, question.checkpoint.path, question.dtype, question.device)
-    return diff_module(question, module, spec, reference, progress, clock, names)
+        return torch_module.build(spec, question.checkpoint.path, question.dtype, question.device)
 
 
 def diff_module(
@@ -195,7 +201,8 @@ def _compare(
                 if site is sites[-1] and done == pieces - 1:
                     watch.see(site)
     progress("judging", pieces, pieces)
-    return _conclude(question, model, dump, pairs, measured, name, checks, watch, clock)
+    bench = Bench(reference, question.ids, recorded)
+    return _conclude(question, model, dump, pairs, measured, name, checks, watch, clock, bench, question.faults)
 
 
 def _measure(site: Replayed, pair: Pair, entry: Entry, working: torch.dtype, head_dim: int | None) -> _Measured:
@@ -223,6 +230,8 @@ def _conclude(
     checks: list[Check],
     watch: NextTokenWatch,
     clock: Clock,
+    bench: Bench,
+    faults: Sequence[Fault],
 ) -> Comparison:
     mode = rounding_mode([m.local for m in measured.values()], unit_roundoff(model.dtype))
     lucky = luck({site: m.local for site, m in measured.items()})
@@ -232,13 +241,17 @@ def _conclude(
         else Measurement(site, "unmeasured", pair.reason)
         for site, pair in pairs.items()
     ]
+    found = findings(sites)
+    if found and model.is_cut:
+        with clock("diagnose"):
+            found = diagnose(found, bench, faults)
     next_token = watch.result()
     verdict, headline = judge_run(sites, checks, next_token)
     return Comparison(
         verdict=verdict,
         headline=headline,
         answer=_answer(sites, verdict),
-        findings=findings(sites),
+        findings=found,
         sites=tuple(sites),
         next_token=next_token,
         coverage=covered(sites),

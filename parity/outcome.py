@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from parity.metrics import kl_divergence
-from parity.record.arrays import to_numpy
 from parity.reference.checkpoint import Checkpoint
 from parity.reference.replay import Replayed
 from parity.results import NextToken, Token
@@ -29,18 +29,16 @@ class NextTokenWatch:
         """Look at the logits (b, t, vocab) of both sides; without a candidate there is nothing to say."""
         if logits.candidate is None or not bool(logits.candidate.isfinite().all()):
             return
-        own, candidate = logits.own.float(), logits.candidate.to(logits.own.device).float()
-        noise = _noise(own, logits.ideal.float())
-        flips, unexplained = _flips(candidate, logits.ideal.float(), own, noise)
+        rows = [_row(*row) for row in _rows(logits)]
         name = _Names(self._checkpoint.path)
         self._result = NextToken(
-            reference=_top(own[-1, -1], name),
-            candidate=_top(candidate[-1, -1], name),
-            flips=flips,
-            unexplained_flips=unexplained,
-            positions=own.shape[0] * own.shape[1],
-            max_kl=float(kl_divergence(to_numpy(candidate), to_numpy(own)).max()),
-            margin_sigma=float(noise[-1, -1]),
+            reference=_top(logits.own[-1, -1].float(), name),
+            candidate=_top(logits.candidate[-1, -1].float(), name),
+            flips=sum(row.flipped for row in rows),
+            unexplained_flips=sum(row.unexplained for row in rows),
+            positions=len(rows),
+            max_kl=max(row.kl for row in rows),
+            margin_sigma=rows[-1].noise,
         )
 
     def result(self) -> NextToken | None:
@@ -48,23 +46,34 @@ class NextTokenWatch:
         return self._result
 
 
-def _noise(own: Tensor, ideal: Tensor) -> Tensor:
-    """Standard deviation (b, t) of the difference of two logits by rounding.
+@dataclass(frozen=True)
+class _Row:
+    """One token: the noise of a difference of two logits, KL, and whether its top token was flipped."""
 
-    The reference's own error, centred for each token because a shift of all logits changes nothing.
-    """
+    noise: float
+    kl: float
+    flipped: bool
+    unexplained: bool
+
+
+def _rows(logits: Replayed) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Candidate, reference and exact logits (vocab) of one token after another: a vocabulary is large enough."""
+    assert logits.candidate is not None, "unreachable because the caller has looked"
+    sides = (logits.candidate.to(logits.own.device), logits.own, logits.ideal)
+    for tokens in zip(*(side.flatten(0, -2) for side in sides), strict=True):
+        candidate, own, ideal = (token.double() for token in tokens)
+        yield candidate, own, ideal
+
+
+def _row(candidate: Tensor, own: Tensor, ideal: Tensor) -> _Row:
+    # The reference's own error, centred because a shift of all logits changes nothing; √2 for a difference of two.
     error = own - ideal
-    error = error - error.mean(-1, keepdim=True)
-    return error.square().mean(-1).sqrt() * 2**0.5
-
-
-def _flips(candidate: Tensor, ideal: Tensor, own: Tensor, noise: Tensor) -> tuple[int, int]:
-    """Positions where the top token differs from the reference's, and how many of them rounding does not explain."""
-    chosen, expected = candidate.argmax(-1), own.argmax(-1)
-    lost = ideal.gather(-1, expected[..., None]) - ideal.gather(-1, chosen[..., None])
-    flipped = chosen != expected
-    unexplained = flipped & (lost[..., 0] > _SIGMAS * noise)
-    return int(flipped.sum()), int(unexplained.sum())
+    noise = float((error - error.mean()).square().mean().sqrt()) * 2**0.5
+    chosen, expected = int(candidate.argmax()), int(own.argmax())
+    lost = float(ideal[expected] - ideal[chosen])
+    theirs, ours = candidate.log_softmax(-1), own.log_softmax(-1)
+    kl = float((ours.exp() * (ours - theirs)).sum())
+    return _Row(noise, kl, chosen != expected, chosen != expected and lost > _SIGMAS * noise)
 
 
 def _top(logits: Tensor, names: _Names) -> tuple[Token, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from parity.dump import RunInfo
 from parity.errors import UsageError
+from parity.faults import CATALOGUE, Fault
 from parity.reference.checkpoint import Checkpoint
 from parity.reference.pieces import PiecewiseModel
 
@@ -22,7 +23,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Question:
     """What both sides are asked: the model, the tokens, and how to run.
 
-    `token_ids` (b, t) are the rows of the batch, `prompt` the text they came from, if any.
+    `token_ids` (b, t) are the rows of the batch, `prompt` the text they came from, if any; `faults` are the
+    known bugs that a diagnosis tries.
     """
 
     checkpoint: Checkpoint
@@ -33,6 +35,7 @@ class Question:
     prompt: str | None = None
     inner: bool = False
     command: str = ""
+    faults: tuple[Fault, ...] = CATALOGUE
 
     @property
     def ids(self) -> Tensor:

@@ -43,6 +43,14 @@ class Checkpoint:
                 ) from error
         return shards
 
+    def tensor(self, name: str) -> Any:
+        """One tensor of the checkpoint by name. Raises KeyError if it has none of that name."""
+        with ExitStack() as stack:
+            for shard in self.open(stack):
+                if name in shard.keys():  # noqa: SIM118
+                    return shard.get_tensor(name)
+        raise KeyError(name)
+
     def fingerprint(self) -> str:
         """A short hash of configuration and weights' names, shapes, dtypes and first bytes.
 

@@ -234,6 +234,14 @@ class PiecewiseModel:
         """All pieces in order of execution."""
         return [EMBED, *range(len(self.layers)), HEAD] if self.is_cut else [HEAD]
 
+    def piece_of(self, site: str) -> Piece:
+        """The piece that computes a site."""
+        return next(piece for piece, sites in self._sites.items() if any(s.name == site for s in sites))
+
+    def arguments(self, layer: int) -> dict[str, Any]:
+        """What the next call of a layer gets beside hidden states; changing it changes that call."""
+        return self._calls[layer].kwargs
+
     def sites_of(self, piece: Piece) -> list[Site]:
         """The sites that running a piece fires, in order."""
         return self._sites[piece]

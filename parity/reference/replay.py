@@ -115,7 +115,8 @@ class _Pass:
             self.hidden = self.model.run(piece, input_ids, self.hidden, self._tap)
 
     def _tap(self, site: str, fresh: Tensor) -> Tensor:
-        onward = self.feed(site, fresh)
+        # Nothing follows the last site, and it is the largest.
+        onward = fresh if site == self.model.sites[-1].name else self.feed(site, fresh)
         # A replaced input is overwritten in place, so the fresh value must be kept apart.
         self.values[site] = fresh if onward is fresh else fresh.clone()
         return onward

@@ -1,0 +1,343 @@
+"""Which known porting bug is it? Each is tried on the guilty operation, on the candidate's own inputs.
+
+A fault is the answer if the reference with that fault reproduces the candidate: the remainder is then at the
+fault's own floor, as large as rounding in the working dtype makes it. Faults whose remainders cannot be told
+apart are reported together, and where nothing fits nothing is said.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from parity.faults import Fault, Scope, shows_at
+from parity.reference import focus
+from parity.reference.floor import Local, local_error
+from parity.reference.focus import Focus
+from parity.reference.pieces import Piece, PiecewiseModel
+from parity.reference.replay import Reference, Replayed
+from parity.results import FaultMatch, Finding, Reading
+from parity.sites import Site, layer_of
+
+# A remainder up to this ratio is the fault's own rounding.
+CONFIRMED = 1.6
+# A rival this much worse than the best is another fault; below, the two cannot be told apart.
+_CLEARLY_WORSE = 1.5
+# Faults that explain less than this of the error's energy are not worth a second pass.
+_PROMISING = 0.5
+_LAYERS_TRIED = 3
+_STEPS = 24
+# A number is refined only from a start that leaves less than this share of the error.
+_HOPEFUL = 0.9
+
+Recorded = Callable[[Site], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A fault tried at one site of one layer."""
+
+    fault: Fault
+    value: float
+    expected: float
+    stderr: float
+    explained: float
+    ratio: float
+
+
+class Bench:
+    """A reference, a candidate's record and the pieces in between: where faults are tried."""
+
+    def __init__(self, reference: Reference, input_ids: Tensor, recorded: Recorded) -> None:
+        self.reference, self.input_ids, self._recorded = reference, input_ids, recorded
+        self.sites = {site.name: site for site in reference.working.sites}
+
+    @contextmanager
+    def piece(self, piece: Piece) -> Iterator[Focus | None]:
+        """A piece loaded in both precisions; None if the candidate did not record what goes into it."""
+        working = self.reference.working
+        source = focus.input_site(working, piece)
+        hidden = self._recorded(self.sites[source]) if source else None
+        if source and hidden is None:
+            yield None
+            return
+        inside = {s.name: v for s in working.sites_of(piece) if (v := self._recorded(s)) is not None}
+        with working.loaded(piece), self.reference.precise.loaded(piece, source=working):
+            yield Focus(piece, self.input_ids, hidden, inside)
+
+    def scope(self, model: PiecewiseModel, piece: Piece) -> Scope:
+        """What a fault sees of a loaded piece."""
+        index = piece if isinstance(piece, int) else None
+        layer = None if index is None else model.layers[index]
+        kwargs = {} if index is None else model.arguments(index)
+
+        def weight(name: str) -> Tensor:
+            stored: Tensor = model.checkpoint.tensor(name)
+            return stored.to(model.device, model.dtype)
+
+        return Scope(model.model, model.config, layer, index, kwargs, weight)
+
+    def applies(self, fault: Fault, piece: Piece) -> bool:
+        """Whether a fault can be had in a piece."""
+        return fault.applies(self.scope(self.reference.working, piece))
+
+    def expected(self, fault: Fault, piece: Piece) -> float:
+        """The right value of the fault's number; 0 for a fault without one."""
+        return fault.number.expected(self.scope(self.reference.working, piece)) if fault.number else 0.0
+
+    def compute(
+        self, at: Focus, sites: Sequence[str], model: PiecewiseModel, fault: Fault | None = None, value: float = 0.0
+    ) -> dict[str, Tensor]:
+        """What a model computes at sites of a loaded piece, with a fault or without."""
+
+        def patch(patched: PiecewiseModel) -> AbstractContextManager[None]:
+            assert fault is not None, "unreachable because the patch is passed with a fault only"
+            return fault.patch(self.scope(patched, at.piece), value)
+
+        return focus.run(model, at, sites, patch) if fault else focus.run(model, at, sites)
+
+    def local(self, at: Focus, site: str, truth: Tensor, floor: Tensor) -> Local:
+        """The candidate's error at a site against any truth and floor."""
+        working = self.reference.working
+        one = self.sites[site]
+        replayed = Replayed(one, truth, truth, at.recorded[site], truth, floor, truth, working.summands(one))
+        return local_error(replayed, working.dtype, working.dtype, working.head_dim)
+
+
+def diagnose(findings: Sequence[Finding], bench: Bench, catalogue: Sequence[Fault]) -> tuple[Finding, ...]:
+    """The findings with their causes; those that one fault explains become one."""
+    trials = {finding.family: _tried(finding, bench, catalogue) for finding in findings}
+    return _assigned(findings, trials)
+
+
+# -- trying --------------------------------------------------------------------------------------------------
+
+
+def _tried(finding: Finding, bench: Bench, catalogue: Sequence[Fault]) -> list[Trial]:
+    """Faults that reproduce the candidate in every layer tried, best first."""
+    merged: dict[str, list[Trial]] = {}
+    sites = _sample(finding.sites)
+    for site in sites:
+        for trial in _at_site(site, bench, catalogue, known=merged if site is not sites[0] else None):
+            merged.setdefault(trial.fault.id, []).append(trial)
+    everywhere = [trials for trials in merged.values() if len(trials) == len(sites)]
+    return sorted((_combined(trials) for trials in everywhere), key=lambda t: t.ratio)
+
+
+def _sample(sites: Sequence[str]) -> list[str]:
+    """The first, the middle and the last of a finding's sites."""
+    if len(sites) <= _LAYERS_TRIED:
+        return list(sites)
+    return [sites[0], sites[len(sites) // 2], sites[-1]]
+
+
+def _at_site(
+    site: str, bench: Bench, catalogue: Sequence[Fault], known: dict[str, list[Trial]] | None
+) -> Iterator[Trial]:
+    """Faults confirmed at one site; only those already known from another layer, where there are such."""
+    working, precise = bench.reference.working, bench.reference.precise
+    with bench.piece(working.piece_of(site)) as at:
+        if at is None or site not in at.recorded:
+            return
+        truth = bench.compute(at, [site], precise)[site]
+        floor = bench.compute(at, [site], working)[site]
+        error = _energy(at.recorded[site], truth)
+        for fault in catalogue:
+            if known is not None and fault.id not in known:
+                continue
+            if not shows_at(fault, site) or not bench.applies(fault, at.piece):
+                continue
+            trial = _try(fault, site, at, bench, truth, floor, error)
+            if trial is not None and trial.ratio <= CONFIRMED:
+                yield trial
+
+
+def _try(fault: Fault, site: str, at: Focus, bench: Bench, truth: Tensor, floor: Tensor, error: float) -> Trial | None:
+    try:
+        value, remainder = _best_value(fault, site, at, bench, truth, floor, error)
+    except (RuntimeError, ValueError, IndexError, TypeError, KeyError):
+        # A fault that cannot be had in these shapes is not what happened.
+        return None
+    explained = 1 - remainder / error if error else 0.0
+    rounds_only = fault.needs.startswith("bfloat16")
+    if not (explained > _PROMISING or rounds_only):
+        return None
+    faulty = bench.compute(at, [site], bench.reference.precise, fault, value)[site]
+    own_floor = bench.compute(at, [site], bench.reference.working, fault, value)[site]
+    local = bench.local(at, site, faulty, own_floor)
+    stderr = _stderr(fault, value, site, at, bench, faulty, own_floor) if fault.number else 0.0
+    return Trial(fault, value, bench.expected(fault, at.piece), stderr, explained, local.ratio)
+
+
+def _best_value(
+    fault: Fault, site: str, at: Focus, bench: Bench, truth: Tensor, floor: Tensor, error: float
+) -> tuple[float, float]:
+    """The number with the smallest remainder, and that remainder's energy."""
+
+    def remainder(value: float) -> float:
+        return _energy(at.recorded[site], bench.compute(at, [site], bench.reference.precise, fault, value)[site])
+
+    if fault.number is None:
+        return 0.0, remainder(0.0)
+    expected = bench.expected(fault, at.piece)
+    tried = {value: remainder(value) for value in _starts(fault, expected, at, bench, truth, floor, site)}
+    best = min(tried, key=lambda v: (math.isnan(tried[v]), tried[v]))
+    if fault.number.discrete or not tried[best] < _HOPEFUL * error:
+        return best, tried[best]
+    return _descend(best, expected, fault.number.log, remainder, tried[best])
+
+
+def _starts(
+    fault: Fault, expected: float, at: Focus, bench: Bench, truth: Tensor, floor: Tensor, site: str
+) -> list[float]:
+    """Numbers to start from: those seen in the wild, and what the residual or a coarse grid suggests."""
+    assert fault.number is not None, "unreachable because only faults with a number are searched"
+    starts = [value for value in fault.number.typical if value != expected]
+    if fault.number.discrete:
+        # A window shows where the first token beyond it is wrong.
+        first = bench.local(at, site, truth, floor).structure.first_token if fault.number.name == "window" else None
+        return starts + [float(first + shift) for shift in (-1, 0, 1) if first is not None and first + shift > 0]
+    if fault.number.log and expected > 0:
+        return starts + [expected * factor for factor in (0.1, 0.5, 0.99, 1.01, 2.0, 10.0)]
+    return [*starts, expected - 1, expected + 1]
+
+
+def _descend(
+    start: float, expected: float, log: bool, remainder: Callable[[float], float], least: float
+) -> tuple[float, float]:
+    """Golden steps towards the smallest remainder, in the logarithm for numbers whose errors are ratios."""
+    log = log and start > 0 and expected > 0
+    at, step = (math.log(start), math.log(2.0)) if log else (start, max(abs(start - expected), 1e-3) / 2)
+    for _ in range(_STEPS):
+        for candidate in (at - step, at + step):
+            value = math.exp(candidate) if log else candidate
+            left = remainder(value)
+            if left < least:
+                at, least = candidate, left
+                break
+        else:
+            step /= 3
+    return (math.exp(at) if log else at), least
+
+
+def _stderr(fault: Fault, value: float, site: str, at: Focus, bench: Bench, faulty: Tensor, floor: Tensor) -> float:
+    """Standard error of the number: the remainder's noise over the response to a small change of the number."""
+    assert fault.number is not None, "unreachable because only faults with a number have an error"
+    if fault.number.discrete:
+        return 0.0
+    small = abs(value) * 1e-3 if value else 1e-3
+    moved = bench.compute(at, [site], bench.reference.precise, fault, value + small)[site]
+    slope = (moved - faulty) / small
+    noise = torch.maximum((floor.to(faulty.dtype) - faulty).abs(), (at.recorded[site].to(faulty) - faulty).abs())
+    steep = float(slope.square().sum())
+    return float((slope.square() * noise.square()).sum().sqrt()) / steep if steep else math.inf
+
+
+def _energy(candidate: Tensor, truth: Tensor) -> float:
+    difference = candidate.to(truth.device, truth.dtype) - truth
+    hidden = truth <= torch.finfo(torch.float16).min
+    return float(torch.where(hidden | difference.isnan(), torch.zeros_like(difference), difference).square().sum())
+
+
+def _combined(trials: list[Trial]) -> Trial:
+    """One trial for several layers: the worst ratio, and the number's mean weighted by its errors."""
+    worst = max(trials, key=lambda t: t.ratio)
+    explained = min(t.explained for t in trials)
+    weights = [1 / t.stderr**2 if 0 < t.stderr < math.inf else 0.0 for t in trials]
+    total = sum(weights)
+    if not total:
+        return replace(worst, explained=explained)
+    value = sum(w * t.value for w, t in zip(weights, trials, strict=True)) / total
+    return replace(worst, explained=explained, value=value, stderr=total**-0.5)
+
+
+# -- assigning -----------------------------------------------------------------------------------------------
+
+
+def _assigned(findings: Sequence[Finding], trials: dict[str, list[Trial]]) -> tuple[Finding, ...]:
+    """Give each finding its fault, the one first that explains most findings; merge what one fault explains."""
+    flagged = {site for finding in findings for site in finding.sites}
+    open_findings = list(findings)
+    done: list[Finding] = []
+    while open_findings:
+        group, trial = _widest(open_findings, trials, flagged)
+        if trial is None:
+            done += open_findings
+            break
+        rivals = _rivals(trial, group, trials)
+        done.append(_merged(group, _match(trial, rivals)))
+        open_findings = [finding for finding in open_findings if finding not in group]
+    order = {finding.sites[0]: position for position, finding in enumerate(findings)}
+    return tuple(sorted(done, key=lambda finding: order[finding.sites[0]]))
+
+
+def _widest(
+    findings: list[Finding], trials: dict[str, list[Trial]], flagged: set[str]
+) -> tuple[list[Finding], Trial | None]:
+    """The fault that explains most of the findings in one set of layers, then claims least that is clean."""
+    best: tuple[tuple[float, ...], list[Finding], Trial] | None = None
+    for finding in findings:
+        for trial in trials[finding.family]:
+            group = [f for f in findings if f.layers == finding.layers and _has(trials[f.family], trial.fault.id)]
+            ends = {end for end in trial.fault.sites if not any(shows_at_end(site, end) for site in flagged)}
+            score = (-len(group), len(ends) / len(trial.fault.sites), round(trial.ratio, 1), trial.ratio)
+            if best is None or score < best[0]:
+                best = (score, group, trial)
+    return (best[1], best[2]) if best else ([], None)
+
+
+def shows_at_end(site: str, end: str) -> bool:
+    """Whether a site's name ends in `end` at a dot; the empty end is a layer's own output."""
+    return site == end or site.endswith(f".{end}") if end else site.rsplit(".", 1)[-1].isdigit()
+
+
+def _has(trials: Sequence[Trial], fault: str) -> bool:
+    return any(trial.fault.id == fault for trial in trials)
+
+
+def _rivals(best: Trial, group: Sequence[Finding], trials: dict[str, list[Trial]]) -> list[Trial]:
+    """Faults that explain every finding of the group about as well, and claim the same sites."""
+    limit = max(best.ratio, 1.0) * _CLEARLY_WORSE
+    return [
+        trial
+        for trial in trials[group[0].family]
+        if trial.fault.id != best.fault.id
+        and trial.ratio <= limit
+        and set(trial.fault.sites) >= set(best.fault.sites)
+        and all(_has(trials[finding.family], trial.fault.id) for finding in group)
+    ]
+
+
+def _match(trial: Trial, rivals: Sequence[Trial]) -> FaultMatch:
+    number = trial.fault.number
+    reads = {number.name: Reading(trial.value, trial.stderr, trial.expected)} if number else {}
+    return FaultMatch(
+        id=trial.fault.id,
+        title=trial.fault.title,
+        fix=trial.fault.fix,
+        explained=trial.explained,
+        remainder_ratio=trial.ratio,
+        rivals=tuple(rival.fault.id for rival in rivals),
+        reads=reads,
+    )
+
+
+def _merged(group: Sequence[Finding], match: FaultMatch) -> Finding:
+    first = group[0]
+    if len(group) == 1:
+        return replace(first, fault=match)
+    worst = max(group, key=lambda finding: finding.ratio)
+    return replace(
+        worst,
+        family=", ".join(finding.family for finding in group),
+        sites=tuple(site for finding in group for site in finding.sites),
+        layers=tuple(sorted({n for finding in group for s in finding.sites if (n := layer_of(s)) is not None})),
+        first_token=min((f.first_token for f in group if f.first_token is not None), default=None),
+        span=first.span,
+        fault=match,
+    )

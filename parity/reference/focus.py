@@ -1,0 +1,98 @@
+"""One operation at a time: a piece run only as far as the sites in question, on the candidate's own inputs.
+
+What the replay would replace need not be computed: a matrix product whose output the candidate recorded is
+answered by the record, and the pass ends as soon as the last wanted site has been seen. Trying a fault at an
+operation so costs a small part of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from parity.reference.pieces import EMBED, HEAD, Piece, PiecewiseModel
+from parity.reference.precision import promoted
+
+Patch = Callable[[PiecewiseModel], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Focus:
+    """A loaded piece, what goes into it and what the candidate recorded inside it.
+
+    `hidden` (b, t, hidden) are the candidate's hidden states before the piece; None for the embedding.
+    """
+
+    piece: Piece
+    input_ids: Tensor
+    hidden: Tensor | None
+    recorded: Mapping[str, Tensor]
+
+
+class _SeenAllError(Exception):
+    """Ends a pass that has shown what it was run for."""
+
+
+def _unchanged(_model: PiecewiseModel) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def run(model: PiecewiseModel, focus: Focus, wanted: Collection[str], patch: Patch = _unchanged) -> dict[str, Tensor]:
+    """What the model computes at the wanted sites of a loaded piece, with `patch` applied to it meanwhile."""
+    values: dict[str, Tensor] = {}
+
+    def tap(site: str, fresh: Tensor) -> Tensor:
+        if site in wanted:
+            values[site] = fresh.clone()
+            if len(values) == len(wanted):
+                raise _SeenAllError
+        if site not in focus.recorded:
+            return fresh
+        return focus.recorded[site].to(fresh.device, fresh.dtype)
+
+    hidden = None if focus.hidden is None else focus.hidden.to(model.device, model.dtype)
+    with patch(model), _answered(model, focus, wanted), promoted(model.dtype), suppress(_SeenAllError):
+        model.run(focus.piece, focus.input_ids, hidden, tap)
+    return values
+
+
+@contextmanager
+def _answered(model: PiecewiseModel, focus: Focus, wanted: Collection[str]) -> Iterator[None]:
+    """Matrix products that nobody asks for answer with what the candidate recorded."""
+    with ExitStack() as stack:
+        for site in model.sites_of(focus.piece):
+            if site.where != "output" or site.name in wanted or site.name not in focus.recorded:
+                continue
+            module = model.model.get_submodule(site.module)
+            # A patched product is part of the question.
+            if isinstance(module, nn.Linear) and "forward" not in vars(module):
+                stack.enter_context(_answering(module, focus.recorded[site.name].to(model.device, model.dtype)))
+        yield
+
+
+@contextmanager
+def _answering(module: nn.Module, value: Tensor) -> Iterator[None]:
+    def answer(*_args: Any, **_kwargs: Any) -> Tensor:
+        return value
+
+    module.forward = answer
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def input_site(model: PiecewiseModel, piece: Piece) -> str | None:
+    """The site whose value goes into a piece: the last one of the piece before."""
+    if piece == EMBED or not model.is_cut:
+        return None
+    before = model.pieces[model.pieces.index(piece) - 1]
+    sites = model.sites_of(before)
+    return sites[-1].name if sites else None
+
+
+__all__ = ["EMBED", "HEAD", "Focus", "input_site", "run"]

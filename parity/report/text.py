@@ -1,0 +1,161 @@
+"""Words and numbers as every report writes them."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+from parity.results import Comparison, FaultMatch, Finding, NextToken, Reading
+from parity.sites import layer_of
+
+# Characters that move the cursor, reorder a line or cannot be seen: a dump may carry any of them.
+_UNSEEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+_SHORT_ESCAPES = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+
+
+def visible(text: str) -> str:
+    """The text on one line, with an escape for each character that could not be seen or would act on a terminal."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_escaped(c) if unicodedata.category(c) in _UNSEEN else c for c in text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if character in _SHORT_ESCAPES:
+        return _SHORT_ESCAPES[character]
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
+
+
+def quoted(text: str) -> str:
+    """A token as it is shown: in quotes, so that its blanks are seen."""
+    return "'" + visible(text.replace("\\", "\\\\").replace("'", "\\'")) + "'"
+
+
+def number(value: float | None, form: str = "") -> str:
+    """A number for a table; a dash where there is none. Without a form: a ratio, in at most six characters."""
+    if value is None:
+        return "–"
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "∞" if value > 0 else "-∞"
+    if form:
+        return format(value, form)
+    return f"{value:.2f}" if abs(value) < 9.995 else f"{value:.0f}" if abs(value) < 1e5 else f"{value:.0e}"
+
+
+def times(ratio: float | None) -> str:
+    """A ratio as a multiple: `541x`."""
+    return "–" if ratio is None else f"{number(ratio)}x"
+
+
+def percent(share: float) -> str:
+    """A share in percent; close to 1 it keeps the digits that matter: 99.9998 %."""
+    if not math.isfinite(share):
+        return number(share)
+    digits = 4 if 0.99 < share < 1 else 1
+    shown = f"{100 * share:.{digits}f}".rstrip("0").rstrip(".")
+    return f"{'> 99.9999' if share < 1 and shown == '100' else shown} %"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Numbers as text, sorted: 0-3, 7, 9-12."""
+    parts: list[list[int]] = []
+    for value in sorted(set(numbers)):
+        if parts and value == parts[-1][-1] + 1:
+            parts[-1].append(value)
+        else:
+            parts.append([value])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
+
+
+def plural(count: int, one: str, many: str = "") -> str:
+    """`1 site`, `2 sites`."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
+def constant(value: float, digits: int = 6) -> str:
+    """A constant as one writes it in a config: 1e6, 1e-5, 0.125."""
+    if not math.isfinite(value):
+        return number(value)
+    mantissa, _, exponent = f"{value:.{max(digits - 1, 0)}e}".partition("e")
+    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+    if mantissa in ("1", "-1", "5", "-5") and not -3 < int(exponent) < 4 and value:
+        return f"{mantissa}e{int(exponent)}"
+    return f"{value:.{digits}g}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
+
+
+def reading(name: str, read: Reading) -> str:
+    """`rope_theta = 1e4 ± 3; the config says 1e6`."""
+    exact = not math.isfinite(read.stderr) or not math.isfinite(read.value) or read.stderr <= 0
+    digits = 6
+    if not exact and read.value:
+        digits = min(max(math.floor(math.log10(abs(read.value))) - math.floor(math.log10(read.stderr)) + 1, 1), 9)
+    error = "" if exact else f" ± {constant(read.stderr, 1)}"
+    return f"{visible(name)} = {constant(read.value, digits)}{error}; the config says {constant(read.expected)}"
+
+
+def explanation(fault: FaultMatch) -> list[str]:
+    """What makes the fault believable: what it explains, what it reads off, what else would fit."""
+    lines = [f"explains {percent(fault.explained)} of the error, remainder {times(fault.remainder_ratio)} the floor"]
+    lines += [f"the candidate uses {reading(name, read)}" for name, read in fault.reads.items()]
+    if fault.rivals:
+        lines.append(f"cannot be told apart in this run from: {', '.join(map(visible, fault.rivals))}")
+    return lines
+
+
+def families(finding: Finding) -> str:
+    """The families of a finding; those after the first without the path that they share with it."""
+    first, *others = (part.strip() for part in finding.family.split(","))
+    path = first.rpartition(".")[0] + "."
+    return visible(", ".join([first, *(other.removeprefix(path) for other in others)]))
+
+
+def where(finding: Finding, layers: int) -> str:
+    """In which of the model's layers a finding is."""
+    if not finding.layers:
+        return "outside the layers"
+    count = len(set(finding.layers))
+    if count == 1:
+        return f"layer {finding.layers[0]} only"
+    if count == layers:
+        return f"all {layers} layers"
+    return f"layers {ranges(finding.layers)} ({count} of {layers})"
+
+
+def count_layers(comparison: Comparison) -> int:
+    """How many layers the model has, by the names of its sites."""
+    return len({layer for m in comparison.sites if (layer := layer_of(m.site)) is not None})
+
+
+def span(finding: Finding) -> str:
+    """The unmeasured sites that the finding covers too, or nothing."""
+    if not finding.span:
+        return ""
+    return f"or in one of {plural(len(finding.span), 'unmeasured site')} before it, from {visible(finding.span[0])}"
+
+
+def flips(token: NextToken) -> str:
+    """At how many positions the two sides would say different tokens, or nothing if at none."""
+    if not token.flips:
+        return ""
+    explained = (
+        f"{token.unexplained_flips} not explained by rounding"
+        if token.unexplained_flips
+        else "all explained by rounding"
+    )
+    return f"top token differs at {token.flips} of {plural(token.positions, 'position')}, {explained}"
+
+
+def first_words(text: str, most: int) -> str:
+    """The beginning of a text, on one line."""
+    shown = visible(text)
+    return shown if len(shown) <= most else shown[: most - 1] + "…"
+
+
+def by_reason(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    """(item, reason) pairs gathered by reason, in order of appearance."""
+    groups: dict[str, list[str]] = {}
+    for item, reason in pairs:
+        groups.setdefault(reason, []).append(item)
+    return list(groups.items())
