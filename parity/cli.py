@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from parity.ask import EMBEDDED, Ask
 from parity.errors import ParityError, UsageError
 
 if TYPE_CHECKING:
     from parity.compare import Progress
-    from parity.question import Question
+    from parity.faults import Fault
     from parity.results import Comparison
 
 app = typer.Typer(
@@ -28,7 +28,6 @@ app = typer.Typer(
     help="Where does a port of a language model differ from transformers, and is it a bug or rounding?",
 )
 
-EMBEDDED = "tiny-qwen3"
 _ASK = "What both sides are asked"
 _RUN = "How they run"
 _OUT = "What comes out"
@@ -62,6 +61,9 @@ Candidate = Annotated[
 ]
 Names = Annotated[
     Path | None, typer.Option(help="A name map (JSON): the candidate's names to the reference's.", rich_help_panel=_ASK)
+]
+UserFaults = Annotated[
+    str | None, typer.Option("--faults", help="Your own faults: module:FAULTS or file.py:FAULTS.", rich_help_panel=_ASK)
 ]
 Json = Annotated[bool, typer.Option("--json", help="The report alone, as JSON on stdout.", rich_help_panel=_OUT)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every site.", rich_help_panel=_OUT)]
@@ -98,6 +100,13 @@ def diff(
     tokens: Tokens = None,
     model: Model = None,
     candidate: Candidate = "impl.qwen3:load",
+    inject: Annotated[
+        str | None,
+        typer.Option(
+            help="FAULT[=NUMBER][@LAYER]: the candidate is the reference with this fault.", rich_help_panel=_ASK
+        ),
+    ] = None,
+    faults: UserFaults = None,
     dtype: DType = None,
     device: Device = "cpu",
     attention: Attention = "eager",
@@ -111,12 +120,15 @@ def diff(
 
     Exit code 0: match, 1: diverged, 2: trouble or inconclusive.
     """
-    ask = Ask(prompt, prompt_file, tokens, model, dtype, device, attention, inner)
+    ask = Ask(prompt, prompt_file, tokens, model, dtype, device, attention, inner, faults)
     folder = out or (None if json else Path("reports") / datetime.now().strftime("%Y%m%d-%H%M%S"))
     if folder is not None:
         _writable(folder)
     with _progress(quiet=json) as progress:
-        comparison = _diff(ask, dumps or [], candidate, names, progress)
+        if inject is not None:
+            comparison = _diff_injected(ask, inject, progress)
+        else:
+            comparison = _diff(ask, dumps or [], candidate, names, progress)
     _report(comparison, folder, json=json, verbose=verbose)
     raise typer.Exit(comparison.exit_code)
 
@@ -178,7 +190,7 @@ def check(
     with open_dump(dump, names) as opened:
         if not tokens and opened.info.token_ids is None:
             raise UsageError(f"{dump}: does not say its token ids. Add parity.token_ids, or give --tokens.")
-        ask = Ask(None, None, tokens, model, None, "cpu", "eager", False)
+        ask = Ask(tokens=tokens, model=model)
         question = ask.question(None if tokens else opened.info.token_ids, opened.info.model)
         found = check_dump(opened, question.reference(), len(question.token_ids), len(question.token_ids[0]))
     show_check(found, Console(highlight=False))
@@ -200,108 +212,56 @@ def sites(model: Model = None, inner: Inner = False, json: Json = False) -> None
         print(f"{s.name:{width}}  {axes}  {s.dtype}")
 
 
-# -- from options to a question ------------------------------------------------------------------------------
+@app.command()
+def faults(
+    id: Annotated[str | None, typer.Argument(help="Explain this one.")] = None,
+    more: UserFaults = None,
+    json: Json = False,
+) -> None:
+    """List the known porting bugs, or explain one: what it does, how to fix it, where it happened."""
+    from parity.faults import CATALOGUE, by_id, load_user_faults
+
+    catalogue = CATALOGUE + (load_user_faults(more) if more else ())
+    chosen = [by_id(id, catalogue)] if id else list(catalogue)
+    if json:
+        fields = ("id", "title", "sites", "fix", "source", "needs")
+        _print_json([{field: getattr(fault, field) for field in fields} for fault in chosen])
+    elif id:
+        print(explain(chosen[0]))
+    else:
+        width = max(len(fault.id) for fault in chosen)
+        for fault in chosen:
+            print(f"{fault.id:{width}}  {fault.title}")
 
 
-class Ask:
-    """The options that say what to run, and the question they amount to."""
+@app.command()
+def power(
+    prompt: Prompt = None,
+    prompt_file: PromptFile = None,
+    tokens: Tokens = None,
+    model: Model = None,
+    faults: UserFaults = None,
+    dtype: DType = None,
+    device: Device = "cpu",
+    json: Json = False,
+) -> None:
+    """Say which known bugs a run on this prompt would reveal, and which not: no candidate is needed."""
+    from parity.inject import power_of
+    from parity.results import to_json
 
-    def __init__(
-        self,
-        prompt: str | None,
-        prompt_file: Path | None,
-        tokens: str | None,
-        model: str | None,
-        dtype: str | None,
-        device: str,
-        attention: str,
-        inner: bool,
-    ) -> None:
-        given = [
-            name
-            for name, v in (("--prompt", prompt), ("--prompt-file", prompt_file), ("--tokens", tokens))
-            if v is not None
-        ]
-        if len(given) > 1:
-            raise UsageError(f"{given[0]} and {given[1]} both say what to run. Give one of them.")
-        self.prompt, self.prompt_file, self.tokens = prompt, prompt_file, tokens
-        self.model, self.dtype, self.device = model, dtype, device
-        self.attention, self.inner = attention, inner
-        self.says_what_to_run = bool(given)
-
-    def question(self, token_ids: tuple[tuple[int, ...], ...] | None = None, model: str | None = None) -> Question:
-        """The question; token ids and model may come from a dump instead of the options."""
-        from parity.question import Question
-        from parity.reference.checkpoint import default_dtype, find
-
-        checkpoint = find(self.model or model or EMBEDDED)
-        prompt = self._text()
-        if token_ids is None:
-            token_ids = self._ids(checkpoint.path, prompt)
-        _check_device(self.device)
-        return Question(
-            checkpoint,
-            token_ids,
-            self.dtype or default_dtype(checkpoint),
-            self.device,
-            self.attention,
-            prompt,
-            self.inner,
-            shlex.join(["parity", *sys.argv[1:]]),
-        )
-
-    def _text(self) -> str | None:
-        return self.prompt if self.prompt_file is None else _read_text("--prompt-file", self.prompt_file)
-
-    def _ids(self, model_dir: Path, prompt: str | None) -> tuple[tuple[int, ...], ...]:
-        if self.tokens is not None:
-            return _parse_tokens(self.tokens)
-        if prompt is None:
-            raise UsageError("nothing to run. Give --prompt TEXT, --prompt-file FILE or --tokens IDS.")
-        if not prompt:
-            raise UsageError("the prompt is empty: no token to run. Give --prompt some text.")
-        from transformers import AutoTokenizer
-
-        try:
-            ids = tuple(AutoTokenizer.from_pretrained(model_dir)(prompt).input_ids)
-        except Exception as error:
-            raise UsageError(f"{model_dir}: no tokenizer could be loaded. Give --tokens instead.") from error
-        if not ids:
-            raise UsageError(f"{model_dir}: its tokenizer makes no token of the prompt. Give --tokens instead.")
-        return (ids,)
+    question = Ask(prompt, prompt_file, tokens, model, dtype, device, faults=faults).question()
+    with _progress(quiet=json) as progress:
+        found = power_of(question, progress)
+    if json:
+        _print_json(to_json(found))
+        return
+    print(f"{len(found.visible)} faults would be seen, {len(found.invisible)} would not")
+    width = max((len(one.fault) for one in found.invisible), default=0)
+    for one in found.invisible:
+        print(f"{one.fault:{width}}  {one.reason}")
 
 
-def _read_text(option: str, path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise UsageError(f"{option} {path}: not a readable text file ({reason}).") from error
-
-
-def _parse_tokens(text: str) -> tuple[tuple[int, ...], ...]:
-    if not set(text) <= set("0123456789, \n"):
-        text = _read_text("--tokens", Path(text))
-    try:
-        rows = tuple(
-            tuple(int(t) for t in line.replace(",", " ").split()) for line in text.strip().splitlines() if line.strip()
-        )
-    except ValueError as error:
-        raise UsageError(f"--tokens: {error}. Give numbers such as '1 2 3', or a file with one row a line.") from error
-    if len({len(row) for row in rows}) > 1:
-        raise UsageError(
-            f"--tokens: rows of {', '.join(str(len(r)) for r in rows)} ids. All rows must be equally long."
-        )
-    return rows
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device}: not usable here ({str(error).splitlines()[0]}).") from error
+# -- what the commands do ------------------------------------------------------------------------------------
 
 
 def _diff(ask: Ask, dumps: list[Path], candidate: str, names: Path | None, progress: Progress) -> Comparison:
@@ -317,6 +277,33 @@ def _diff(ask: Ask, dumps: list[Path], candidate: str, names: Path | None, progr
 
         return diff_live(ask.question(), candidate, progress, load_names(names) if names else None)
     return _diff_dumps(ask, dumps, names, progress)
+
+
+def _diff_injected(ask: Ask, inject: str, progress: Progress) -> Comparison:
+    from parity.faults import parse
+    from parity.inject import diff_injected
+
+    question = ask.question()
+    return diff_injected(question, parse(inject, question.faults), progress)
+
+
+def explain(fault: Fault) -> str:
+    """A fault in a few lines."""
+    number = (
+        f"number   {fault.number.name}; seen: {', '.join(f'{v:g}' for v in fault.number.typical)}"
+        if fault.number
+        else ""
+    )
+    lines = [
+        fault.id,
+        f"what     {fault.title}",
+        f"shows    at {', '.join(site or 'the output of a layer' for site in fault.sites)}",
+        f"fix      {fault.fix}",
+        number,
+        f"needs    {fault.needs}" if fault.needs else "",
+        f"seen in  {fault.source}" if fault.source else "",
+    ]
+    return "\n".join(line for line in lines if line)
 
 
 def _diff_dumps(ask: Ask, dumps: list[Path], names: Path | None, progress: Progress) -> Comparison:

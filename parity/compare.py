@@ -22,10 +22,10 @@ from parity.candidates import torch_module
 from parity.diagnose import Bench, diagnose
 from parity.dump import ArchiveWriter, Array, Dump, Entry, NameMap, open_dump, rename
 from parity.errors import IncomparableError
-from parity.faults import Fault
 from parity.judge import RoundingMode, covered, findings, judge_run, judge_site, luck, rounding_mode
 from parity.metrics import Metrics, measure
 from parity.outcome import NextTokenWatch
+from parity.power import power
 from parity.question import DTYPES, Question, versions
 from parity.record.arrays import to_numpy, to_torch
 from parity.record.discover import with_sizes
@@ -44,9 +44,11 @@ def silent(_what: str, _done: int, _total: int) -> None:
     """Progress that nobody watches."""
 
 
-def record_reference(question: Question, path: Path, progress: Progress = silent) -> list[Site]:
+def record_reference(
+    question: Question, path: Path, progress: Progress = silent, model: PiecewiseModel | None = None
+) -> list[Site]:
     """Record the reference's plain run to an HDF5 dump, piece by piece. Returns the sites recorded."""
-    model = question.reference()
+    model = model or question.reference()
     sites = {site.name: site for site in _sites(model, question)}
     pieces = model.pieces
     with ArchiveWriter(path, question.info(f"transformers {versions()['transformers']}")) as writer:
@@ -119,8 +121,10 @@ def diff_module(
             return _compare(question, reference, dump, pairs, name, checks, progress, clock)
 
 
-def diff_dump(question: Question, dump: Dump, reference: Reference, progress: Progress = silent) -> Comparison:
-    """Compare a dump that a port in any language wrote."""
+def diff_dump(
+    question: Question, dump: Dump, reference: Reference, progress: Progress = silent, name: str | None = None
+) -> Comparison:
+    """Compare a dump that a port in any language wrote; `name` is what the report calls it, by default its path."""
     theirs = dump.info.token_ids
     if theirs is not None and theirs != question.token_ids:
         raise IncomparableError(
@@ -129,7 +133,7 @@ def diff_dump(question: Question, dump: Dump, reference: Reference, progress: Pr
             "Run the port on the same ids (parity record writes them to a .tokens.txt file)."
         )
     pairs = _align(dump, reference.working, question, {})
-    return _compare(question, reference, dump, pairs, str(dump.path), [], progress, Clock())
+    return _compare(question, reference, dump, pairs, name or str(dump.path), [], progress, Clock())
 
 
 def reference_for(question: Question) -> Reference:
@@ -202,7 +206,7 @@ def _compare(
                     watch.see(site)
     progress("judging", pieces, pieces)
     bench = Bench(reference, question.ids, recorded)
-    return _conclude(question, model, dump, pairs, measured, name, checks, watch, clock, bench, question.faults)
+    return _conclude(question, model, dump, pairs, measured, name, checks, watch, clock, bench, progress)
 
 
 def _measure(site: Replayed, pair: Pair, entry: Entry, working: torch.dtype, head_dim: int | None) -> _Measured:
@@ -231,8 +235,9 @@ def _conclude(
     watch: NextTokenWatch,
     clock: Clock,
     bench: Bench,
-    faults: Sequence[Fault],
+    progress: Progress,
 ) -> Comparison:
+    faults = question.faults
     mode = rounding_mode([m.local for m in measured.values()], unit_roundoff(model.dtype))
     lucky = luck({site: m.local for site, m in measured.items()})
     sites = [
@@ -245,6 +250,10 @@ def _conclude(
     if found and model.is_cut:
         with clock("diagnose"):
             found = diagnose(found, bench, faults)
+    could_see = None
+    if model.is_cut:
+        with clock("power"):
+            could_see = power(bench, faults, lambda done, total: progress("what this run could have seen", done, total))
     next_token = watch.result()
     verdict, headline = judge_run(sites, checks, next_token)
     return Comparison(
@@ -257,6 +266,7 @@ def _conclude(
         coverage=covered(sites),
         checks=tuple(checks),
         environment=_environment(question, model, dump, name, measured, clock),
+        power=could_see,
     )
 
 

@@ -19,7 +19,7 @@ from parity.faults import Fault, Scope, shows_at
 from parity.reference import focus
 from parity.reference.floor import Local, local_error
 from parity.reference.focus import Focus
-from parity.reference.pieces import Piece, PiecewiseModel
+from parity.reference.pieces import HEAD, Piece, PiecewiseModel
 from parity.reference.replay import Reference, Replayed
 from parity.results import FaultMatch, Finding, Reading
 from parity.sites import Site, layer_of
@@ -58,8 +58,11 @@ class Bench:
         self.sites = {site.name: site for site in reference.working.sites}
 
     @contextmanager
-    def piece(self, piece: Piece) -> Iterator[Focus | None]:
-        """A piece loaded in both precisions; None if the candidate did not record what goes into it."""
+    def piece(self, piece: Piece, tokens: int | None = None) -> Iterator[Focus | None]:
+        """A piece loaded in both precisions; None if the candidate did not record what goes into it.
+
+        `tokens` keeps only the last ones in the head.
+        """
         working = self.reference.working
         source = focus.input_site(working, piece)
         hidden = self._recorded(self.sites[source]) if source else None
@@ -67,6 +70,9 @@ class Bench:
             yield None
             return
         inside = {s.name: v for s in working.sites_of(piece) if (v := self._recorded(s)) is not None}
+        if piece == HEAD and tokens is not None and hidden is not None:
+            # Final norm and head treat every token alike, and a vocabulary is large.
+            hidden, inside = hidden[:, -tokens:], {name: value[:, -tokens:] for name, value in inside.items()}
         with working.loaded(piece), self.reference.precise.loaded(piece, source=working):
             yield Focus(piece, self.input_ids, hidden, inside)
 

@@ -76,8 +76,11 @@ def silu(*shape: int, **more: object) -> Case:
     return Case(F.silu, (draw(*(shape or (1, 24, 40))),), **more)  # type: ignore[arg-type]
 
 
-def moved(shape: tuple[int, ...] = (2, 12, 20), **more: object) -> Case:
-    return Case(lambda x: x.flip(-1), (draw(*shape),), **more)  # type: ignore[arg-type]
+def moved(**more: object) -> Case:
+    """An embedding: rows of a table, which no rounding of inputs can move."""
+    working: torch.dtype = more.get("working", B16)  # type: ignore[assignment]
+    table = draw(2, 12, 20).to(working)
+    return Case(lambda x: table.to(x.dtype) + 0 * x, (torch.zeros(2, 12, 20),), **more)  # type: ignore[arg-type]
 
 
 WORKING = [B16, F16, F32]
@@ -89,7 +92,9 @@ def test_the_reference_itself_has_ratio_one(make: Callable[..., Case], working: 
     local = make(working=working).judged(lambda own: own)
     assert local.bit_equal
     assert not local.must_be_exact
-    assert local.ratio == pytest.approx(1, abs=0.06)
+    # In float32 a sum may be taken one product after another: a library, which adds in blocks, is better than that.
+    library = working is F32 and make is linear
+    assert local.ratio == pytest.approx(0.7 if library else 1, abs=0.06)
     assert local.total_ratio == pytest.approx(1)
     assert local.inherited_rel == pytest.approx(local.local_rel)
     assert local.nonfinite == local.reference_nonfinite == 0
@@ -242,16 +247,19 @@ HIDDEN = torch.ones(9, 9).triu(1).bool()
 
 def scores(working: torch.dtype = B16) -> Case:
     def op(q: Tensor, k: Tensor) -> Tensor:
-        mask = torch.where(HIDDEN, torch.finfo(working).min, 0.0).to(q.dtype)
+        mask = torch.zeros(9, 9, dtype=q.dtype).masked_fill(HIDDEN, torch.finfo(q.dtype).min)
         return q @ k.transpose(2, 3) * 0.25 + mask
 
     return Case(op, (draw(1, 3, 9, 16), draw(1, 3, 9, 16, seed=1)), dims=SCORES, working=working, summands=16)
 
 
 @pytest.mark.parametrize("hidden", [-math.inf, -1e4, -1e9, -3.0e38], ids=str)
-def test_how_a_score_is_hidden_does_not_matter(hidden: float) -> None:
-    local = scores().judged(lambda own: torch.where(HIDDEN, hidden, own.float()).to(own.dtype))
-    assert local.ratio == pytest.approx(1, abs=0.15)
+@pytest.mark.parametrize("working", WORKING, ids=str)
+def test_how_a_score_is_hidden_does_not_matter(working: torch.dtype, hidden: float) -> None:
+    if working is F16 and -math.inf < hidden < -65504:
+        hidden = -65504.0  # all that it has
+    local = scores(working).judged(lambda own: torch.where(HIDDEN, hidden, own.float()).to(own.dtype))
+    assert 0.5 < local.ratio < 1.2
     assert local.nonfinite == 0
     assert local.structure.first_token is None
 
@@ -291,13 +299,6 @@ def test_visible_scores_are_still_measured_beside_masked_ones() -> None:
     local = scores().judged(lambda own: torch.where(HIDDEN, own, own * 1.0625))
     assert local.ratio > 4
     assert abs(local.structure.gain - 0.0625) < 0.01
-
-
-def test_masked_scores_of_float16() -> None:
-    case = scores(F16)
-    assert case.judged(lambda own: own).ratio == pytest.approx(1, abs=0.15)
-    for hidden in (-math.inf, -1e4):
-        assert case.judged(lambda own, h=hidden: torch.where(HIDDEN, h, own.float()).half()).ratio < 2, hidden
 
 
 # -- what is not finite --------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -27,7 +29,7 @@ from parity.faults import (
 from parity.faults.fault import Fault, Number, Scope
 from parity.faults.parts import shows_at
 
-__all__ = ["CATALOGUE", "Fault", "Number", "Scope", "by_id", "load_user_faults", "shows_at"]
+__all__ = ["CATALOGUE", "Fault", "Injection", "Number", "Scope", "by_id", "load_user_faults", "parse", "shows_at"]
 
 CATALOGUE: tuple[Fault, ...] = (
     *rope.FAULTS,
@@ -53,6 +55,33 @@ def by_id(id: str, catalogue: Iterable[Fault] = CATALOGUE) -> Fault:
     near = difflib.get_close_matches(id, known, n=3, cutoff=0.4)
     hint = f"Did you mean {' or '.join(near)}?" if near else "`parity faults` lists them."
     raise UsageError(f"no fault has the id {id!r}. {hint}")
+
+
+@dataclass(frozen=True)
+class Injection:
+    """A fault to plant: with which number, and in which layer (None: in all)."""
+
+    fault: Fault
+    value: float
+    layer: int | None
+
+    def __str__(self) -> str:
+        number = f"={self.value:g}" if self.fault.number else ""
+        return f"{self.fault.id}{number}{'' if self.layer is None else f'@{self.layer}'}"
+
+
+def parse(text: str, catalogue: Iterable[Fault] = CATALOGUE) -> Injection:
+    """What `--inject FAULT[=NUMBER][@LAYER]` asks for. Raises UsageError."""
+    match = re.fullmatch(r"([^=@]+)(?:=([^@]+))?(?:@(\d+))?", text)
+    if not match:
+        raise UsageError(f"--inject {text!r}: write FAULT, FAULT@LAYER or FAULT=NUMBER@LAYER.")
+    fault = by_id(match[1], catalogue)
+    typical = fault.number.typical[0] if fault.number else 0.0
+    try:
+        value = float(match[2]) if match[2] else typical
+    except ValueError as error:
+        raise UsageError(f"--inject {text!r}: {match[2]!r} is no number.") from error
+    return Injection(fault, value, int(match[3]) if match[3] else None)
 
 
 def load_user_faults(spec: str) -> tuple[Fault, ...]:

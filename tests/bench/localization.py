@@ -64,6 +64,7 @@ class Outcome:
     sites: int
     largest: float
     error: str = ""
+    causes: tuple[tuple[str, str, tuple[str, ...], str], ...] = ()  # family, fault, rivals, constants
 
 
 def run_one(run: Run) -> Outcome:
@@ -109,7 +110,16 @@ def _compare(run: Run) -> Outcome:
         tuple(s.site for s in result.sites if s.site in guilty and s.verdict != "unmeasured"),
         len(ratios),
         max(ratios),
+        causes=tuple(_cause(f) for f in result.findings),
     )
+
+
+def _cause(finding: Any) -> tuple[str, str, tuple[str, ...], str]:
+    fault = finding.fault
+    if fault is None:
+        return finding.family, "unknown", (), ""
+    constants = ", ".join(f"{n} = {r.value:.4g} ± {r.stderr:.1g} (not {r.expected:g})" for n, r in fault.reads.items())
+    return finding.family, fault.id, fault.rivals, constants
 
 
 def _diff(question: Any, module: Any, dump_dtype: str, reference: Any) -> Any:
@@ -189,15 +199,23 @@ def show_clean(outcomes: Sequence[Outcome]) -> None:
 
 def show_bugs(outcomes: Sequence[Outcome]) -> None:
     """How many runs of each planted bug were localized exactly."""
-    print("\n| planted bug | runs | exact | verdicts | missed | false |\n|---|---|---|---|---|---|")
+    print("\n| planted bug | runs | exact | verdicts | missed | false | named |\n|---|---|---|---|---|---|---|")
     for variant, group in _by_variant(outcomes):
         exact = sum(is_exact(o) for o in group)
         missed = sum(len(set(o.guilty) - set(o.wrong + o.imprecise)) for o in group)
         false = sum(len(set(o.wrong + o.imprecise) - set(o.guilty)) for o in group)
         kinds = "/".join(sorted({o.verdict for o in group}))
-        print(f"| {variant} | {len(group)} | {exact} | {kinds} | {missed} | {false} |")
+        named = "; ".join(dict.fromkeys(_names(o) for o in group))
+        print(f"| {variant} | {len(group)} | {exact} | {kinds} | {missed} | {false} | {named} |")
     exact = sum(is_exact(o) for o in outcomes)
     print(f"\n{len(outcomes)} runs with planted bugs, {exact} localized exactly ({exact / len(outcomes):.1%})")
+
+
+def _names(outcome: Outcome) -> str:
+    return " & ".join(
+        f"{fault}{' = ' + ' = '.join(rivals) if rivals else ''}{' [' + constants + ']' if constants else ''}"
+        for _, fault, rivals, constants in outcome.causes
+    )
 
 
 def is_exact(outcome: Outcome) -> bool:
@@ -224,12 +242,13 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--quick", action="store_true", help="the random checkpoint alone")
     options.add_argument("--only", default="", help="variants whose name holds this")
+    options.add_argument("--bugs", action="store_true", help="no legal variants")
     given = options.parse_args()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = _checkpoints(Path(folder), quick=given.quick)
         random = next(iter(checkpoints))
-        clean = [r for r in clean_runs(checkpoints) if given.only in r.variants[0]]
+        clean = [] if given.bugs else [r for r in clean_runs(checkpoints) if given.only in r.variants[0]]
         bugs = [
             r
             for r in (*bug_runs({random: checkpoints[random]}), *_tiny_bugs(checkpoints))
