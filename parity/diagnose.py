@@ -34,6 +34,7 @@ _LAYERS_TRIED = 3
 _STEPS = 24
 # A number is refined only from a start that leaves less than this share of the error.
 _HOPEFUL = 0.9
+_NEAR = 16
 
 Recorded = Callable[[Site], Tensor | None]
 
@@ -127,12 +128,18 @@ def diagnose(findings: Sequence[Finding], bench: Bench, catalogue: Sequence[Faul
 def _tried(finding: Finding, bench: Bench, catalogue: Sequence[Fault]) -> list[Trial]:
     """Faults that reproduce the candidate in every layer tried, best first."""
     merged: dict[str, list[Trial]] = {}
+    excused: dict[str, int] = {}  # the last layer has no next one, to take a weight from
     sites = _sample(finding.sites)
     for site in sites:
-        for trial in _at_site(site, bench, catalogue, known=merged if site is not sites[0] else None):
+        for trial in _at_site(site, bench, catalogue, excused, known=merged if site is not sites[0] else None):
             merged.setdefault(trial.fault.id, []).append(trial)
-    everywhere = [trials for trials in merged.values() if len(trials) == len(sites)]
-    return sorted((_combined(trials) for trials in everywhere), key=lambda t: t.ratio)
+    everywhere = [trials for name, trials in merged.items() if len(trials) == len(sites) - excused.get(name, 0)]
+    return sorted((_combined(trials) for trials in everywhere), key=_preference)
+
+
+def _preference(trial: Trial) -> tuple[float, bool, float]:
+    """Small remainders first; where they are alike, a fault without a number to fit."""
+    return (round(trial.ratio, 1), trial.fault.number is not None, trial.ratio)
 
 
 def _sample(sites: Sequence[str]) -> list[str]:
@@ -143,7 +150,11 @@ def _sample(sites: Sequence[str]) -> list[str]:
 
 
 def _at_site(
-    site: str, bench: Bench, catalogue: Sequence[Fault], known: dict[str, list[Trial]] | None
+    site: str,
+    bench: Bench,
+    catalogue: Sequence[Fault],
+    excused: dict[str, int],
+    known: dict[str, list[Trial]] | None,
 ) -> Iterator[Trial]:
     """Faults confirmed at one site; only those already known from another layer, where there are such."""
     working, precise = bench.reference.working, bench.reference.precise
@@ -156,7 +167,10 @@ def _at_site(
         for fault in catalogue:
             if known is not None and fault.id not in known:
                 continue
-            if not shows_at(fault, site) or not bench.applies(fault, at.piece):
+            if not shows_at(fault, site):
+                continue
+            if not bench.applies(fault, at.piece):
+                excused[fault.id] = excused.get(fault.id, 0) + 1
                 continue
             trial = _try(fault, site, at, bench, truth, floor, error)
             if trial is not None and trial.ratio <= CONFIRMED:
@@ -176,6 +190,8 @@ def _try(fault: Fault, site: str, at: Focus, bench: Bench, truth: Tensor, floor:
     faulty = bench.compute(at, [site], bench.reference.precise, fault, value)[site]
     own_floor = bench.compute(at, [site], bench.reference.working, fault, value)[site]
     local = bench.local(at, site, faulty, own_floor)
+    if local.nonfinite:
+        return None
     stderr = _stderr(fault, value, site, at, bench, faulty, own_floor) if fault.number else 0.0
     return Trial(fault, value, bench.expected(fault, at.piece), stderr, explained, local.ratio)
 
@@ -205,9 +221,9 @@ def _starts(
     assert fault.number is not None, "unreachable because only faults with a number are searched"
     starts = [value for value in fault.number.typical if value != expected]
     if fault.number.discrete:
-        # A window shows where the first token beyond it is wrong.
+        # A window ends shortly before the first token that is clearly wrong.
         first = bench.local(at, site, truth, floor).structure.first_token if fault.number.name == "window" else None
-        return starts + [float(first + shift) for shift in (-1, 0, 1) if first is not None and first + shift > 0]
+        return starts + ([] if first is None else [float(w) for w in range(max(first - _NEAR, 1), first + 2)])
     if fault.number.log and expected > 0:
         return starts + [expected * factor for factor in (0.1, 0.5, 0.99, 1.01, 2.0, 10.0)]
     return [*starts, expected - 1, expected + 1]
@@ -232,16 +248,21 @@ def _descend(
 
 
 def _stderr(fault: Fault, value: float, site: str, at: Focus, bench: Bench, faulty: Tensor, floor: Tensor) -> float:
-    """Standard error of the number: the remainder's noise over the response to a small change of the number."""
+    """Standard error of the number by least squares, with errors clustered in rows.
+
+    The noise is what the fault leaves of the candidate, or the reference's own rounding if that is larger.
+    """
     assert fault.number is not None, "unreachable because only faults with a number have an error"
     if fault.number.discrete:
         return 0.0
     small = abs(value) * 1e-3 if value else 1e-3
     moved = bench.compute(at, [site], bench.reference.precise, fault, value + small)[site]
     slope = (moved - faulty) / small
-    noise = torch.maximum((floor.to(faulty.dtype) - faulty).abs(), (at.recorded[site].to(faulty) - faulty).abs())
+    # Rounding errors of one row are not independent (a norm's factor is shared), so rows are what is counted.
+    errors = [floor.to(faulty) - faulty, at.recorded[site].to(faulty) - faulty]
+    noise = max(float((slope * e).sum(-1).square().sum().sqrt()) for e in errors)
     steep = float(slope.square().sum())
-    return float((slope.square() * noise.square()).sum().sqrt()) / steep if steep else math.inf
+    return noise / steep if steep else math.inf
 
 
 def _energy(candidate: Tensor, truth: Tensor) -> float:
@@ -275,7 +296,7 @@ def _assigned(findings: Sequence[Finding], trials: dict[str, list[Trial]]) -> tu
         if trial is None:
             done += open_findings
             break
-        rivals = _rivals(trial, group, trials)
+        rivals = _rivals(trial, group, trials, flagged)
         done.append(_merged(group, _match(trial, rivals)))
         open_findings = [finding for finding in open_findings if finding not in group]
     order = {finding.sites[0]: position for position, finding in enumerate(findings)}
@@ -290,8 +311,8 @@ def _widest(
     for finding in findings:
         for trial in trials[finding.family]:
             group = [f for f in findings if f.layers == finding.layers and _has(trials[f.family], trial.fault.id)]
-            ends = {end for end in trial.fault.sites if not any(shows_at_end(site, end) for site in flagged)}
-            score = (-len(group), len(ends) / len(trial.fault.sites), round(trial.ratio, 1), trial.ratio)
+            clean = _unflagged(trial.fault, flagged) / len(trial.fault.sites)
+            score = (-len(group), clean, *_preference(trial))
             if best is None or score < best[0]:
                 best = (score, group, trial)
     return (best[1], best[2]) if best else ([], None)
@@ -306,15 +327,21 @@ def _has(trials: Sequence[Trial], fault: str) -> bool:
     return any(trial.fault.id == fault for trial in trials)
 
 
-def _rivals(best: Trial, group: Sequence[Finding], trials: dict[str, list[Trial]]) -> list[Trial]:
-    """Faults that explain every finding of the group about as well, and claim the same sites."""
+def _unflagged(fault: Fault, flagged: set[str]) -> int:
+    """How many kinds of site a fault should have made wrong, but that are not."""
+    return sum(not any(shows_at_end(site, end) for site in flagged) for end in fault.sites)
+
+
+def _rivals(best: Trial, group: Sequence[Finding], trials: dict[str, list[Trial]], flagged: set[str]) -> list[Trial]:
+    """Faults that explain every finding of the group about as well, and claim no more that is clean."""
     limit = max(best.ratio, 1.0) * _CLEARLY_WORSE
+    claims = _unflagged(best.fault, flagged)
     return [
         trial
         for trial in trials[group[0].family]
         if trial.fault.id != best.fault.id
         and trial.ratio <= limit
-        and set(trial.fault.sites) >= set(best.fault.sites)
+        and _unflagged(trial.fault, flagged) <= claims
         and all(_has(trials[finding.family], trial.fault.id) for finding in group)
     ]
 

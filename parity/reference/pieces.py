@@ -184,11 +184,11 @@ class PiecewiseModel:
 
     def embed(self, input_ids: Tensor, tap: Tap) -> Tensor:
         """Hidden states (b, t, hidden) before the first layer; also prepares the layers' arguments."""
-        self._calls = [_Call((), {})] * len(self.layers)
+        calls: list[_Call] = []
         captured: list[Tensor] = []
 
         def capture(index: int, hidden: Tensor, call: _Call) -> Tensor:
-            self._calls[index] = call
+            calls.append(call)
             captured.append(hidden)
             if index == len(self.layers) - 1:
                 raise _StopPassError
@@ -198,6 +198,7 @@ class PiecewiseModel:
             try:
                 self.model(input_ids=input_ids.to(self.device), use_cache=False)
             except _StopPassError:
+                self._calls = calls
                 return captured[0]
         raise AssertionError("unreachable because the last stub stops the pass")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
-from parity.report.text import plural, ranges, visible
-from parity.results import BAD, Comparison, Finding, Measurement
+from parity.report.text import flips, number, plural, quoted, ranges, visible
+from parity.results import BAD, Comparison, Finding, Measurement, NextToken, Token
 from parity.sites import family, group_label, layer_of
 
 
@@ -115,3 +116,26 @@ def coverage(comparison: Comparison) -> str:
     """`507 of 507 sites measured`."""
     c = comparison.coverage
     return f"{c.measured} of {plural(c.known, 'site')} measured"
+
+
+def ranks(token: NextToken) -> list[tuple[Token | None, Token | None]]:
+    """The top tokens of both sides, side by side."""
+    return list(zip_longest(token.reference, token.candidate))
+
+
+def margins(token: NextToken) -> list[str]:
+    """By how much each side prefers its top token, in units of the rounding noise; and where they differ."""
+    lines = [
+        f"{side} prefers {quoted(top[0].text)} to {quoted(top[1].text)} by {_margin(top, token.margin_sigma)}"
+        for side, top in (("reference", token.reference), ("candidate", token.candidate))
+        if len(top) > 1
+    ]
+    lines.append(flips(token) or f"top token is the same at all {plural(token.positions, 'position')}")
+    lines.append(f"largest KL divergence at a position: {number(token.max_kl, '.3g')}")
+    return lines
+
+
+def _margin(top: Sequence[Token], sigma: float) -> str:
+    margin = top[0].logit - top[1].logit
+    noise = f", {number(margin / sigma, '.3g')} standard deviations of the rounding noise" if sigma > 0 else ""
+    return f"{number(margin, '.3g')}{noise}"

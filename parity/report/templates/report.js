@@ -1,0 +1,214 @@
+(() => {
+  "use strict";
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const panel = document.getElementById("site");
+  const hint = document.getElementById("hint");
+  const cells = [...document.querySelectorAll(".grid button")];
+  const cellOf = new Map(cells.map((cell) => [Number(cell.dataset.i), cell]));
+  const LABELS = {
+    ratio: "local error / floor", row_max: "same, worst row", local_rel: "local error, relative",
+    floor_rel: "floor, relative", inherited_rel: "inherited error, relative", rel_l2: "total error, relative",
+    total_ratio: "total / the reference's own", mse: "MSE", max_abs: "largest difference", cosine: "cosine",
+    ulp_max: "ULP, largest",
+  };
+
+  function element(name, text, attributes) {
+    const made = document.createElement(name);
+    if (text !== undefined) made.textContent = text;
+    for (const key in attributes) made.setAttribute(key, attributes[key]);
+    return made;
+  }
+
+  function number(value, name) {
+    if (value === null) return "–";
+    if (typeof value === "string") return value;
+    if (name === "cosine") return value.toFixed(7);
+    if (value === 0) return "0";
+    const size = Math.abs(value);
+    return size >= 1e5 || size < 1e-3 ? value.toExponential(2) : String(value);
+  }
+
+  function fact(list, name, value) {
+    list.append(element("dt", name), element("dd", value));
+  }
+
+  // Small bars on a logarithmic scale; the dashed line is the floor, 1.
+  function bars(values, title, from, to) {
+    const finite = values.filter((v) => typeof v === "number");
+    const top = Math.max(4, ...finite), low = 0.25;
+    const height = (v) => {
+      if (typeof v !== "number") return v === "-∞" ? 0 : 64;
+      return v <= low ? 0 : (64 * Math.log(v / low)) / Math.log(top / low);
+    };
+    const ns = "http://www.w3.org/2000/svg";
+    const svg = document.createElementNS(ns, "svg");
+    const attributes = { class: "bars", viewBox: `0 0 ${values.length} 64`, preserveAspectRatio: "none", role: "img", "aria-label": `${title}; largest ${number(Math.max(...finite, 0))} times the floor` };
+    for (const key in attributes) svg.setAttribute(key, attributes[key]);
+    values.forEach((v, i) => {
+      const bar = document.createElementNS(ns, "rect"), h = Math.max(height(v), 0.5);
+      const place = { x: i + 0.04, y: 64 - h, width: 0.92, height: h, class: typeof v === "number" && v <= 2 ? "low" : "high" };
+      for (const key in place) bar.setAttribute(key, place[key]);
+      svg.append(bar);
+    });
+    const line = document.createElementNS(ns, "line"), y = 64 - height(1);
+    const ends = { x1: 0, x2: values.length, y1: y, y2: y };
+    for (const key in ends) line.setAttribute(key, ends[key]);
+    svg.append(line);
+    const axis = element("div", undefined, { class: "axis" });
+    axis.append(element("span", from), element("span", `largest ${number(Math.max(...finite, 0))}x; dashed: 1x`), element("span", to));
+    panel.append(element("h4", title), svg, axis);
+  }
+
+  function structure(s) {
+    const [byToken, width, byHead, gain, cosine, channel, share, first] = s;
+    if (byToken.length > 1) {
+      bars(byToken, width > 1 ? `Ratio by token, ${width} in a bar` : "Ratio by token", "token 0", `token ${data.tokens - 1}`);
+    }
+    if (byHead.length > 1) bars(byHead, "Ratio by head", "head 0", `head ${byHead.length - 1}`);
+    const list = element("dl");
+    if (first !== null) fact(list, "first token beyond rounding", String(first));
+    fact(list, "gain of the error", number(gain));
+    fact(list, "error · value, cosine", number(cosine));
+    fact(list, `energy in channel ${channel}`, typeof share === "number" ? `${(100 * share).toFixed(1)} %` : number(share));
+    panel.append(list);
+  }
+
+  function show(index) {
+    const site = data.sites[index];
+    if (!site) return false;
+    const [name, verdict, reason, metrics, bitEqual, dtype, shape, steps, shaped] = site;
+    panel.replaceChildren();
+    panel.classList.add("open");
+    panel.dataset.shown = index;
+    const close = element("button", "×", { type: "button", class: "close", "aria-label": "Close the details" });
+    close.addEventListener("click", hide);
+    const badge = element("span", data.verdicts[verdict], { class: `badge v-${data.verdicts[verdict]}` });
+    const line = element("p", undefined, { class: "reason" });
+    line.append(badge, ` ${data.texts[reason]}`);
+    panel.append(close, element("h3", name), line);
+    const list = element("dl");
+    data.metrics.forEach((key, i) => {
+      if (metrics[i] !== null) fact(list, LABELS[key] || key, number(metrics[i], key));
+    });
+    if (bitEqual !== null) fact(list, "bit-equal on the same inputs", bitEqual ? "yes" : "no");
+    if (dtype) fact(list, "dtype", dtype);
+    if (shape.length) fact(list, "shape", shape.join(" × "));
+    panel.append(list);
+    if (shaped) structure(shaped);
+    if (steps.length) {
+      panel.append(element("h4", "Alignment"));
+      const items = element("ul");
+      steps.forEach((step) => items.append(element("li", data.texts[step])));
+      panel.append(items);
+    }
+    cells.forEach((cell) => cell.removeAttribute("aria-pressed"));
+    const cell = cellOf.get(index);
+    if (cell) cell.setAttribute("aria-pressed", "true");
+    return true;
+  }
+
+  function hide() {
+    const cell = cellOf.get(Number(panel.dataset.shown));
+    delete panel.dataset.shown;
+    panel.classList.remove("open");
+    panel.replaceChildren(hint);
+    cells.forEach((each) => each.removeAttribute("aria-pressed"));
+    if (cell) cell.focus({ preventScroll: true });
+  }
+
+  // One cell of the map is in the tab order; arrow keys move among the others.
+  function focusable(cell) {
+    cells.forEach((each) => (each.tabIndex = -1));
+    cell.tabIndex = 0;
+  }
+
+  function neighbour(cell, rows, columns) {
+    const row = cell.closest("tr"), body = row.parentElement;
+    const inRow = (r) => [...r.querySelectorAll("button")];
+    if (columns) return inRow(row)[inRow(row).indexOf(cell) + columns];
+    const next = body.rows[row.sectionRowIndex + rows];
+    if (!next) return undefined;
+    const place = cell.parentElement.cellIndex;
+    return next.cells[place]?.querySelector("button") || inRow(next).at(place > 1 ? -1 : 0);
+  }
+
+  function setUpMap() {
+    const table = document.querySelector(".grid");
+    table.addEventListener("click", (event) => {
+      const cell = event.target.closest("button");
+      if (!cell) return;
+      focusable(cell);
+      show(Number(cell.dataset.i));
+    });
+    const MOVES = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] };
+    table.addEventListener("keydown", (event) => {
+      const move = MOVES[event.key], cell = event.target.closest("button");
+      if (!move || !cell) return;
+      event.preventDefault();
+      const next = neighbour(cell, ...move);
+      if (!next) return;
+      focusable(next);
+      next.focus();
+      if (panel.dataset.shown !== undefined) show(Number(next.dataset.i));
+    });
+    document.addEventListener("keydown", (event) => {
+      if (event.key === "Escape" && panel.dataset.shown !== undefined) hide();
+    });
+    document.querySelectorAll("a[data-site]").forEach((link) =>
+      link.addEventListener("click", (event) => {
+        event.preventDefault();
+        open(Number(link.dataset.site));
+      }));
+    if (cells.length) focusable(cells[0]);
+  }
+
+  function open(index) {
+    const cell = cellOf.get(index);
+    if (!show(index) || !cell) return;
+    focusable(cell);
+    cell.scrollIntoView({ block: "center", inline: "center" });
+    cell.focus({ preventScroll: true });
+  }
+
+  function setUpTable() {
+    const table = document.getElementById("rows"), body = table.tBodies[0];
+    const filter = document.getElementById("filter"), output = filter.querySelector("output");
+    const rows = [...body.rows];
+    const heads = [...table.tHead.rows[0].cells];
+    heads.forEach((head, column) =>
+      head.querySelector("button").addEventListener("click", () => {
+        const down = head.getAttribute("aria-sort") === "ascending";
+        heads.forEach((each) => each.removeAttribute("aria-sort"));
+        head.setAttribute("aria-sort", down ? "descending" : "ascending");
+        const numeric = head.querySelector("button").hasAttribute("data-numeric");
+        const key = (row) => (numeric ? value(row.cells[column].dataset.v) : row.cells[column].textContent);
+        const order = (a, b) => (key(a) < key(b) ? -1 : key(a) > key(b) ? 1 : 0);
+        body.append(...[...rows].sort((a, b) => (down ? order(b, a) : order(a, b))));
+      }));
+    const apply = () => {
+      const wanted = filter.querySelector("input[type=search]").value.trim().toLowerCase();
+      const bad = filter.querySelector("input[type=checkbox]").checked;
+      let shown = 0;
+      rows.forEach((row) => {
+        const fits = row.textContent.toLowerCase().includes(wanted);
+        row.hidden = !fits || (bad && ["exact", "rounding"].includes(row.dataset.verdict));
+        shown += !row.hidden;
+      });
+      output.textContent = `${shown} of ${rows.length} rows`;
+    };
+    filter.addEventListener("input", apply);
+    filter.addEventListener("submit", (event) => event.preventDefault());
+    apply();
+  }
+
+  // Python writes inf and nan; NaN is worse than any number.
+  function value(text) {
+    if (text === "inf" || text === "nan") return Infinity;
+    return text === "-inf" ? -Infinity : Number(text);
+  }
+
+  setUpMap();
+  setUpTable();
+  const wanted = /^#site-(\d+)$/.exec(location.hash);
+  if (wanted) open(Number(wanted[1]));
+})();
