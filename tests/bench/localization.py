@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Run:
     tokens: tuple[int, ...]
     variants: tuple[str, ...]
     layers: tuple[tuple[int, ...] | None, ...]  # for each variant; None: everywhere
+    device: str = "cpu"
 
     @property
     def label(self) -> str:
@@ -87,7 +88,7 @@ def _compare(run: Run) -> Outcome:
 
     checkpoint = find(run.checkpoint)
     variants = [_VARIANTS[v] for v in run.variants]
-    question = Question(checkpoint, (run.tokens,) * max(v.batch for v in variants), run.dtype)
+    question = Question(checkpoint, (run.tokens,) * max(v.batch for v in variants), run.dtype, run.device)
     key = (run.checkpoint, run.dtype)
     reference = _references.setdefault(key, None) or reference_for(question)
     _references[key] = reference
@@ -96,6 +97,7 @@ def _compare(run: Run) -> Outcome:
     module = build(variants[0], checkpoint.path, run.dtype, layers[0])
     for variant, chosen in zip(variants[1:], layers[1:], strict=True):
         variant.apply(module, chosen)
+    module.to(run.device)
     with threads(variants[0].threads):
         result = _diff(question, module, variants[0].dump_dtype, reference)
     flagged = {v: tuple(s.site for s in result.sites if s.verdict == v) for v in ("wrong", "imprecise", "nonfinite")}
@@ -131,7 +133,9 @@ def _diff(question: Any, module: Any, dump_dtype: str, reference: Any) -> Any:
         return diff_module(question, module, "planted", reference)
     with tempfile.TemporaryDirectory() as folder:
         narrow, wide = Path(folder) / "narrow.h5", Path(folder) / "wide.h5"
-        torch_module.record(module, question.ids, reference.working.sites, narrow, question.info("planted"))
+        torch_module.record(
+            module, question.ids.to(question.device), reference.working.sites, narrow, question.info("planted")
+        )
         dims = {site.name: site.dims for site in reference.working.sites}
         with open_dump(narrow) as dump, ArchiveWriter(wide, dump.info) as writer:
             for site in dump.entries:
@@ -154,15 +158,18 @@ def clean_runs(checkpoints: dict[str, Sequence[tuple[int, ...]]]) -> Iterator[Ru
                         yield Run(checkpoint, dtype, tokens, (variant.id,), (None,))
 
 
-def bug_runs(checkpoints: dict[str, Sequence[tuple[int, ...]]]) -> Iterator[Run]:
-    """Every planted bug on its own, in all layers and in one, on the longest prompt of each checkpoint."""
+def bug_runs(checkpoints: dict[str, Sequence[tuple[int, ...]]], *, half: bool = False) -> Iterator[Run]:
+    """Every planted bug on its own, in all layers and in one, on the longest prompt of each checkpoint.
+
+    `half` adds float16 where bfloat16 shows the bug.
+    """
     for checkpoint, prompts in checkpoints.items():
         for variant in BUGS:
             if not variant.fits(Config.read(find(checkpoint).path / "config.json")):
                 continue
             places: list[tuple[int, ...] | None] = [None] if variant.everywhere_only else [None, (2,)]
             for layers in places:
-                for dtype in variant.dtypes:
+                for dtype in (*variant.dtypes, *["float16"] * (half and "bfloat16" in variant.dtypes)):
                     yield Run(checkpoint, dtype, prompts[-1], (variant.id,), (layers,))
 
 
@@ -243,6 +250,9 @@ def main() -> None:
     options.add_argument("--quick", action="store_true", help="the random checkpoint alone")
     options.add_argument("--only", default="", help="variants whose name holds this")
     options.add_argument("--bugs", action="store_true", help="no legal variants")
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--dtypes", nargs="*", default=[], help="only these")
+    options.add_argument("--workers", type=int, default=WORKERS)
     given = options.parse_args()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -251,12 +261,19 @@ def main() -> None:
         clean = [] if given.bugs else [r for r in clean_runs(checkpoints) if given.only in r.variants[0]]
         bugs = [
             r
-            for r in (*bug_runs({random: checkpoints[random]}), *_tiny_bugs(checkpoints))
+            for r in (
+                *bug_runs({random: checkpoints[random]}, half="float16" in given.dtypes),
+                *_tiny_bugs(checkpoints),
+            )
             if given.only in r.variants[0]
         ]
         combined = [] if given.only else list(combined_runs(random, checkpoints[random][-1]))
-        with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
-            outcomes = list(pool.map(run_one, [*clean, *bugs, *combined], chunksize=4))
+        runs = [replace(r, device=given.device) for r in (*clean, *bugs, *combined)]
+        if given.dtypes:
+            runs = [r for r in runs if r.dtype in given.dtypes]
+            clean = [r for r in clean if r.dtype in given.dtypes]
+        with ProcessPoolExecutor(given.workers, mp_context=get_context("spawn")) as pool:
+            outcomes = list(pool.map(run_one, runs, chunksize=4))
     done_clean, done_bugs = outcomes[: len(clean)], outcomes[len(clean) :]
     if done_clean:
         show_clean(done_clean)
@@ -264,7 +281,7 @@ def main() -> None:
     if done_bugs:
         show_bugs(done_bugs)
         _explain(o for o in done_bugs if not is_exact(o))
-    print(f"\n{time.perf_counter() - start:.0f} s on {WORKERS} processes")
+    print(f"\n{time.perf_counter() - start:.0f} s on {given.workers} processes, {given.device}")
 
 
 def _tiny_bugs(checkpoints: dict[str, Sequence[tuple[int, ...]]]) -> list[Run]:
