@@ -85,7 +85,7 @@ def test_a_missing_family_and_what_it_costs(checked: Checked, arrays: Arrays) ->
     kept = {name: a for name, a in arrays.items() if not name.endswith("q_rope")}
     (lost,) = bad(checked(kept))
     assert (lost.family, lost.state, lost.layers) == (L + "self_attn.q_rope", "missing", (0, 1, 2))
-    assert lost.detail == f"its operation is judged only through {L}self_attn.k_rope"
+    assert lost.detail == f"its operation is judged only through {L}self_attn.context", "k_rope does not read it"
 
 
 def test_a_site_missing_in_one_layer(checked: Checked, arrays: Arrays) -> None:
@@ -119,7 +119,7 @@ def test_a_misshapen_site_covers_for_nothing(checked: Checked, arrays: Arrays) -
     assert wrong[L + "mlp.act_fn"].state == "misshapen"
     assert f"(1, {TOKEN}, 111)" in wrong[L + "mlp.act_fn"].detail
     assert "112" in wrong[L + "mlp.act_fn"].detail
-    assert wrong[L + "mlp.gate_proj"].detail == f"its operation is judged only through {L}mlp.up_proj"
+    assert wrong[L + "mlp.gate_proj"].detail == f"its operation is judged only through {L}mlp.product"
 
 
 def test_dims_that_contradict_the_shape_are_misshapen(checked: Checked, arrays: Arrays) -> None:
@@ -149,9 +149,7 @@ def test_sizes_that_leave_two_readings(
     assert "model.layers.0" not in rope.detail
 
 
-def test_declared_axes_leave_one(
-    write: Callable[..., Path], model: PiecewiseModel, square: tuple[Arrays, int]
-) -> None:
+def test_declared_axes_leave_one(write: Callable[..., Path], model: PiecewiseModel, square: tuple[Arrays, int]) -> None:
     arrays, token = square
     dims = {
         L + "self_attn.q_norm": "batch token head head_dim",
@@ -268,8 +266,6 @@ def test_tokens_and_names_may_be_given(
     assert "missing" not in ran.out
 
 
-def test_token_ids_that_were_given_count(
-    cli: Callable[..., Ran], write: Callable[..., Path], arrays: Arrays
-) -> None:
+def test_token_ids_that_were_given_count(cli: Callable[..., Ran], write: Callable[..., Path], arrays: Arrays) -> None:
     """They say what the dump does not, so the dump can be measured."""
     assert cli("check", write(arrays, token_ids=None), "--tokens", " ".join(map(str, IDS[0]))).code == 0

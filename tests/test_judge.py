@@ -82,7 +82,14 @@ BRANCHES = [
     ("exact, off", local(float("inf"), must_be_exact=True, floor_rel=0.0), PLAIN, 1, "wrong", "bit-equal"),
     ("nan", local(1.0, nonfinite=3), PLAIN, 1, "nonfinite", "3 values"),
     ("nan, else bit equal", local(1.0, nonfinite=3, bit_equal=True), PLAIN, 1, "nonfinite", "3 values"),
-    ("overflow of both", local(1.0, nonfinite=3, reference_nonfinite=3), PLAIN, 1, "nonfinite", "so does the reference"),
+    (
+        "overflow of both",
+        local(1.0, nonfinite=3, reference_nonfinite=3),
+        PLAIN,
+        1,
+        "nonfinite",
+        "so does the reference",
+    ),
     ("nan came in everywhere", local(0.0, nonfinite_inputs=True), PLAIN, 1, "unmeasured", "inputs are not finite"),
     ("nan came in somewhere", local(1.0, nonfinite_inputs=True), PLAIN, 1, "rounding", "own rounding"),
     ("nan came in, wrong beside it", local(99.0, nonfinite_inputs=True), PLAIN, 1, "wrong", "too large"),
@@ -101,7 +108,9 @@ BRANCHES = [
 ]
 
 
-@pytest.mark.parametrize(("site", "mode", "lucky", "verdict", "reason"), [b[1:] for b in BRANCHES], ids=[b[0] for b in BRANCHES])
+@pytest.mark.parametrize(
+    ("site", "mode", "lucky", "verdict", "reason"), [b[1:] for b in BRANCHES], ids=[b[0] for b in BRANCHES]
+)
 def test_sites(site: Local, mode: RoundingMode, lucky: float, verdict: str, reason: str) -> None:
     found, _, why = judge_site(site, mode, lucky)
     assert (found, reason in why) == (verdict, True), why
@@ -292,9 +301,7 @@ def test_a_finding_is_as_bad_as_its_worst_site() -> None:
     sites = run_of(layer(0, q="imprecise"), layer(1, q="nonfinite"), layer(2, q="wrong"))
     places = [i for i, m in enumerate(sites) if m.site.endswith(".q")]
     for place, ratio, first in zip(places, (3.0, 1.0, 80.0), (6, 4, None), strict=True):
-        sites[place] = replace(
-            sites[place], ratio=ratio, reason=f"r{ratio:.0f}", structure=noise(first_token=first)
-        )
+        sites[place] = replace(sites[place], ratio=ratio, reason=f"r{ratio:.0f}", structure=noise(first_token=first))
     (found,) = findings(sites)
     assert (found.verdict, found.ratio, found.first_token) == ("nonfinite", 80.0, 4)
     assert found.evidence[0] == "r80"
@@ -343,7 +350,13 @@ def next_token(unexplained: int = 0) -> NextToken:
         (run_of(layer(0, q="wrong", context="unmeasured")), [], None, "diverged", ["the rest of what was measured"]),
         (run_of(layer(0, q="wrong"), head="unmeasured"), [BROKEN], None, "diverged", ["1 wrong operation"]),
         (run_of(layer(0)), [FINE, BROKEN], None, "inconclusive", ["candidate weights", "transposed"]),
-        (run_of(layer(0), head="unmeasured", reason="not recorded"), [], None, "inconclusive", ["logits", "not recorded"]),
+        (
+            run_of(layer(0), head="unmeasured", reason="not recorded"),
+            [],
+            None,
+            "inconclusive",
+            ["logits", "not recorded"],
+        ),
         ([], [], None, "inconclusive", ["no site"]),
         (run_of(layer(0), total_ratio=4.1), [], None, "inconclusive", ["4.1x"]),
         (run_of(layer(0), total_ratio=float("inf")), [], None, "inconclusive", ["logits"]),

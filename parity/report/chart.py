@@ -42,7 +42,8 @@ class Chart:
 
 def chart(points: Sequence[Depth]) -> Chart | None:
     """Place the points on a logarithmic scale; None if there is nothing to draw."""
-    values = [v for p in points for v in (p.local, p.floor_low, p.floor_high, p.total, p.inherited) if _drawn(v)]
+    errors = [v for p in points for v in (p.local, p.floor_low, p.floor_high, p.total, p.inherited)]
+    values = [v for v in errors if v is not None and math.isfinite(v) and v > 0]
     if not values:
         return None
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
@@ -56,10 +57,6 @@ def chart(points: Sequence[Depth]) -> Chart | None:
         ticks=tuple((place.y(10.0**e), f"1e{e}") for e in range(low, high + 1, max(1, (high - low) // 6))),
         labels=tuple(_labels(points, place)),
     )
-
-
-def _drawn(value: float | None) -> bool:
-    return value is not None and math.isfinite(value) and value > 0
 
 
 class _Scale:
@@ -112,6 +109,5 @@ def _labels(points: Sequence[Depth], place: _Scale) -> Iterable[tuple[float, str
     every = max(1, math.ceil(len(points) / 32))
     for i, p in enumerate(points):
         _, dot, last = p.label.rpartition(".")
-        if dot and last.isdigit():
-            if int(last) % every == 0:
-                yield place.x(i), last
+        if dot and last.isdecimal() and int(last) % every == 0:
+            yield place.x(i), last

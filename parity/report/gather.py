@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -52,11 +53,12 @@ def _layers(layers: Sequence[int]) -> str:
     return f" (layer {layers[0]})" if len(layers) == 1 else f" (layers {ranges(layers)})"
 
 
-def invisible(comparison: Comparison) -> list[tuple[str, list[str]]]:
-    """The faults that this run could not have revealed, by reason."""
-    groups: dict[str, list[str]] = {}
+def invisible(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The faults that this run could not have revealed, each with what is said of it alone, by common reason."""
+    groups: dict[str, list[tuple[str, str]]] = {}
     for item in comparison.power.invisible if comparison.power else ():
-        groups.setdefault(visible(item.reason), []).append(visible(item.fault))
+        reason, *detail = re.split("[:;] ", visible(item.reason), maxsplit=1)
+        groups.setdefault(reason, []).append((visible(item.fault), "".join(detail)))
     return list(groups.items())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from parity.report.text import number, times, visible
 from parity.results import Measurement
@@ -99,5 +100,5 @@ def step(m: Measurement) -> int:
 def legend() -> list[tuple[int, str]]:
     """The colour steps in words."""
     words = [f"≤ {STEPS[0]:g}x"]
-    words += [f"{a:g}-{b:g}x" for a, b in zip(STEPS, STEPS[1:-1], strict=False)]
+    words += [f"{a:g}-{b:g}x" for a, b in pairwise(STEPS[:-1])]
     return list(enumerate([*words, f"> {STEPS[-2]:g}x"]))

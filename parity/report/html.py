@@ -17,7 +17,7 @@ from parity.report import gather, text
 from parity.report.chart import chart
 from parity.report.grid import grid, legend
 from parity.report.layers import rows
-from parity.results import Comparison, Measurement, Structure
+from parity.results import Comparison, Finding, Measurement, Structure
 
 _TEMPLATES = Path(__file__).with_name("templates")
 # A profile of more bins than this is drawn narrower than one can see.
@@ -96,10 +96,10 @@ def _keep_newlines(value: str) -> str:
 
 def _counts(comparison: Comparison) -> list[tuple[str, int]]:
     found = [m.verdict for m in comparison.sites]
-    return [(verdict, found.count(verdict)) for verdict in _ORDER if verdict in found]  # type: ignore[arg-type]
+    return [(verdict, found.count(verdict)) for verdict in _ORDER if verdict in found]
 
 
-def _finding(finding: Any, comparison: Comparison) -> dict[str, Any]:
+def _finding(finding: Finding, comparison: Comparison) -> dict[str, Any]:
     index = {m.site: i for i, m in enumerate(comparison.sites)}
     worst = gather.worst_site(finding, comparison)
     return {

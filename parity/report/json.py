@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from parity.errors import UsageError
 from parity.results import SCHEMA, Comparison, from_json, to_json
 
+# A list of numbers over many lines. No string can look so: a line break in it would be escaped.
+_NUMBERS = re.compile(r"\[\n[-+.0-9eE,\n ]+\]")
+
 
 def dumps(comparison: Comparison) -> str:
     """The Comparison as JSON text; the same Comparison gives the same bytes."""
-    return json.dumps(to_json(comparison), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(to_json(comparison), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return _NUMBERS.sub(lambda found: re.sub(r"\n *", "", found[0]), text)
 
 
 def load(path: Path) -> Comparison:

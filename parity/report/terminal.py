@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from parity.report.gather import invisible
 from parity.report.layers import LayerRow, rows
-from parity.results import Comparison, DumpCheck, Finding, NextToken
+from parity.report.text import (
+    count_layers,
+    explanation,
+    families,
+    flips,
+    number,
+    quoted,
+    ranges,
+    span,
+    times,
+    visible,
+    where,
+)
+from parity.results import Comparison, DumpCheck, Finding, Measurement
 
 CHECK_STYLES = {"present": "green", "missing": "yellow", "misshapen": "bold red", "ambiguous": "bold red"}
 _MOST_UNKNOWN = 10
+_MOST_FAULTS = 4
 STYLES = {
     "match": "bold green",
     "diverged": "bold red",
@@ -27,84 +42,92 @@ STYLES = {
 
 
 def show(comparison: Comparison, console: Console, *, verbose: bool = False) -> None:
-    """Print a Comparison: verdict, findings, next token, layers; every site if `verbose`."""
-    env = comparison.environment
-    console.print(Text.assemble((comparison.verdict.upper(), STYLES[comparison.verdict]), "  ", comparison.headline))
-    coverage = comparison.coverage
-    console.print(
-        f"{env.candidate} against {env.model}: sites {coverage.measured}/{coverage.known} measured, "
-        f"tokens {env.tokens}{f' x {env.batch}' if env.batch > 1 else ''}, {env.working_dtype} on {env.device}",
-        markup=False,
-        highlight=False,
-    )
-    for number, finding in enumerate(comparison.findings, 1):
-        _finding(number, finding, console)
-    _next_token(comparison, console)
+    """Print a Comparison: verdict, findings, next token, power, layers; every site if `verbose`."""
+    line(console, Text.assemble((comparison.verdict.upper(), STYLES[comparison.verdict]), "  ", comparison.headline))
+    line(console, Text(_asked(comparison), style="dim"))
+    layers = count_layers(comparison)
+    for position, finding in enumerate(comparison.findings, 1):
+        console.print()
+        _finding(position, finding, layers, console)
+    if comparison.findings:
+        console.print()
+    for sentence in _ending(comparison):
+        line(console, Text(sentence))
     for check in comparison.checks:
         if not check.ok:
-            console.print(Text(f"check failed: {check.name}: {check.detail}", style="yellow"))
+            line(console, Text(f"check failed: {visible(check.name)}: {visible(check.detail)}", style="yellow"))
+    _power(comparison, console, verbose=verbose)
     console.print()
-    console.print(_layer_table(rows(comparison.sites), full=verbose or not comparison.findings))
+    console.print(_layer_table(rows(comparison.sites)))
     if verbose:
+        console.print()
         console.print(_site_table(comparison))
 
 
-def _finding(number: int, finding: Finding, console: Console) -> None:
-    head = Text(f"{number:2d}  ")
-    head.append(finding.family, style="bold")
-    head.append(f"  {finding.verdict}", style=STYLES[finding.verdict])
-    head.append(f"  {_layers(finding)}  {_number(finding.ratio)}x the floor")
-    if finding.first_token is not None:
-        head.append(f", first at token {finding.first_token}")
-    console.print(head)
-    for line in finding.evidence:
-        console.print(Text("    " + line))
+def line(console: Console, text: Text, indent: int = 0) -> None:
+    """Print one sentence, wrapped at the edge, its further lines indented like its first."""
+    for part in text.wrap(console, max(console.width - indent, 20)):
+        part.rstrip()
+        console.print(Text(" " * indent).append(part), soft_wrap=True)
+
+
+def _asked(comparison: Comparison) -> str:
+    env, coverage = comparison.environment, comparison.coverage
+    tokens = f"tokens {env.tokens}{f' x {env.batch}' if env.batch > 1 else ''}"
+    sites = f"sites {coverage.measured}/{coverage.known} measured"
+    sides = f"{visible(env.candidate)} against {visible(env.model)}"
+    return f"{sides}: {sites}, {tokens}, {visible(env.working_dtype)} on {visible(env.device)}"
+
+
+def _finding(position: int, finding: Finding, layers: int, console: Console) -> None:
+    head = Text.assemble(
+        f"{position:2d}  ", (families(finding), "bold"), "  ", (finding.verdict, STYLES[finding.verdict])
+    )
+    line(console, head)
+    first = f", first at token {finding.first_token}" if finding.first_token is not None else ""
+    line(console, Text(f"{where(finding, layers)}, local error {times(finding.ratio)} the floor{first}"), 4)
+    fault = finding.fault
+    if fault is not None:
+        line(console, Text(visible(fault.title), style="bold"), 4)
+        for sentence in explanation(fault):
+            line(console, Text(sentence), 4)
+        line(console, Text.assemble(("fix: ", "green"), visible(fault.fix)), 4)
+    for sentence in finding.evidence:
+        line(console, Text(visible(sentence), style="dim" if fault else ""), 4)
     if finding.span:
-        console.print(Text(f"    or in one of {len(finding.span)} unmeasured sites before it, from {finding.span[0]}"))
+        line(console, Text(span(finding)), 4)
 
 
-def _layers(finding: Finding) -> str:
-    if not finding.layers:
-        return "outside the layers"
-    if len(finding.layers) == 1:
-        return f"layer {finding.layers[0]} only"
-    return f"{len(finding.layers)} layers ({ranges(finding.layers)})"
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Sorted numbers as text: 0-3, 7, 9-12."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
-
-
-def _next_token(comparison: Comparison, console: Console) -> None:
-    token: NextToken | None = comparison.next_token
-    if token is not None:
+def _ending(comparison: Comparison) -> Iterator[str]:
+    """What both sides would say next, and what the whole run amounts to."""
+    token = comparison.next_token
+    if token is not None and token.reference and token.candidate:
         ours, theirs = token.reference[0], token.candidate[0]
-        console.print(
-            f"next token: reference {ours.text!r} ({ours.logit:.2f}), candidate {theirs.text!r} ({theirs.logit:.2f})",
-            markup=False,
-            highlight=False,
+        yield (
+            f"next token: reference {quoted(ours.text)} ({number(ours.logit, '.2f')}), "
+            f"candidate {quoted(theirs.text)} ({number(theirs.logit, '.2f')})"
         )
         if token.flips:
-            explained = (
-                "all explained by rounding"
-                if not token.unexplained_flips
-                else f"{token.unexplained_flips} not explained"
-            )
-            console.print(
-                f"top token differs at {token.flips} of {token.positions} positions, {explained}",
-                highlight=False,
-            )
-    console.print(comparison.answer, markup=False, highlight=False)
+            yield flips(token)
+    if comparison.answer:
+        yield visible(comparison.answer)
 
 
-def _layer_table(layer_rows: Sequence[LayerRow], *, full: bool) -> Table:
+def _power(comparison: Comparison, console: Console, *, verbose: bool) -> None:
+    """The faults that this run could not have revealed, by reason; a few of each unless `verbose`."""
+    groups = invisible(comparison)
+    if not groups:
+        return
+    parts = []
+    for reason, faults in groups:
+        names = [f"{id} ({detail})" if detail and verbose else id for id, detail in faults]
+        shown = names if verbose else names[:_MOST_FAULTS]
+        more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+        parts.append(f"{', '.join(shown)}{more} [{reason}]")
+    line(console, Text("could not have been seen with this run: " + "; ".join(parts), style="dim"))
+
+
+def _layer_table(layer_rows: Sequence[LayerRow]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("layer", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
@@ -115,13 +138,13 @@ def _layer_table(layer_rows: Sequence[LayerRow], *, full: bool) -> Table:
     table.add_column("worst cosine", justify="right", no_wrap=True)
     for row in layer_rows:
         table.add_row(
-            row.label,
+            visible(row.label),
             Text(row.verdict, style=STYLES[row.verdict]),
             f"{row.measured}/{row.known}",
-            _number(row.ratio),
-            Text(row.ratio_site),
-            _number(row.mse, "{:.2e}"),
-            _number(row.cosine, "{:.7f}"),
+            number(row.ratio),
+            Text(visible(row.ratio_site)),
+            number(row.mse, ".2e"),
+            number(row.cosine, ".7f"),
         )
     return table
 
@@ -132,12 +155,16 @@ def _site_table(comparison: Comparison) -> Table:
         table.add_column(name, justify="left" if name in ("site", "verdict") else "right", no_wrap=name != "site")
     for m in comparison.sites:
         table.add_row(
-            Text(m.site),
-            Text(m.verdict if m.verdict != "unmeasured" else f"unmeasured: {m.reason}", style=STYLES[m.verdict]),
-            _number(m.ratio),
-            *(_number(value, "{:.1e}") for value in (m.local_rel, m.inherited_rel, m.floor_rel)),
+            Text(visible(m.site)),
+            Text(_said(m), style=STYLES[m.verdict]),
+            number(m.ratio),
+            *(number(value, ".1e") for value in (m.local_rel, m.inherited_rel, m.floor_rel)),
         )
     return table
+
+
+def _said(m: Measurement) -> str:
+    return f"unmeasured: {visible(m.reason)}" if m.verdict == "unmeasured" else m.verdict
 
 
 def show_check(check: DumpCheck, console: Console) -> None:
@@ -147,17 +174,10 @@ def show_check(check: DumpCheck, console: Console) -> None:
     for f in check.families:
         if f.state == "present":
             continue
-        where = f" (layers {ranges(f.layers)})" if f.layers else ""
-        console.print(Text.assemble((f.state, CHECK_STYLES[f.state]), f"  {f.family}{where}: {f.detail}"))
+        layers = f" (layers {ranges(f.layers)})" if f.layers else ""
+        head = Text(f.state, style=CHECK_STYLES[f.state])
+        console.print(head + Text(f"  {visible(f.family)}{layers}: {visible(f.detail)}", style="default"))
     for name in check.unknown[:_MOST_UNKNOWN]:
-        console.print(Text(f"not a site of the reference: {name}"))
+        console.print(Text(f"not a site of the reference: {visible(name)}"))
     if len(check.unknown) > _MOST_UNKNOWN:
         console.print(f"… and {len(check.unknown) - _MOST_UNKNOWN} more names that the reference does not have")
-
-
-def _number(value: float | None, form: str = "") -> str:
-    if value is None:
-        return "–"
-    if form:
-        return form.format(value)
-    return f"{value:.2f}" if value < 10 else f"{value:.0f}" if value < 1e5 else f"{value:.1e}"

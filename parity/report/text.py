@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from parity.results import Comparison, FaultMatch, Finding, NextToken, Reading
 from parity.sites import layer_of
@@ -151,11 +151,3 @@ def first_words(text: str, most: int) -> str:
     """The beginning of a text, on one line."""
     shown = visible(text)
     return shown if len(shown) <= most else shown[: most - 1] + "…"
-
-
-def by_reason(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
-    """(item, reason) pairs gathered by reason, in order of appearance."""
-    groups: dict[str, list[str]] = {}
-    for item, reason in pairs:
-        groups.setdefault(reason, []).append(item)
-    return list(groups.items())

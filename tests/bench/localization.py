@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,6 +30,20 @@ from tests.planted import BUGS, CLEAN, build, threads  # noqa: E402  (torch read
 TINY = "tiny-qwen3"
 DTYPES = ("float32", "bfloat16", "float16")
 WORKERS = 2
+FEW = (
+    "rope-interleaved",
+    "rope-theta-default",
+    "norm-one-plus-w",
+    "qk-norm-skipped-q",
+    "attention-scale-hidden",
+    "mask-none",
+    "mask-window-half",
+    "gqa-tile",
+    "act-gelu",
+    "residual-dropped-attention",
+    "weight-1.01",
+    "embed-row-plus-1",
+)
 _VARIANTS = {v.id: v for v in (*CLEAN, *BUGS)}
 
 
@@ -250,6 +265,7 @@ def main() -> None:
     options.add_argument("--quick", action="store_true", help="the random checkpoint alone")
     options.add_argument("--only", default="", help="variants whose name holds this")
     options.add_argument("--bugs", action="store_true", help="no legal variants")
+    options.add_argument("--few", action="store_true", help="a dozen bugs in place of all")
     options.add_argument("--device", default="cpu")
     options.add_argument("--dtypes", nargs="*", default=[], help="only these")
     options.add_argument("--workers", type=int, default=WORKERS)
@@ -269,11 +285,18 @@ def main() -> None:
         ]
         combined = [] if given.only else list(combined_runs(random, checkpoints[random][-1]))
         runs = [replace(r, device=given.device) for r in (*clean, *bugs, *combined)]
+        if given.few:
+            bugs, combined = [r for r in bugs if r.variants[0] in FEW], []
+            runs = [replace(r, device=given.device) for r in (*clean, *bugs)]
         if given.dtypes:
             runs = [r for r in runs if r.dtype in given.dtypes]
             clean = [r for r in clean if r.dtype in given.dtypes]
         with ProcessPoolExecutor(given.workers, mp_context=get_context("spawn")) as pool:
-            outcomes = list(pool.map(run_one, runs, chunksize=4))
+            outcomes = []
+            for outcome in pool.map(run_one, runs, chunksize=4):
+                outcomes.append(outcome)
+                if len(outcomes) % 50 == 0:
+                    print(f"{len(outcomes)} of {len(runs)} runs", file=sys.stderr, flush=True)
     done_clean, done_bugs = outcomes[: len(clean)], outcomes[len(clean) :]
     if done_clean:
         show_clean(done_clean)

@@ -1,0 +1,181 @@
+"""The report as Markdown for a pull request. What a model, a prompt or a dump wrote stays text."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from parity.report import gather, text
+from parity.report.layers import rows
+from parity.results import Comparison, Finding
+
+# Longer tables are folded away.
+_LONG = 12
+# What means something in Markdown or HTML inside a line; an underscore inside a word does not.
+_MEANING = re.compile(r"[\\`*\[\]<>#|~$&@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.")
+# What means something at the beginning of one.
+_MARKER = re.compile(r"^(\d*)([-+=.)])")
+_SIGNS = {"match": "✅", "diverged": "❌", "inconclusive": "⚠️"}
+
+
+def render(comparison: Comparison, plots: Mapping[str, Path] | None = None, folder: Path | None = None) -> str:
+    """The text. `plots` are what `plots.write` returned; links to them are relative to `folder`."""
+    pictures = {
+        path.stem: os.path.relpath(path, folder) if folder else path.as_posix()
+        for name, path in (plots or {}).items()
+        if name.endswith(".png")
+    }
+    parts = (_head(comparison), _findings(comparison, pictures), _layers(comparison, pictures), _end(comparison))
+    return "\n".join(line for part in parts for line in part).rstrip() + "\n"
+
+
+# -- escaping -------------------------------------------------------------------------------------------------
+
+
+def escape(value: str) -> str:
+    """Text of any origin as text on one line: no markup, no link, no mention."""
+    shown = _MARKER.sub(r"\1\\\2", _MEANING.sub(r"\\\g<0>", text.visible(value).strip()))
+    shown = shown.replace(r"\<", "&lt;").replace(r"\>", "&gt;").replace(r"\&", "&amp;")
+    # Forges link @name and #1 in the rendered text, so an escape is not enough.
+    return re.sub(r"\\([@#])(?=\w)", r"\\\1<!-- -->", shown)
+
+
+def code(value: str, *, cell: bool = False) -> str:
+    """Text of any origin as code; in a cell of a table a pipe would end the cell even there."""
+    shown = text.visible(value)
+    if cell and "|" in shown:
+        return f"<code>{re.sub(r'[^A-Za-z0-9 ]', lambda found: f'&#{ord(found[0])};', shown)}</code>"
+    if not shown.strip():
+        return f"`'{shown}'`"
+    fence = "`" * (max(map(len, re.findall("`+", shown)), default=0) + 1)
+    pad = " " if shown[0] in "` " or shown[-1] in "` " else ""
+    return f"{fence}{pad}{shown}{pad}{fence}"
+
+
+# -- parts ----------------------------------------------------------------------------------------------------
+
+
+def _head(comparison: Comparison) -> Iterator[str]:
+    env = comparison.environment
+    verdict = comparison.verdict
+    yield f"## {_SIGNS[verdict]} {verdict.upper()}: {escape(comparison.headline)}"
+    yield ""
+    tokens = f"{env.tokens}{f' × {env.batch}' if env.batch > 1 else ''} tokens"
+    yield (
+        f"{code(env.candidate)} against {code(env.model)}: {gather.coverage(comparison)}, {tokens}, "
+        f"{escape(env.working_dtype)} on {escape(env.device)}."
+    )
+    yield ""
+    yield from (f"- {line}" for line in _answers(comparison))
+    yield ""
+
+
+def _answers(comparison: Comparison) -> Iterator[str]:
+    token = comparison.next_token
+    if token is not None and token.reference and token.candidate:
+        ours, theirs = token.reference[0], token.candidate[0]
+        yield (
+            f"next token: reference {code(text.quoted(ours.text))} ({text.number(ours.logit, '.2f')}), "
+            f"candidate {code(text.quoted(theirs.text))} ({text.number(theirs.logit, '.2f')})"
+        )
+        if token.flips:
+            yield text.flips(token)
+    if comparison.answer:
+        yield escape(comparison.answer)
+    for check in comparison.checks:
+        if not check.ok:
+            yield f"**check failed:** {escape(check.name)}: {escape(check.detail)}"
+
+
+def _findings(comparison: Comparison, pictures: Mapping[str, str]) -> Iterator[str]:
+    if not comparison.findings:
+        return
+    yield "### Findings"
+    layers = text.count_layers(comparison)
+    for position, finding in enumerate(comparison.findings, 1):
+        yield ""
+        yield f"**{position}. {code(text.families(finding))}** {finding.verdict}, {_size(finding, layers)}"
+        yield ""
+        yield from _reasons(finding)
+        yield from _picture(f"finding-{position}", "ratio by token and by head at its worst site", pictures)
+    yield ""
+
+
+def _size(finding: Finding, layers: int) -> str:
+    first = f", first at token {finding.first_token}" if finding.first_token is not None else ""
+    return f"{text.where(finding, layers)}, local error {text.times(finding.ratio)} the floor{first}"
+
+
+def _reasons(finding: Finding) -> Iterator[str]:
+    fault = finding.fault
+    if fault is not None:
+        yield f"- **{escape(fault.title)}**"
+        yield from (f"- {escape(line)}" for line in text.explanation(fault))
+        yield f"- **fix:** {escape(fault.fix)}"
+    yield from (f"- {escape(line)}" for line in finding.evidence)
+    if finding.span:
+        yield f"- {escape(text.span(finding))}"
+
+
+def _picture(name: str, words: str, pictures: Mapping[str, str]) -> Iterator[str]:
+    if name in pictures:
+        yield ""
+        yield f"![{words}]({pictures[name].replace(os.sep, '/').replace(' ', '%20')})"
+
+
+def _layers(comparison: Comparison, pictures: Mapping[str, str]) -> Iterator[str]:
+    table = rows(comparison.sites)
+    yield "### Layers"
+    yield from _picture("map", "map of layers and sites", pictures)
+    yield from _picture("depth", "error by depth", pictures)
+    yield from _picture("next-token", "next token", pictures)
+    yield ""
+    lines = ["| layer | verdict | sites | ratio | at | worst MSE | worst cosine |", "|:--|:--|--:|--:|:--|--:|--:|"]
+    for row in table:
+        cells = (
+            escape(row.label),
+            row.verdict,
+            f"{row.measured}/{row.known}",
+            text.number(row.ratio),
+            code(row.ratio_site, cell=True) if row.ratio_site else "",
+            text.number(row.mse, ".2e"),
+            text.number(row.cosine, ".7f"),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    yield from _folded(f"{text.plural(len(table), 'row')}: verdict, ratio, MSE and cosine", lines, len(table) > _LONG)
+
+
+def _folded(summary: str, lines: Iterable[str], fold: bool) -> Iterator[str]:
+    if fold:
+        yield f"<details><summary>{summary}</summary>"
+        yield ""
+    yield from lines
+    if fold:
+        yield ""
+        yield "</details>"
+    yield ""
+
+
+def _end(comparison: Comparison) -> Iterator[str]:
+    groups = gather.invisible(comparison)
+    if groups:
+        yield "### Could not have been seen with this run"
+        yield ""
+        for reason, faults in groups:
+            names = ", ".join(code(id) + (f" ({escape(detail)})" if detail else "") for id, detail in faults)
+            yield f"- {escape(reason)}: {names}"
+        yield ""
+    for title, notes in (
+        ("Unmeasured", gather.unmeasured(comparison.sites)),
+        ("Applied to align the two sides", gather.steps(comparison.sites)),
+    ):
+        if notes:
+            yield f"### {title}"
+            yield ""
+            yield from (
+                f"- {escape(n.text)} ({text.plural(n.sites, 'site')}): {', '.join(map(code, n.where))}" for n in notes
+            )
+            yield ""
+    yield f"Again: {code(comparison.environment.command)}"

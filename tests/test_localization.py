@@ -1,0 +1,141 @@
+"""A part of the localization bench: the flagged sites are exactly the guilty ones, and legal variants have none.
+
+Bugs and variants are planted in copies of `impl` by `tests.planted`, which shares no code with parity.
+`python -m tests.bench.localization` runs them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from parity.compare import diff_dump, diff_module
+from parity.dump import ArchiveWriter, open_dump
+from parity.question import Question
+from parity.record.arrays import to_numpy
+from parity.reference.checkpoint import find
+from parity.reference.replay import Reference
+from parity.results import Comparison
+from tests.planted import BUGS, CLEAN, Variant, build, observe, threads
+
+TOKENS = tuple((97 * i * i + 31 * i + 168) % 301 for i in range(24))
+LAYER = 2
+
+FAST_BUGS = (
+    "rope-interleaved",
+    "norm-one-plus-w",
+    "qk-norm-skipped-q",
+    "mask-next-token",
+    "gqa-tile",
+    "act-gelu-tanh",
+    "residual-dropped-mlp",
+    "weight-1.01",
+)
+FAST_CLEAN = ("plain", "sdpa", "online-softmax", "ops-fp32", "sequential", "swiglu-fused")
+# Those that only a longer prompt, an earlier layer or a wider dtype tells from rounding.
+_OTHERS = (
+    "norm-eps-1e-3",
+    "softmax-bf16",
+    "kv-fp8",
+    "rope-inv-freq-bf16",
+    "rope-phase-bf16",
+    "sums-bf16",
+    "truncation",
+    "bias-dropped",
+    "mask-window-off-by-one",
+)
+
+_references: dict[tuple[Path, str], Reference] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget() -> Iterable[None]:
+    yield
+    _references.clear()
+
+
+def compare(path: Path, variant: Variant, dtype: str, layers: tuple[int, ...] | None, folder: Path) -> Comparison:
+    question = Question(find(str(path)), (TOKENS,) * variant.batch, dtype, faults=())
+    reference = _references.setdefault((path, dtype), None) or Reference(question.reference())  # type: ignore[arg-type]
+    _references[path, dtype] = reference
+    module = build(variant, path, dtype, layers)
+    with threads(variant.threads):
+        if not variant.dump_dtype:
+            return diff_module(question, module, variant.id, reference)
+        seen = observe(module, question.ids)
+    with ArchiveWriter(folder / "dump.h5", question.info(variant.id)) as writer:
+        for site in reference.working.sites:
+            if site.name in seen:
+                writer.add(site.name, to_numpy(seen[site.name]).astype(variant.dump_dtype), site.dims)
+    with open_dump(folder / "dump.h5") as dump:
+        return diff_dump(question, dump, reference)
+
+
+def flagged(result: Comparison) -> set[str]:
+    return {m.site for m in result.sites if m.verdict in ("wrong", "imprecise", "nonfinite")}
+
+
+def runs(variants: Iterable[Variant], fast: tuple[str, ...]) -> list[object]:
+    """Those of `fast` in each dtype that they are about; every second of the others in one, and slow."""
+    quick = [pytest.param(v, dtype, id=f"{v.id}-{dtype}") for v in variants if v.id in fast for dtype in v.dtypes]
+    rest = [v for v in variants if v.id not in fast][::2]
+    return quick + [pytest.param(v, v.dtypes[0], id=f"{v.id}-{v.dtypes[0]}", marks=pytest.mark.slow) for v in rest]
+
+
+def is_here(variant: Variant) -> bool:
+    """Whether a variant belongs to this part of the bench."""
+    return variant.id not in _OTHERS and not variant.compile
+
+
+@pytest.mark.parametrize(
+    ("bug", "dtype"),
+    runs([b for b in BUGS if is_here(b) and b.needs != "bias" and not b.everywhere_only], FAST_BUGS),
+)
+def test_a_bug_in_one_layer_is_found_there_and_nowhere_else(
+    checkpoint: Callable[..., Path], tmp_path: Path, bug: Variant, dtype: str
+) -> None:
+    result = compare(checkpoint("qwen3"), bug, dtype, (LAYER,), tmp_path)
+    known = {m.site for m in result.sites if m.verdict != "unmeasured"}
+    assert flagged(result) == bug.guilty_sites([LAYER]) & known
+    assert result.verdict == "diverged"
+    assert result.exit_code == 1
+    inside = {layer for f in result.findings for layer in f.layers}
+    assert inside <= {LAYER}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["act-gelu", "rope-interleaved"])
+def test_a_bug_everywhere_is_one_finding_a_family(checkpoint: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    bug = next(b for b in BUGS if b.id == name)
+    result = compare(checkpoint("qwen3"), bug, "bfloat16", None, tmp_path)
+    assert flagged(result) == bug.guilty_sites(range(4))
+    assert {f.layers for f in result.findings} == {(0, 1, 2, 3)}
+    assert len(result.findings) == len(bug.guilty)
+
+
+@pytest.mark.parametrize(("variant", "dtype"), runs([v for v in CLEAN if is_here(v)], FAST_CLEAN))
+def test_a_legal_variant_raises_no_alarm(
+    checkpoint: Callable[..., Path], tmp_path: Path, variant: Variant, dtype: str
+) -> None:
+    result = compare(checkpoint("qwen3"), variant, dtype, None, tmp_path)
+    assert flagged(result) == set()
+    assert result.verdict == "match", result.headline
+    assert result.findings == ()
+    assert result.exit_code == 0
+
+
+@pytest.mark.parametrize("clean", ["sdpa", "ops-fp32"])
+def test_a_bug_in_a_legal_variant_is_still_found(checkpoint: Callable[..., Path], tmp_path: Path, clean: str) -> None:
+    """A port differs in both ways at once."""
+    legal = next(v for v in CLEAN if v.id == clean)
+    bug = next(b for b in BUGS if b.id == "residual-dropped-attention")
+
+    def apply(model, layers) -> None:  # type: ignore[no-untyped-def]
+        legal.apply(model, range(4))
+        bug.apply(model, layers)
+
+    result = compare(checkpoint("qwen3"), replace(bug, apply=apply), "bfloat16", (LAYER,), tmp_path)
+    assert flagged(result) == bug.guilty_sites([LAYER])
