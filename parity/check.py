@@ -9,7 +9,7 @@ from parity.dump import Dump
 from parity.record.discover import with_sizes
 from parity.reference.pieces import PiecewiseModel
 from parity.results import DumpCheck, FamilyCheck, SiteState
-from parity.sites import Site, family, layer_of
+from parity.sites import Site, branch, family, layer_of
 
 
 def check(dump: Dump, model: PiecewiseModel, batch: int, token: int) -> DumpCheck:
@@ -29,7 +29,7 @@ def check(dump: Dump, model: PiecewiseModel, batch: int, token: int) -> DumpChec
     )
     known = {site.name for site in sites}
     unknown = tuple(name for name in dump.entries if name not in known)
-    return DumpCheck(families, unknown, dump.info.token_ids is not None)
+    return DumpCheck(families, unknown)
 
 
 def _state(dump: Dump, site: Site, head_dim: int | None, token: int) -> tuple[SiteState, str]:
@@ -45,7 +45,9 @@ def _state(dump: Dump, site: Site, head_dim: int | None, token: int) -> tuple[Si
 
 def _cost(position: int, sites: Sequence[Site], states: dict[str, tuple[SiteState, str]]) -> str:
     """What is lost: a missing site's operation is judged together with the next one that was recorded."""
-    later = next((s for s in sites[position + 1 :] if states[s.name][0] == "present"), None)
+    own = branch(sites[position].name)
+    readers = (s for s in sites[position + 1 :] if branch(s.name) in (own, "") or not own)
+    later = next((s for s in readers if states[s.name][0] == "present"), None)
     if later is None:
         return "nothing after it is recorded, so its operation is not judged at all"
     return f"its operation is judged only through {family(later.name)}"

@@ -23,7 +23,7 @@ from parity.results import (
     SiteVerdict,
     Structure,
 )
-from parity.sites import family, layer_of
+from parity.sites import branch, family, is_stream, layer_of
 
 if TYPE_CHECKING:
     from parity.reference.floor import Local
@@ -88,13 +88,13 @@ def judge_site(local: Local, mode: RoundingMode, lucky: float = 1.0) -> tuple[Si
     """Verdict, ratio and reason for one site; `lucky` is its share of `luck`."""
     if local.nonfinite:
         if local.reference_nonfinite:
-            return "nonfinite", local.ratio, "overflows; so does the reference in this dtype"
+            return "unmeasured", local.ratio, "overflows; so does the reference in this dtype"
         return "nonfinite", local.ratio, f"{local.nonfinite} values are NaN or infinite, on finite inputs"
     if local.nonfinite_inputs and local.ratio == 0:
         return "unmeasured", 0.0, "its inputs are not finite"
     strict, ratio_fused = local.ratio / lucky, local.ratio_fused / lucky
     ratio = ratio_fused if mode.fused else strict
-    if local.floor_rel > _USELESS:
+    if local.floor_rel > _USELESS and ratio <= ROUNDING:
         return "unmeasured", ratio, f"the reference's own rounding is {local.floor_rel:.0%} of the value"
     if local.bit_equal:
         return "exact", ratio, "bit-equal to the reference on the same inputs"
@@ -173,11 +173,15 @@ def _first_token(m: Measurement) -> int | None:
 
 
 def _span_before(sites: Sequence[Measurement], position: int) -> tuple[str, ...]:
-    """The unmeasured sites right before a site: its verdict covers their operations too."""
+    """The unmeasured sites whose operations a site's verdict covers too: back to where the stream was measured."""
+    own = branch(sites[position].site)
     span: list[str] = []
-    while position and sites[position - 1].verdict == "unmeasured":
-        position -= 1
-        span.insert(0, sites[position].site)
+    for earlier in reversed(sites[:position]):
+        if earlier.verdict != "unmeasured":
+            if is_stream(earlier.site) or (own and branch(earlier.site) in (own, "")):
+                break
+        elif branch(earlier.site) in (own, "") or not own:
+            span.insert(0, earlier.site)
     return tuple(span)
 
 
@@ -234,7 +238,7 @@ def judge_run(
         what = sites[-1].reason if sites else "no site"
         return "inconclusive", f"the logits were not measured: {what}"
     total = sites[-1].total_ratio
-    if total is not None and total > _TOTAL:
+    if total is not None and not total <= _TOTAL:
         return (
             "inconclusive",
             f"every operation rounds as it should, yet the logits are {total:.1f}x as far off as the reference's",

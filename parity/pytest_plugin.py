@@ -48,9 +48,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     port: Port | None = vars(metafunc.function).get("parity_port")
     if port is None:
         return
-    from parity import settings, testing
+    from parity import baseline, settings, testing
 
     try:
+        baseline.load(baseline.path_for(metafunc.definition.path))
         found = testing.expand(port, metafunc.definition.path.parent, settings.load(metafunc.config.rootpath))
         parameters = [pytest.param(case, id=f"{case.run.id}-{case.part}") for case in found]
     except ModelError as error:

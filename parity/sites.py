@@ -52,6 +52,24 @@ def short(site: str) -> str:
     return site[found.end() + 1 :] or "output" if found else site
 
 
+_BRANCHES = {"q": "q", "k": "k", "v": "v", "gate": "gate", "up": "up"}
+_STREAM = ("output", "resid_mid")
+
+
+def branch(site: str) -> str:
+    """The side branch of its layer that a site lies on: q, k, v, gate, up, or "" for the trunk.
+
+    What lies on one branch is not read on another; the trunk reads them all.
+    """
+    last = site.rsplit(".", 1)[-1]
+    return "gate" if last == "act_fn" else _BRANCHES.get(last.split("_")[0], "")
+
+
+def is_stream(site: str) -> bool:
+    """Whether all that comes later is computed from this site: the residual stream, or anything between layers."""
+    return layer_of(site) is None or short(site) in _STREAM
+
+
 def group_label(site: str) -> str:
     """What a per-layer table calls the row that this site belongs to: `layers.3`, `embed_tokens`, `lm_head`."""
     found = _LAYER_NUMBER.search(site)

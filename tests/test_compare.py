@@ -97,7 +97,7 @@ def clean(question: Question) -> nn.Module:
 # -- live ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", slow_but(["float32", "bfloat16"], ["float32", "bfloat16", "float16"]))
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], ["float32", "bfloat16", "float16"]))
 def test_a_right_candidate_matches_and_a_wrong_one_is_localized(small: Path, dtype: str) -> None:
     question = ask(small, dtype)
     right = live(question, clean(question))
@@ -108,6 +108,7 @@ def test_a_right_candidate_matches_and_a_wrong_one_is_localized(small: Path, dty
     assert [(f.family, f.layers) for f in wrong.findings] == [("model.layers.*.mlp.act_fn", (1,))]
 
 
+@pytest.mark.slow
 def test_what_the_report_says_of_the_run(small: Path) -> None:
     question = ask(small)
     env = live(question, clean(question)).environment
@@ -201,6 +202,7 @@ def test_a_name_map_for_a_live_candidate(small: Path, with_head: bool) -> None:
     assert verdicts(live(question, Inside(wrong), names=names)) == verdicts(live(question, wrong))
 
 
+@pytest.mark.slow
 def test_layouts_are_asked_of_a_live_candidate(small: Path) -> None:
     """Six tokens and six heads: a shape alone does not say which axis is which."""
     question = ask(small, rows=(TOKENS[:6],))
@@ -277,12 +279,12 @@ def written(question: Question, module: nn.Module, path: Path, *, wide: bool, de
     return WRITERS[path.name](path, arrays, metadata)
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", slow_but(["port.safetensors"], WRITERS))
 @pytest.mark.parametrize(
     ("wide", "declare"),
     [
         pytest.param(False, True, id="bits, dims"),
-        pytest.param(True, False, id="float32, no dims", marks=pytest.mark.slow),
+        pytest.param(True, False, id="float32, no dims"),
         pytest.param(False, False, id="bits, no dims", marks=pytest.mark.slow),
         pytest.param(True, True, id="float32, dims", marks=pytest.mark.slow),
     ],
@@ -313,6 +315,7 @@ def test_a_right_dump_matches(small: Path, tmp_path: Path, name: str) -> None:
     assert (result.verdict, result.coverage.measured) == ("match", len(result.sites))
 
 
+@pytest.mark.slow
 def test_bfloat16_in_a_float32_dump_is_recognised(small: Path, tmp_path: Path) -> None:
     question = ask(small)
     path = written(question, clean(question), tmp_path / "port.npz", wide=True, declare=True)
@@ -325,7 +328,9 @@ def test_bfloat16_in_a_float32_dump_is_recognised(small: Path, tmp_path: Path) -
         assert working_dtype(dump) == "float32"
 
 
-@pytest.mark.parametrize("rows", [(TOKENS,), (TOKENS, OTHERS, TOKENS)], ids=["one row", "three rows"])
+@pytest.mark.parametrize(
+    "rows", [pytest.param((TOKENS,), marks=pytest.mark.slow), (TOKENS, OTHERS, TOKENS)], ids=["one row", "three rows"]
+)
 def test_a_batch_offline(small: Path, tmp_path: Path, rows: tuple[tuple[int, ...], ...]) -> None:
     question = ask(small, rows=rows)
     wrong = planted(question, GELU)
@@ -334,6 +339,7 @@ def test_a_batch_offline(small: Path, tmp_path: Path, rows: tuple[tuple[int, ...
     assert verdicts(offline(question, path)) == verdicts(live(question, wrong))
 
 
+@pytest.mark.slow
 def test_a_dump_of_other_tokens_is_refused(small: Path, tmp_path: Path) -> None:
     question = ask(small, rows=(OTHERS,))
     path = written(question, clean(question), tmp_path / "port.npz", wide=True, declare=True)
@@ -341,6 +347,7 @@ def test_a_dump_of_other_tokens_is_refused(small: Path, tmp_path: Path) -> None:
         offline(ask(small), path)
 
 
+@pytest.mark.slow
 def test_a_dump_whose_sizes_leave_two_readings_is_refused(small: Path, tmp_path: Path) -> None:
     question = ask(small, rows=(TOKENS[:6],))
     arrays = {name: numbers(x) for name, x in recorded(question, clean(question)).items()}
@@ -397,6 +404,7 @@ def test_layer_outputs_alone_localize_to_the_layer(checkpoint: Callable[..., Pat
     assert "the rest of what was measured" in result.headline
 
 
+@pytest.mark.slow
 def test_right_layer_outputs_alone_match_and_say_what_was_not_seen(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -438,6 +446,7 @@ def test_the_span_holds_the_operation_that_is_wrong(small: Path, tmp_path: Path,
     assert VARIANTS[bug].guilty_sites([1]) <= set(found.span)
 
 
+@pytest.mark.slow
 def test_without_logits_nothing_is_a_match(small: Path, tmp_path: Path) -> None:
     question = ask(small)
     result = part(question, clean(question), lambda name: name != "lm_head", tmp_path / "port")
@@ -445,6 +454,7 @@ def test_without_logits_nothing_is_a_match(small: Path, tmp_path: Path) -> None:
     assert result.answer == "the logits were not measured"
 
 
+@pytest.mark.slow
 def test_logits_alone_are_a_dump_too(small: Path, tmp_path: Path) -> None:
     question = ask(small)
     alone = part(question, clean(question), lambda name: name == "lm_head", tmp_path / "right")

@@ -79,10 +79,17 @@ def flagged(result: Comparison) -> set[str]:
 
 
 def runs(variants: Iterable[Variant], fast: tuple[str, ...]) -> list[object]:
-    """Those of `fast` in each dtype that they are about; every second of the others in one, and slow."""
-    quick = [pytest.param(v, dtype, id=f"{v.id}-{dtype}") for v in variants if v.id in fast for dtype in v.dtypes]
-    rest = [v for v in variants if v.id not in fast][::2]
-    return quick + [pytest.param(v, v.dtypes[0], id=f"{v.id}-{v.dtypes[0]}", marks=pytest.mark.slow) for v in rest]
+    """Those of `fast` in each dtype that they are about, one of them slow; every fourth of the others in one dtype."""
+    slow = pytest.mark.slow
+    found = []
+    for number, name in enumerate(fast):
+        variant = next(v for v in variants if v.id == name)
+        for place, dtype in enumerate(variant.dtypes):
+            # Alternating, so that the fast part sees both dtypes.
+            marks = () if place == number % len(variant.dtypes) else slow
+            found.append(pytest.param(variant, dtype, id=f"{name}-{dtype}", marks=marks))
+    rest = [v for v in variants if v.id not in fast][::4]
+    return found + [pytest.param(v, v.dtypes[0], id=f"{v.id}-{v.dtypes[0]}", marks=slow) for v in rest]
 
 
 def is_here(variant: Variant) -> bool:
@@ -127,6 +134,7 @@ def test_a_legal_variant_raises_no_alarm(
     assert result.exit_code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clean", ["sdpa", "ops-fp32"])
 def test_a_bug_in_a_legal_variant_is_still_found(checkpoint: Callable[..., Path], tmp_path: Path, clean: str) -> None:
     """A port differs in both ways at once."""

@@ -111,7 +111,7 @@ def test_a_glob_that_matches_nothing_is_named_with_its_neighbour() -> None:
     with pytest.raises(UsageError) as error:
         settings.parse({"lm_haed": {}}, (), "").check_globs(SITES, families)
     assert str(error.value) == "'lm_haed': matches none of the 5 sites. Did you mean 'lm_head'?"
-    with pytest.raises(UsageError, match="Did you mean 'model.layers.*.mlp.act_fn'"):
+    with pytest.raises(UsageError, match=r"Did you mean 'model\.layers\.\*\.mlp\.act_fn'"):
         settings.parse({}, ["*.mpl.act_fn"], "").check_globs(SITES, families)
     with pytest.raises(UsageError, match="Did you mean 'next_token'"):
         settings.parse({"nxt_token": {}}, (), "").check_globs(SITES, families)

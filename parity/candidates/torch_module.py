@@ -61,13 +61,13 @@ def record(
             return value
 
         logits = _run(module, input_ids, own_sites(module, sites, names), tap)
-        if seen:
-            tap(sites[-1].name, logits)
-        else:
+        if not seen:
             raise CandidateError(
                 "the candidate has no submodule with a name that the reference has, so nothing could be recorded. "
                 "Name its modules as the checkpoint does (`parity sites` lists the names); nn.Identity will do."
             )
+        if not any(sites[-1].name in sites_of(names or {}, own) for own in seen):
+            tap(sites[-1].name, logits)
 
 
 def known_axes(

@@ -206,10 +206,12 @@ def _nonfinite(candidate: Tensor, truth: Tensor, floor: Tensor, *, plain: bool) 
     if plain:
         return dict.fromkeys(names, 0)
     finite = truth.isfinite()
+    # A port may well hide a masked score by an infinity.
+    spoilt = ~candidate.isfinite() & finite & ((truth > _MASKED) | candidate.isnan())
     return dict(
         zip(
             names,
-            (int(x.sum()) for x in (~candidate.isfinite() & finite, ~finite, ~floor.isfinite() & finite)),
+            (int(x.sum()) for x in (spoilt, ~finite, ~floor.isfinite() & finite)),
             strict=True,
         )
     )

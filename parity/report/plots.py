@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parity.errors import UsageError
 from parity.report import gather
 from parity.report.grid import STEPS, Cell, grid
 from parity.report.text import quoted, visible
@@ -42,7 +43,10 @@ _DARK = 5
 
 def write(comparison: Comparison, folder: Path) -> dict[str, Path]:
     """Write every picture twice, into `folder`; returns the paths by file name: `depth.svg`, `depth.png`, …"""
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UsageError(f"pictures need matplotlib ({error}). Install it: pip install 'parity[plots]'.") from error
 
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("finding-*.[sp][vn]g"):

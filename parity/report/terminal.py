@@ -23,7 +23,7 @@ from parity.report.text import (
     visible,
     where,
 )
-from parity.results import Comparison, DumpCheck, Finding, Measurement
+from parity.results import Comparison, DumpCheck, Finding
 
 CHECK_STYLES = {"present": "green", "missing": "yellow", "misshapen": "bold red", "ambiguous": "bold red"}
 _MOST_UNKNOWN = 10
@@ -43,7 +43,10 @@ STYLES = {
 
 def show(comparison: Comparison, console: Console, *, verbose: bool = False) -> None:
     """Print a Comparison: verdict, findings, next token, power, layers; every site if `verbose`."""
-    line(console, Text.assemble((comparison.verdict.upper(), STYLES[comparison.verdict]), "  ", comparison.headline))
+    line(
+        console,
+        Text.assemble((comparison.verdict.upper(), STYLES[comparison.verdict]), "  ", visible(comparison.headline)),
+    )
     line(console, Text(_asked(comparison), style="dim"))
     layers = count_layers(comparison)
     for position, finding in enumerate(comparison.findings, 1):
@@ -133,7 +136,8 @@ def _layer_table(layer_rows: Sequence[LayerRow]) -> Table:
     table.add_column("verdict", no_wrap=True)
     table.add_column("sites", justify="right", no_wrap=True)
     table.add_column("ratio", justify="right", no_wrap=True)
-    table.add_column("at", no_wrap=True, overflow="ellipsis", max_width=22)
+    # The one column that may shrink.
+    table.add_column("at", overflow="ellipsis", max_width=22)
     table.add_column("worst MSE", justify="right", no_wrap=True)
     table.add_column("worst cosine", justify="right", no_wrap=True)
     for row in layer_rows:
@@ -151,20 +155,18 @@ def _layer_table(layer_rows: Sequence[LayerRow]) -> Table:
 
 def _site_table(comparison: Comparison) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("site", "verdict", "ratio", "local", "inherited", "floor"):
-        table.add_column(name, justify="left" if name in ("site", "verdict") else "right", no_wrap=name != "site")
+    table.add_column("verdict", no_wrap=True)
+    for name in ("ratio", "local", "inherited", "floor"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("site", overflow="fold")
     for m in comparison.sites:
         table.add_row(
-            Text(visible(m.site)),
-            Text(_said(m), style=STYLES[m.verdict]),
+            Text(m.verdict, style=STYLES[m.verdict]),
             number(m.ratio),
             *(number(value, ".1e") for value in (m.local_rel, m.inherited_rel, m.floor_rel)),
+            Text(visible(m.site) + (f": {visible(m.reason)}" if m.verdict == "unmeasured" else "")),
         )
     return table
-
-
-def _said(m: Measurement) -> str:
-    return f"unmeasured: {visible(m.reason)}" if m.verdict == "unmeasured" else m.verdict
 
 
 def show_check(check: DumpCheck, console: Console) -> None:

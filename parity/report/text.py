@@ -132,7 +132,9 @@ def span(finding: Finding) -> str:
     """The unmeasured sites that the finding covers too, or nothing."""
     if not finding.span:
         return ""
-    return f"or in one of {plural(len(finding.span), 'unmeasured site')} before it, from {visible(finding.span[0])}"
+    if len(finding.span) == 1:
+        return f"or in the unmeasured site before it, {visible(finding.span[0])}"
+    return f"or in one of the {len(finding.span)} unmeasured sites before it, from {visible(finding.span[0])}"
 
 
 def flips(token: NextToken) -> str:
