@@ -113,6 +113,7 @@ def diff(
     inner: Inner = False,
     names: Names = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the report.", rich_help_panel=_OUT)] = None,
+    plots: Annotated[bool, typer.Option("--plots", help="Pictures too, as SVG and PNG.", rich_help_panel=_OUT)] = False,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -129,7 +130,7 @@ def diff(
             comparison = _diff_injected(ask, inject, progress)
         else:
             comparison = _diff(ask, dumps or [], candidate, names, progress)
-    _report(comparison, folder, json=json, verbose=verbose)
+    _report(comparison, folder, json=json, verbose=verbose, plots=plots)
     raise typer.Exit(comparison.exit_code)
 
 
@@ -210,6 +211,35 @@ def sites(model: Model = None, inner: Inner = False, json: Json = False) -> None
     for s in known:
         axes = " ".join(f"{d}={n}" if n else d for d, n in zip(s.dims, s.sizes, strict=True))
         print(f"{s.name:{width}}  {axes}  {s.dtype}")
+
+
+@app.command()
+def report(
+    old: Annotated[Path, typer.Argument(help="A report.json.")],
+    new: Annotated[Path | None, typer.Argument(help="A later one: show what changed.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to render into.", rich_help_panel=_OUT)
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Render a report again, without a model; or show what changed between two.
+
+    Exit code, of two reports: 0 if nothing got worse, 1 if something did.
+    """
+    from rich.console import Console
+
+    from parity.report import json as report_json
+    from parity.report.changes import changes
+    from parity.report.changes import show as show_changes
+
+    if new is None:
+        if out is not None:
+            _writable(out)
+        _report(report_json.load(old), out, json=False, verbose=verbose, plots=True)
+        return
+    found = changes(report_json.load(old), report_json.load(new))
+    show_changes(found, Console(highlight=False))
+    raise typer.Exit(1 if found.is_worse else 0)
 
 
 @app.command()
@@ -346,21 +376,20 @@ def _writable(folder: Path) -> None:
         raise UsageError(f"{folder}: not writable. Choose another place with --out.")
 
 
-def _report(comparison: Comparison, folder: Path | None, *, json: bool, verbose: bool) -> None:
+def _report(comparison: Comparison, folder: Path | None, *, json: bool, verbose: bool, plots: bool) -> None:
     from rich.console import Console
 
     from parity.report import json as report_json
+    from parity.report.files import write_all
     from parity.report.terminal import show
 
-    text = report_json.dumps(comparison)
-    if folder is not None:
-        (folder / "report.json").write_text(text, encoding="utf-8")
+    written = write_all(comparison, folder, plots=plots) if folder is not None else {}
     if json:
-        sys.stdout.write(text)
+        sys.stdout.write(report_json.dumps(comparison))
         return
     show(comparison, Console(highlight=False), verbose=verbose)
-    if folder is not None:
-        print(f"report: {folder / 'report.json'}")
+    if written:
+        print(f"report: {written['index.html']}")
 
 
 def _print_json(value: Any) -> None:

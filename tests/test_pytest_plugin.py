@@ -21,10 +21,18 @@ from tests.conftest import environment
 TOKENS = (5, 9, 200, 17, 3, 88, 41)
 ITEMS = 4 + 4  # layers of the checkpoint and ends
 # What looks for leaks at the end of a session walks through all objects of torch, five times.
-WITHOUT = ("cacheprovider", "randomly", "unraisableexception", "threadexception")
+WITHOUT = ("cacheprovider", "unraisableexception", "threadexception")
 QUIET = ("-p", "parity.pytest_plugin", *(part for name in WITHOUT for part in ("-p", f"no:{name}")))
 
 Session = Callable[..., pytest.RunResult]
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside, pytest has no other plugin than ours."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
 
 
 @pytest.fixture(scope="session")
@@ -271,7 +279,9 @@ def test_recording_does_not_accept_what_is_wrong(faked: Session, clean: Comparis
     )
 
 
-def test_a_broken_baseline_is_an_error_of_the_collection(faked: Session, clean: Comparison, pytester: pytest.Pytester) -> None:
+def test_a_broken_baseline_is_an_error_of_the_collection(
+    faked: Session, clean: Comparison, pytester: pytest.Pytester
+) -> None:
     (pytester.path / "test_x.baseline.txt").write_text("ratio = 3")
     result = faked(clean)
     result.assert_outcomes(errors=1)
@@ -365,10 +375,7 @@ def alone(folder: Path, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_workers_share_one_comparison_and_one_record(
-    pytester: pytest.Pytester, four: Path, clean: Comparison, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+def test_workers_share_one_comparison_and_one_record(pytester: pytest.Pytester, four: Path, clean: Comparison) -> None:
     (pytester.path / "given.json").write_text(report_json.dumps(clean))
     (pytester.path / "conftest.py").write_text(
         "import pathlib, time, parity.testing, parity.report.json\n"
@@ -380,7 +387,7 @@ def test_workers_share_one_comparison_and_one_record(
         "parity.testing.compare = compare\n"
     )
     suite(pytester.path, four)
-    out = alone(pytester.path, "-n", "2", "--parity-record")
+    out = alone(pytester.path, "-p", "xdist", "-n", "2", "--parity-record")
     assert f"{ITEMS} passed" in out
     assert made(pytester) == 1
     assert "parity: 1 match; worst ratio" in out

@@ -39,7 +39,7 @@ def sdpa(self: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tens
 def online_softmax(self: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention block by block of keys, as FlashAttention walks through them."""
     k, v = grouped(self, k).float(), grouped(self, v).float()
-    top = torch.full((*q.shape[:3], 1), -torch.inf)
+    top = torch.full((*q.shape[:3], 1), -torch.inf, device=q.device)
     total, context = torch.zeros_like(top), torch.zeros_like(q, dtype=torch.float32)
     for keys, values, hidden in zip(k.split(32, 2), v.split(32, 2), mask.float().split(32, 1), strict=True):
         scores = q.float() @ keys.transpose(2, 3) * self.head_dim**-0.5 + hidden
@@ -158,7 +158,7 @@ def split_sum(parts: int) -> Callable[..., Tensor]:
 
 def one_after_another(self: nn.Linear, x: Tensor) -> Tensor:
     """A matrix product summed 8 terms at a time, first to last, as a plain loop would."""
-    total = torch.zeros(*x.shape[:-1], self.weight.shape[0])
+    total = torch.zeros(*x.shape[:-1], self.weight.shape[0], device=x.device)
     for a, w in zip(x.float().split(8, -1), self.weight.float().split(8, -1), strict=True):
         for j in range(a.shape[-1]):
             total = total + a[..., j, None] * w[:, j]
@@ -184,20 +184,12 @@ def _wide_attention(model: Qwen3, layers: Sequence[int]) -> None:
 def _fused_qkv(model: Qwen3, layers: Sequence[int]) -> None:
     for i in layers:
         modules = [get(model, i, f"self_attn.{n}_proj") for n in "qkv"]
-        weight = torch.cat([m.weight for m in modules])
-        bias = torch.cat([m.bias for m in modules]) if modules[0].bias is not None else None
-        sizes = [m.out_features for m in modules]
         for part, module in enumerate(modules):
 
-            def forward(
-                _self: nn.Linear,
-                x: Tensor,
-                part: int = part,
-                weight: Tensor = weight,
-                bias: Tensor | None = bias,
-                sizes: list[int] = sizes,
-            ) -> Tensor:
-                return F.linear(x, weight, bias).split(sizes, -1)[part]
+            def forward(_self: nn.Linear, x: Tensor, part: int = part, modules: list[Any] = modules) -> Tensor:
+                weight = torch.cat([m.weight for m in modules])
+                bias = torch.cat([m.bias for m in modules]) if modules[0].bias is not None else None
+                return F.linear(x, weight, bias).split([m.out_features for m in modules], -1)[part]
 
             rebind(module, forward)
 
