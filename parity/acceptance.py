@@ -115,7 +115,8 @@ def explain(failed: Sequence[Failure], c: Comparison) -> list[str]:
     sites = {failure.site for failure in failed}
     for finding in c.findings:
         if sites.intersection(finding.sites):
-            lines += _cause(finding)
+            said = " ".join(lines)
+            lines += [line for line in _cause(finding) if line.strip() not in said]
     return lines
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from parity.ask import EMBEDDED, Ask
+from parity.console import explain, print_json, progress_bar, writable, write_report
 from parity.errors import ParityError, UsageError
 
 if TYPE_CHECKING:
     from parity.compare import Progress
-    from parity.faults import Fault
     from parity.results import Comparison
 
 app = typer.Typer(
@@ -124,13 +121,13 @@ def diff(
     ask = Ask(prompt, prompt_file, tokens, model, dtype, device, attention, inner, faults)
     folder = out or (None if json else Path("reports") / datetime.now().strftime("%Y%m%d-%H%M%S"))
     if folder is not None:
-        _writable(folder)
-    with _progress(quiet=json) as progress:
+        writable(folder)
+    with progress_bar(quiet=json) as progress:
         if inject is not None:
             comparison = _diff_injected(ask, inject, progress)
         else:
             comparison = _diff(ask, dumps or [], candidate, names, progress)
-    _report(comparison, folder, json=json, verbose=verbose, plots=plots)
+    write_report(comparison, folder, json=json, verbose=verbose, plots=plots)
     raise typer.Exit(comparison.exit_code)
 
 
@@ -154,11 +151,11 @@ def record(
     The token ids are written beside it, as text that any language can read.
     """
     question = Ask(prompt, prompt_file, tokens, model, dtype, device, attention, inner).question()
-    _writable(out.parent)
+    writable(out.parent)
     from parity.compare import record_candidate, record_reference
     from parity.dump import write_tokens
 
-    with _progress(quiet=False) as progress:
+    with progress_bar(quiet=False) as progress:
         if candidate:
             missing = record_candidate(question, candidate, out)
         else:
@@ -205,7 +202,7 @@ def sites(model: Model = None, inner: Inner = False, json: Json = False) -> None
 
     known = known_sites(model or EMBEDDED, inner=inner)
     if json:
-        _print_json([{"site": s.name, "dims": list(s.dims), "shape": list(s.sizes), "dtype": s.dtype} for s in known])
+        print_json([{"site": s.name, "dims": list(s.dims), "shape": list(s.sizes), "dtype": s.dtype} for s in known])
         return
     width = max(len(s.name) for s in known)
     for s in known:
@@ -234,8 +231,8 @@ def report(
 
     if new is None:
         if out is not None:
-            _writable(out)
-        _report(report_json.load(old), out, json=False, verbose=verbose, plots=True)
+            writable(out)
+        write_report(report_json.load(old), out, json=False, verbose=verbose, plots=True)
         return
     found = changes(report_json.load(old), report_json.load(new))
     show_changes(found, Console(highlight=False))
@@ -255,7 +252,7 @@ def faults(
     chosen = [by_id(id, catalogue)] if id else list(catalogue)
     if json:
         fields = ("id", "title", "sites", "fix", "source", "needs")
-        _print_json([{field: getattr(fault, field) for field in fields} for fault in chosen])
+        print_json([{field: getattr(fault, field) for field in fields} for fault in chosen])
     elif id:
         print(explain(chosen[0]))
     else:
@@ -280,10 +277,10 @@ def power(
     from parity.results import to_json
 
     question = Ask(prompt, prompt_file, tokens, model, dtype, device, faults=faults).question()
-    with _progress(quiet=json) as progress:
+    with progress_bar(quiet=json) as progress:
         found = power_of(question, progress)
     if json:
-        _print_json(to_json(found))
+        print_json(to_json(found))
         return
     print(f"{len(found.visible)} faults would be seen, {len(found.invisible)} would not")
     width = max((len(one.fault) for one in found.invisible), default=0)
@@ -317,25 +314,6 @@ def _diff_injected(ask: Ask, inject: str, progress: Progress) -> Comparison:
     return diff_injected(question, parse(inject, question.faults), progress)
 
 
-def explain(fault: Fault) -> str:
-    """A fault in a few lines."""
-    number = (
-        f"number   {fault.number.name}; seen: {', '.join(f'{v:g}' for v in fault.number.typical)}"
-        if fault.number
-        else ""
-    )
-    lines = [
-        fault.id,
-        f"what     {fault.title}",
-        f"shows    at {', '.join(site or 'the output of a layer' for site in fault.sites)}",
-        f"fix      {fault.fix}",
-        number,
-        f"needs    {fault.needs}" if fault.needs else "",
-        f"seen in  {fault.source}" if fault.source else "",
-    ]
-    return "\n".join(line for line in lines if line)
-
-
 def _diff_dumps(ask: Ask, dumps: list[Path], names: Path | None, progress: Progress) -> Comparison:
     from parity.compare import diff_dump, reference_for, working_dtype
     from parity.dump import open_dump
@@ -362,56 +340,6 @@ def _same_model(dump: Any, checkpoint: Any) -> None:
             f"{dump.path}: records model {dump.info.model!r} (fingerprint {theirs}), but {checkpoint.name!r} "
             f"has fingerprint {checkpoint.fingerprint()}. Give --model the checkpoint that was recorded."
         )
-
-
-# -- output --------------------------------------------------------------------------------------------------
-
-
-def _writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot be made ({error.strerror}). Choose another place with --out.") from error
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"{folder}: not writable. Choose another place with --out.")
-
-
-def _report(comparison: Comparison, folder: Path | None, *, json: bool, verbose: bool, plots: bool) -> None:
-    from rich.console import Console
-
-    from parity.report import json as report_json
-    from parity.report.files import write_all
-    from parity.report.terminal import show
-
-    written = write_all(comparison, folder, plots=plots) if folder is not None else {}
-    if json:
-        sys.stdout.write(report_json.dumps(comparison))
-        return
-    show(comparison, Console(highlight=False), verbose=verbose)
-    if written:
-        print(f"report: {written['index.html']}")
-
-
-def _print_json(value: Any) -> None:
-    import json
-
-    print(json.dumps(value, indent=1))
-
-
-@contextmanager
-def _progress(*, quiet: bool) -> Iterator[Progress]:
-    """A bar with the current piece and an estimate; silent where nobody watches."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield lambda _what, _done, _total: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
 def main() -> None:

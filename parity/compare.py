@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from parity.align import AmbiguousLayoutError, Gap, Pair, align
 from parity.candidates import torch_module
+from parity.coherence import coherent
 from parity.diagnose import Bench, diagnose
 from parity.dump import ArchiveWriter, Array, Dump, Entry, NameMap, open_dump, rename
 from parity.errors import IncomparableError
@@ -34,7 +35,7 @@ from parity.reference.pieces import PiecewiseModel
 from parity.reference.precision import unit_roundoff
 from parity.reference.replay import Reference, Replayed
 from parity.reference.selfcheck import reference_checks, weight_check
-from parity.results import Check, Comparison, Environment, Measurement
+from parity.results import Check, Comparison, Environment, Finding, Measurement
 from parity.sites import Site
 
 Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
@@ -250,12 +251,17 @@ def _conclude(
     if found and model.is_cut:
         with clock("diagnose"):
             found = diagnose(found, bench, faults)
+    if model.is_cut and model.dtype is not torch.float32 and not mode.truncates:
+        with clock("wrong constants"):
+            leaning = coherent(sites, bench, faults)
+        sites = _accused(sites, leaning)
+        found = (*found, *leaning)
     could_see = None
     if model.is_cut:
         with clock("power"):
             could_see = power(bench, faults, lambda done, total: progress("what this run could have seen", done, total))
     next_token = watch.result()
-    verdict, headline = judge_run(sites, checks, next_token)
+    verdict, headline = judge_run(sites, found, checks, next_token)
     return Comparison(
         verdict=verdict,
         headline=headline,
@@ -268,6 +274,12 @@ def _conclude(
         environment=_environment(question, model, dump, name, measured, clock),
         power=could_see,
     )
+
+
+def _accused(sites: list[Measurement], leaning: Sequence[Finding]) -> list[Measurement]:
+    """The sites with the verdict that a coherent finding gives them."""
+    guilty = {site: finding for finding in leaning for site in finding.sites}
+    return [replace(m, verdict="wrong", reason=guilty[m.site].evidence[0]) if m.site in guilty else m for m in sites]
 
 
 def _judged(m: _Measured, mode: RoundingMode, lucky: float) -> Measurement:

@@ -215,10 +215,12 @@ def evidence(m: Measurement) -> list[str]:
 
 
 def judge_run(
-    sites: Sequence[Measurement], checks: Sequence[Check], next_token: NextToken | None
+    sites: Sequence[Measurement],
+    bad: Sequence[Finding],
+    checks: Sequence[Check],
+    next_token: NextToken | None,
 ) -> tuple[RunVerdict, str]:
-    """The verdict of the run, and the headline that says why."""
-    bad = findings(sites)
+    """The verdict of the run, and the headline that says why; `bad` are its findings, after diagnosis."""
     coverage = covered(sites)
     failed = [check for check in checks if not check.ok]
     if bad:

@@ -37,7 +37,9 @@ def power(bench: Bench, catalogue: Iterable[Fault], progress: Callable[[int, int
     pieces = _pieces(bench)
     for done, piece in enumerate(pieces):
         progress(done, len(pieces))
-        missing = [fault for fault in faults if seen[fault.id].ratio < VISIBLE]
+        missing = [fault for fault in faults if _worth_a_look(seen[fault.id], piece)]
+        if not missing:
+            break
         with bench.piece(piece, tokens=_HEAD_TOKENS) as at:
             if at is not None:
                 for fault, sight in _look(missing, at, bench):
@@ -55,9 +57,14 @@ def power(bench: Bench, catalogue: Iterable[Fault], progress: Callable[[int, int
 
 
 def _pieces(bench: Bench) -> list[Piece]:
-    """The ends and the first, middle and last layer: a fault that none of them shows is not counted as visible."""
+    """The first, middle and last layer and the ends: a fault that none of them shows is not counted as visible."""
     count = len(bench.reference.working.layers)
-    return [EMBED, *sorted({0, count // 2, count - 1}), HEAD]
+    return [*sorted({0, count // 2, count - 1}), EMBED, HEAD]
+
+
+def _worth_a_look(sight: _Sight, piece: Piece) -> bool:
+    """Faults seen already need no second look, and those of the layers none at the ends, which are large."""
+    return sight.ratio < VISIBLE and (isinstance(piece, int) or not sight.applies)
 
 
 def _look(faults: Sequence[Fault], at: Focus, bench: Bench) -> Iterable[tuple[Fault, _Sight]]:

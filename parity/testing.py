@@ -70,7 +70,7 @@ class Run:
 
     @property
     def command(self) -> list[str]:
-        """The same comparison as a command line, but for the name of a factory's module."""
+        """The same comparison as a command line."""
         ask = self.ask
         options = {
             "--candidate": self.candidate,
@@ -116,7 +116,10 @@ def cases(
 
     candidate         module:factory, file.py:factory, or a dump (then with exactly the prompt it was made of)
     prompts           texts, "@file" for a text file, or tuples of token ids
-    thresholds        as `[tool.parity.thresholds]`, looked at after it: {"*.mlp.*": {"ratio": 4}}
+    thresholds        as `[tool.parity.thresholds]`, looked at after it: {"*.mlp.*": {"ratio": 4}}; the verdict
+                      decides where there are no numbers. ratio is of the site's own error to the reference's
+                      rounding; mse, cosine and max_abs compare with the reference's own run; kl is the largest of
+                      all positions, in nats
     allow_unmeasured  globs of sites that the candidate need not have
     missing           "error" or "skip" where the model is not to be had
     names             a name map (JSON), for a candidate whose modules are not named as the checkpoint's
@@ -160,9 +163,9 @@ def expand(port: Port, folder: Path, settings: Settings) -> list[Case]:
 
 
 def _runs(port: Port, model: str, folder: Path) -> Iterator[Run]:
-    candidate = port.candidate
-    if is_dump(candidate) or candidate.rpartition(":")[0].endswith(".py"):
-        candidate = _beside(folder, candidate)
+    candidate, beside = port.candidate, _beside(folder, port.candidate)
+    if is_dump(beside) or candidate.rpartition(":")[0].endswith(".py"):
+        candidate = beside
     names = _beside(folder, port.names) if port.names else None
     seen: dict[str, int] = {}
     for prompt in port.prompts:

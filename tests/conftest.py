@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ import pytest
 
 # Before anything imports the hub's client, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Installed, the plugin is found by itself; naming it twice would be an error.
+pytest_plugins = ["pytester", *([] if entry_points(group="pytest11", name="parity") else ["parity.pytest_plugin"])]
 
 ROOT = Path(__file__).parent.parent
 

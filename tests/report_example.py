@@ -179,7 +179,10 @@ def matching() -> Comparison:
     )
 
 
-EVIL = "<script>alert(1)</script></script><!-- ]]> & \"'` | **b** [x](http://evil.example) @all #1 {{ 7*7 }} \x1b[31m\u202e\u2028\n# h"
+EVIL = (
+    "<script>alert(1)</script></script><!-- ]]> & \"'` | **b** [x](http://evil.example) @all #1 {{ 7*7 }} "
+    "\x1b[31m\u202e\u2028\n# h"
+)
 
 
 def hostile() -> Comparison:

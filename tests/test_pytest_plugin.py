@@ -14,6 +14,7 @@ import pytest
 import parity.errors
 import parity.testing
 from parity import baseline
+from parity.ask import Ask
 from parity.report import json as report_json
 from parity.results import Comparison, Measurement
 from tests.conftest import environment
@@ -44,8 +45,11 @@ def four(checkpoint: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="session")
 def clean(four: Path) -> Comparison:
     """What parity really says of a correct candidate on it."""
-    ask = parity.testing.Ask(model=str(four), tokens=" ".join(map(str, TOKENS)))
-    return parity.testing.compare(parity.testing.Run("t", ask, "impl.qwen3:load", None))
+    return parity.testing.compare(parity.testing.Run("t", ask(four), "impl.qwen3:load", None))
+
+
+def ask(model: Path) -> Ask:
+    return Ask(model=str(model), tokens=" ".join(map(str, TOKENS)))
 
 
 def suite(folder: Path, model: Path | str, more: str = "", prompts: object = (TOKENS,), candidate: str = "") -> None:
@@ -62,7 +66,11 @@ def faked(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, four: Path
     """Run the suite of one port whose comparison is given, in this process. Counts comparisons in `made.txt`."""
 
     def run(
-        c: Comparison | Exception, *arguments: str, more: str = "", prompts: object = (TOKENS,)
+        c: Comparison | Exception,
+        *arguments: str,
+        more: str = "",
+        prompts: object = (TOKENS,),
+        model: Path | str = four,
     ) -> pytest.RunResult:
         made = pytester.path / "made.txt"
         made.write_text("")
@@ -75,7 +83,7 @@ def faked(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, four: Path
             return c
 
         monkeypatch.setattr(parity.testing, "compare", compare)
-        suite(pytester.path, four, more, prompts)
+        suite(pytester.path, model, more, prompts)
         return pytester.runpytest_inprocess(*QUIET, *arguments)
 
     return run
@@ -327,6 +335,22 @@ def test_a_model_that_the_hub_does_not_deliver(pytester: pytest.Pytester) -> Non
     result.stdout.fnmatch_lines(["test_port: model 'nobody/nothing': no directory, and the hub did not deliver its *"])
 
 
+def test_of_a_model_on_the_hub_only_its_config_is_looked_at(
+    faked: Session, clean: Comparison, four: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked: list[tuple[str, ...]] = []
+
+    def download(*arguments: str) -> str:
+        asked.append(arguments)
+        return str(four / "config.json")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    faked(clean, model="some/model").assert_outcomes(passed=ITEMS)
+    assert asked == [("some/model", "config.json")]
+
+
 @pytest.mark.parametrize("skips", [False, True])
 def test_weights_that_are_missing_when_a_test_runs(faked: Session, skips: bool) -> None:
     result = faked(
@@ -357,6 +381,19 @@ def test_a_bug_in_one_layer_fails_that_layer_alone(pytester: pytest.Pytester, fo
     failed = {line.partition(" - ")[0].removeprefix("FAILED ") for line in result.outlines if line[:6] == "FAILED"}
     assert failed - {"test_x.py::test_port[7-tokens-next_token]"} == {"test_x.py::test_port[7-tokens-layers.2]"}
     result.stdout.fnmatch_lines(["model.layers.2.mlp.act_fn: wrong, ratio *", "  cause: *GELU*", "  fix: *"])
+
+
+def test_a_dump_beside_the_test_is_a_candidate(pytester: pytest.Pytester, four: Path, clean: Comparison) -> None:
+    assert clean.sites, "everything is imported"
+    from parity.compare import record_candidate
+
+    record_candidate(ask(four).question(), "impl.qwen3:load", pytester.path / "port.h5")
+    suite(pytester.path, four, candidate="port.h5")
+    pytester.runpytest_inprocess(*QUIET).assert_outcomes(passed=ITEMS)
+    suite(pytester.path, four, candidate="port.h5", prompts=[(1, 2)])
+    result = pytester.runpytest_inprocess(*QUIET)
+    result.assert_outcomes(failed=1, skipped=ITEMS - 1)
+    result.stdout.fnmatch_lines(["*port.h5: holds a run on token ids [[]5, 9, 200, *the reference was asked [[]1, 2]*"])
 
 
 # -- processes -----------------------------------------------------------------------------------------------

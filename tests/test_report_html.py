@@ -107,8 +107,9 @@ def test_counts_on_the_page_are_counts_in_the_data(make: Callable[[], Comparison
     expected = Counter(m.verdict for m in run.sites)
     classes = Counter(c.removeprefix("v-") for found in cells for c in (found["class"] or "").split() if c[:2] == "v-")
     assert classes == expected
-    said = re.findall(r"(\d+) (exact|rounding|imprecise|wrong|nonfinite|unmeasured)\b", shown.text.split("Layers")[0])
-    assert {verdict: int(count) for count, verdict in said if verdict in expected} == expected
+    lead = shown.text.split("Each cell asks")[1].split("layer")[0]
+    said = re.findall(r"(\d+) (exact|rounding|imprecise|wrong|nonfinite|unmeasured)\b", lead)
+    assert {verdict: int(count) for count, verdict in said} == expected
     assert len(shown.all("article", **{"class": "finding"})) == len(run.findings)
     assert len([1 for found in shown.all("tr") if "data-verdict" in found]) == len(rows(run.sites))
     assert len([1 for found in shown.all("p", **{"class": "warning"})]) == sum(not check.ok for check in run.checks)
@@ -150,10 +151,8 @@ def test_what_was_found_is_said() -> None:
         "drowns in bfloat16",
         "parity diff --prompt-file prompt.txt --candidate port.py:load",
         "lm_head.weight differs",
-        "204",
     ):
-        if words != "204":
-            assert words in text, words
+        assert words in text, words
     assert "reference prefers ' Emma' to ' Grace' by 6, 200 standard deviations of the rounding noise" in text
 
 

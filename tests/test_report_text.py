@@ -90,7 +90,12 @@ def test_ranges() -> None:
 
 @pytest.mark.parametrize(
     ("layers", "shown"),
-    [((), "outside the layers"), ((14,), "layer 14 only"), ((0, 1, 2), "all 3 layers"), ((0, 2), "layers 0, 2 (2 of 3)")],
+    [
+        ((), "outside the layers"),
+        ((14,), "layer 14 only"),
+        ((0, 1, 2), "all 3 layers"),
+        ((0, 2), "layers 0, 2 (2 of 3)"),
+    ],
 )
 def test_where(layers: tuple[int, ...], shown: str) -> None:
     assert text.where(Finding("f", (), layers, "wrong", 1.0, None, ()), 3) == shown

@@ -147,7 +147,7 @@ def _site(m: Measurement, verdict: int, number_of: _Numbered, comparison: Compar
         text.visible(m.site),
         verdict,
         number_of(m.reason),
-        [_rounded(getattr(m, name), _DIGITS.get(name, 4)) for name in _METRICS],
+        [_rounded(getattr(m, name), _DIGITS.get(name, 5)) for name in _METRICS],
         None if m.bit_equal is None else int(m.bit_equal),
         text.visible(m.dtype or ""),
         list(m.shape),

@@ -16,7 +16,7 @@ _LONG = 12
 # What means something in Markdown or HTML inside a line; an underscore inside a word does not.
 _MEANING = re.compile(r"[\\`*\[\]<>#|~$&@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.")
 # What means something at the beginning of one.
-_MARKER = re.compile(r"^(\d*)([-+=.)])")
+_MARKER = re.compile(r"^(\d+(?=[.)](?:\s|$))|(?=[-+=]))(.)")
 _SIGNS = {"match": "✅", "diverged": "❌", "inconclusive": "⚠️"}
 
 
@@ -93,14 +93,15 @@ def _findings(comparison: Comparison, pictures: Mapping[str, str]) -> Iterator[s
     if not comparison.findings:
         return
     yield "### Findings"
+    yield ""
     layers = text.count_layers(comparison)
     for position, finding in enumerate(comparison.findings, 1):
-        yield ""
         yield f"**{position}. {code(text.families(finding))}** {finding.verdict}, {_size(finding, layers)}"
         yield ""
-        yield from _reasons(finding)
-        yield from _picture(f"finding-{position}", "ratio by token and by head at its worst site", pictures)
-    yield ""
+        if reasons := list(_reasons(finding)):
+            yield from [*reasons, ""]
+        if picture := list(_picture(f"finding-{position}", "ratio by token and by head at its worst site", pictures)):
+            yield from [*picture, ""]
 
 
 def _size(finding: Finding, layers: int) -> str:
@@ -121,17 +122,16 @@ def _reasons(finding: Finding) -> Iterator[str]:
 
 def _picture(name: str, words: str, pictures: Mapping[str, str]) -> Iterator[str]:
     if name in pictures:
-        yield ""
         yield f"![{words}]({pictures[name].replace(os.sep, '/').replace(' ', '%20')})"
 
 
 def _layers(comparison: Comparison, pictures: Mapping[str, str]) -> Iterator[str]:
     table = rows(comparison.sites)
     yield "### Layers"
-    yield from _picture("map", "map of layers and sites", pictures)
-    yield from _picture("depth", "error by depth", pictures)
-    yield from _picture("next-token", "next token", pictures)
     yield ""
+    for name, words in (("map", "map of layers and sites"), ("depth", "error by depth"), ("next-token", "next token")):
+        if picture := list(_picture(name, words, pictures)):
+            yield from [*picture, ""]
     lines = ["| layer | verdict | sites | ratio | at | worst MSE | worst cosine |", "|:--|:--|--:|--:|:--|--:|--:|"]
     for row in table:
         cells = (

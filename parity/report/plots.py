@@ -46,7 +46,7 @@ def write(comparison: Comparison, folder: Path) -> dict[str, Path]:
     try:
         import matplotlib
     except ImportError as error:
-        raise UsageError(f"pictures need matplotlib ({error}). Install it: pip install 'parity[plots]'.") from error
+        raise UsageError(f"pictures need matplotlib ({error}). Install it: pip install matplotlib.") from error
 
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("finding-*.[sp][vn]g"):

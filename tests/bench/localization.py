@@ -215,9 +215,8 @@ def show_clean(outcomes: Sequence[Outcome]) -> None:
         print(f"| {variant} | {len(group)} | {sum(o.sites for o in group)} | {wrong} | {rough} | {worst:.2f} |")
     total = sum(o.sites for o in outcomes)
     alarms = sum(len(o.wrong) for o in outcomes)
-    print(
-        f"\n{len(outcomes)} clean runs, {total} sites, {alarms} wrong, largest ratio {max(o.largest for o in outcomes):.2f}"
-    )
+    largest = max(o.largest for o in outcomes)
+    print(f"\n{len(outcomes)} clean runs, {total} sites, {alarms} wrong, largest ratio {largest:.2f}")
 
 
 def show_bugs(outcomes: Sequence[Outcome]) -> None:

@@ -166,7 +166,9 @@
     const cell = cellOf.get(index);
     if (!show(index) || !cell) return;
     focusable(cell);
-    cell.scrollIntoView({ block: "center", inline: "center" });
+    // On a small screen the details cover the lower half.
+    const small = matchMedia("(max-width: 1100px)").matches;
+    cell.scrollIntoView({ block: small ? "start" : "center", inline: "center" });
     cell.focus({ preventScroll: true });
   }
 
