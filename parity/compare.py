@@ -7,10 +7,8 @@ there on live and offline are the same way. Memory holds one piece of weights an
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from parity.align import AmbiguousLayoutError, Gap, Pair, align
 from parity.candidates import torch_module
+from parity.clock import Clock
 from parity.coherence import coherent
 from parity.diagnose import Bench, diagnose
 from parity.dump import ArchiveWriter, Array, Dump, Entry, NameMap, open_dump, rename
@@ -143,22 +142,6 @@ def reference_for(question: Question) -> Reference:
 
 
 # -- the straight way ----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Clock:
-    """Where the time went, in seconds."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, what: str) -> Iterator[None]:
-        """Add the time that the block takes to `what`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
 
 
 @dataclass(frozen=True)

@@ -173,15 +173,26 @@ def _first_token(m: Measurement) -> int | None:
 
 
 def _span_before(sites: Sequence[Measurement], position: int) -> tuple[str, ...]:
-    """The unmeasured sites whose operations a site's verdict covers too: back to where the stream was measured."""
+    """The unmeasured sites whose operations a site's verdict covers too: back to what was measured.
+
+    Walks backwards along the data: a measured site closes its branch (or the trunk), the residual stream closes
+    everything, and an unmeasured site of the trunk or stream opens what flows into it.
+    """
     own = branch(sites[position].site)
+    closed: set[str] = set()
     span: list[str] = []
     for earlier in reversed(sites[:position]):
+        side, stream = branch(earlier.site), is_stream(earlier.site)
+        if own and side not in (own, ""):
+            continue
         if earlier.verdict != "unmeasured":
-            if is_stream(earlier.site) or (own and branch(earlier.site) in (own, "")):
+            if stream or own:
                 break
-        elif branch(earlier.site) in (own, "") or not own:
+            closed.add(side)
+        elif stream or side not in closed:
             span.insert(0, earlier.site)
+            own = own if side else ""
+            closed = set() if stream else closed
     return tuple(span)
 
 

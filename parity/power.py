@@ -101,11 +101,13 @@ def _predicted(
         faulty = bench.compute(at, sites, model, fault, value)
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError):
         return 0.0
-    ratios = []
+    largest = 0.0
     for site in sites:
         local = bench.local(Focus(at.piece, at.input_ids, at.hidden, faulty), site, truth[site], floor[site])
-        ratios.append(float("inf") if local.nonfinite else local.ratio)
-    return max(ratios)
+        largest = max(largest, float("inf") if local.nonfinite else local.ratio)
+        if largest >= VISIBLE:
+            break
+    return largest
 
 
 def _reason(fault: Fault, ratio: float, bench: Bench) -> str:

@@ -170,8 +170,7 @@ def test_an_ambiguous_layout_is_refused_with_a_way_out() -> None:
         align(entry((B, F, F)), site("hidden", token=F), D)
     assert str(caught.value) == (
         "model.layers.0.hidden: shape (2, 7, 7) can be read as 'batch token feature' or 'batch feature token'. "
-        "Declare its axes: parity.dims = {'model.layers.0.hidden': 'batch token feature'} in the dump's metadata "
-        "or the name map."
+        "Declare its axes in the dump: parity.dims = {'model.layers.0.hidden': 'batch token feature'}."
     )
 
 

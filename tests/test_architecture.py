@@ -16,6 +16,7 @@ from tests.conftest import ROOT, environment
 # From the ground up; each floor may import what is named beside it, and nothing else of parity.
 FLOORS: dict[str, set[str]] = {
     "errors": set(),
+    "clock": set(),
     "sites": set(),
     "settings": {"errors"},
     "results": set(),
@@ -32,8 +33,11 @@ FLOORS: dict[str, set[str]] = {
     "outcome": {"results", "metrics", "record", "reference"},
     "question": {"errors", "dump", "reference", "faults"},
     "diagnose": {"errors", "sites", "results", "record", "reference", "faults", "judge"},
+    "coherence": {"sites", "results", "faults", "reference", "diagnose"},
+    "power": {"results", "faults", "reference", "diagnose"},
     "compare": {
         "errors",
+        "clock",
         "sites",
         "settings",
         "results",
@@ -51,8 +55,6 @@ FLOORS: dict[str, set[str]] = {
         "coherence",
         "power",
     },
-    "coherence": {"sites", "results", "faults", "reference", "diagnose"},
-    "power": {"results", "faults", "reference", "diagnose"},
     "inject": {
         "errors",
         "results",
@@ -65,10 +67,10 @@ FLOORS: dict[str, set[str]] = {
         "question",
         "compare",
     },
-    "console": {"errors", "results", "faults", "compare", "report"},
     "ask": {"errors", "faults", "reference", "question"},
     "check": {"errors", "sites", "results", "dump", "align", "record", "reference"},
     "report": {"errors", "sites", "results"},
+    "console": {"errors", "results", "faults", "compare", "report"},
     "cli": {
         "errors",
         "sites",

@@ -75,12 +75,6 @@ def test_a_complete_dump(checked: Checked, arrays: Arrays) -> None:
     assert (norms.layers, norms.sites, norms.detail) == ((0, 1, 2), 3, "")
 
 
-def test_without_token_ids_nothing_can_be_measured(checked: Checked, arrays: Arrays) -> None:
-    found = checked(arrays, token_ids=None)
-    assert bad(found) == []
-    assert not found.is_complete
-
-
 def test_a_missing_family_and_what_it_costs(checked: Checked, arrays: Arrays) -> None:
     kept = {name: a for name, a in arrays.items() if not name.endswith("q_rope")}
     (lost,) = bad(checked(kept))

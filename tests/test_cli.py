@@ -148,7 +148,10 @@ def test_a_wrong_operation_is_found_first(
     bad = bad_sites(report)
     assert bad[0] == "model.layers.0.self_attn.q_rope"
     assert set(bad) == {f"model.layers.{i}.self_attn.{n}" for i in range(2) for n in ("q_rope", "k_rope")}
-    assert report.findings[0].family == "model.layers.*.self_attn.q_rope"
+    (found,) = report.findings
+    assert found.family == "model.layers.*.self_attn.q_rope, model.layers.*.self_attn.k_rope"
+    assert found.fault is not None
+    assert found.fault.id == "rope-interleaved"
     assert report.findings[0].layers == (0, 1)
     assert report.findings[0].first_token == 1
 
@@ -249,7 +252,8 @@ def test_a_report_lands_in_reports_by_default(cli: Cli, small: Path, tmp_path: P
     ran = cli("diff", "--tokens", TOKENS, "--model", small)
     found = list(tmp_path.glob("reports/*/report.json"))
     assert len(found) == 1
-    assert str(found[0].relative_to(tmp_path)) in ran.out.replace("\n", "")
+    assert str(found[0].with_name("index.html").relative_to(tmp_path)) in ran.out.replace("\n", "")
+    assert found[0].with_name("index.html").is_file()
 
 
 @pytest.mark.slow

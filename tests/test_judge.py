@@ -87,7 +87,7 @@ BRANCHES = [
         local(1.0, nonfinite=3, reference_nonfinite=3),
         PLAIN,
         1,
-        "nonfinite",
+        "unmeasured",
         "so does the reference",
     ),
     ("nan came in everywhere", local(0.0, nonfinite_inputs=True), PLAIN, 1, "unmeasured", "inputs are not finite"),
@@ -367,14 +367,14 @@ def next_token(unexplained: int = 0) -> NextToken:
 def test_runs(
     sites: list[Measurement], checks: list[Check], token: NextToken | None, verdict: str, words: list[str]
 ) -> None:
-    found, headline = judge_run(sites, checks, token)
+    found, headline = judge_run(sites, findings(sites), checks, token)
     assert found == verdict, headline
     for word in words:
         assert word in headline
 
 
 def test_a_total_that_cannot_be_computed_is_no_match() -> None:
-    assert judge_run(run_of(layer(0), total_ratio=float("nan")), [], None)[0] == "inconclusive"
+    assert judge_run(run_of(layer(0), total_ratio=float("nan")), [], [], None)[0] == "inconclusive"
 
 
 def test_exit_codes_are_those_of_diff() -> None:
@@ -386,7 +386,7 @@ def test_unmeasured_never_counts_as_passed(verdicts: list[str]) -> None:
     sites = [measurement(f"model.layers.{i}.x", v) for i, v in enumerate(verdicts)]
     coverage = covered(sites)
     assert (coverage.measured, coverage.known) == (len(sites) - verdicts.count("unmeasured"), len(sites))
-    verdict, headline = judge_run(sites, [], None)
+    verdict, headline = judge_run(sites, findings(sites), [], None)
     if {"wrong", "nonfinite", "imprecise"} & set(verdicts):
         assert verdict == "diverged"
     elif not verdicts or verdicts[-1] == "unmeasured":
