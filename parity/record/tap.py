@@ -27,11 +27,10 @@ def tapping(model: nn.Module, sites: Iterable[Site], tap: Tap) -> Iterator[None]
     Outputs are tapped by forward hooks, inputs by forward pre-hooks, values inside attention by the
     attention function of `parity.record.attention` (the model must have been built with it).
     """
-    modules = dict(model.named_modules())
     inside_attention: dict[nn.Module, dict[str, str]] = {}
     with ExitStack() as stack:
         for site in sites:
-            module = modules[site.module]
+            module = model.get_submodule(site.module)
             if site.where == "output":
                 handle = module.register_forward_hook(_output_hook(site.name, tap))
             elif site.where == "input":

@@ -73,6 +73,7 @@ class PiecewiseModel:
             self.layers = []
         self._sites = self._sort_sites()
         self._calls: list[_Call] = []
+        self._mapping: list[Any] | None = None
 
     @property
     def head_dim(self) -> int | None:
@@ -141,8 +142,9 @@ class PiecewiseModel:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        mapping = get_model_conversion_mapping(self.model)
-        config = LoadStateDictConfig(dtype=self.dtype, weight_mapping=mapping)
+        if self._mapping is None:
+            self._mapping = get_model_conversion_mapping(self.model)
+        config = LoadStateDictConfig(dtype=self.dtype, weight_mapping=self._mapping)
         with ExitStack() as stack:
             tensors = {}
             for shard in self.checkpoint.open(stack):
@@ -163,8 +165,7 @@ class PiecewiseModel:
         tied = self.model.all_tied_weights_keys if self.config.tie_word_embeddings else {}
         for module in self._modules(piece):
             for name, parameter in module.named_parameters(recurse=isinstance(piece, int)):
-                full = _full_name(self.model, module, name)
-                if parameter.is_meta and full not in tied:
+                if parameter.is_meta and (full := _full_name(self.model, module, name)) not in tied:
                     raise ModelError(
                         f"model {self.checkpoint.name!r}: the checkpoint has no {full}. "
                         "It does not belong to its config.json, or a shard is missing."
