@@ -20,6 +20,8 @@ from parity.results import Invisible, Power
 # A fault that would show at this many floors or more is visible.
 VISIBLE = 3.0
 _HEAD_TOKENS = 16
+_SITES_TRIED = 4
+_LARGEST_HEAD = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -46,20 +48,33 @@ def power(bench: Bench, catalogue: Iterable[Fault], progress: Callable[[int, int
                     before = seen[fault.id]
                     seen[fault.id] = _Sight(max(before.ratio, sight.ratio), before.applies or sight.applies)
     known = [fault for fault in faults if seen[fault.id].applies]
+    untried = [fault for fault in faults if _is_large(bench) and _shows_only_at_ends(fault, bench)]
     return Power(
         visible=tuple(fault.id for fault in known if seen[fault.id].ratio >= VISIBLE),
         invisible=tuple(
             Invisible(fault.id, _reason(fault, seen[fault.id].ratio, bench))
             for fault in known
             if seen[fault.id].ratio < VISIBLE
-        ),
+        )
+        + tuple(Invisible(fault.id, "not tried: embedding and head are large") for fault in untried),
     )
 
 
+def _shows_only_at_ends(fault: Fault, bench: Bench) -> bool:
+    model = bench.reference.working
+    inside = any(shows_at(fault, site.name) for site in model.sites_of(0))
+    return not inside and any(shows_at(fault, site.name) for end in (EMBED, HEAD) for site in model.sites_of(end))
+
+
 def _pieces(bench: Bench) -> list[Piece]:
-    """The first, middle and last layer and the ends: a fault that none of them shows is not counted as visible."""
-    count = len(bench.reference.working.layers)
-    return [*sorted({0, count // 2, count - 1}), EMBED, HEAD]
+    """The first and the middle layer and the ends: a fault that none of them shows is not counted as visible."""
+    return [*sorted({0, len(bench.reference.working.layers) // 2}), *(() if _is_large(bench) else (EMBED, HEAD))]
+
+
+def _is_large(bench: Bench) -> bool:
+    """Whether copies of embedding and head would take more memory than all the rest."""
+    config = bench.reference.working.config
+    return bool(config.vocab_size * config.hidden_size > _LARGEST_HEAD)
 
 
 def _worth_a_look(sight: _Sight, piece: Piece) -> bool:
@@ -74,7 +89,7 @@ def _look(faults: Sequence[Fault], at: Focus, bench: Bench) -> Iterable[tuple[Fa
     truth = bench.compute(at, names, bench.reference.precise)
     floor = bench.compute(at, names, bench.reference.working)
     for fault in faults:
-        sites = [name for name in names if shows_at(fault, name)]
+        sites = [name for name in names if shows_at(fault, name)][:_SITES_TRIED]
         if not sites or not bench.applies(fault, at.piece):
             continue
         value = (
