@@ -30,6 +30,7 @@ class Ask:
     attention: str = "eager"
     inner: bool = False
     faults: str | None = None
+    noise: int = 0
 
     def __post_init__(self) -> None:
         options = {"--prompt": self.prompt, "--prompt-file": self.prompt_file, "--tokens": self.tokens}
@@ -58,6 +59,7 @@ class Ask:
             self.inner,
             shlex.join(["parity", *sys.argv[1:]]),
             self._faults(),
+            self.noise,
         )
 
     def _faults(self) -> tuple[Fault, ...]:

@@ -104,6 +104,10 @@ def diff(
         ),
     ] = None,
     faults: UserFaults = None,
+    noise: Annotated[
+        int,
+        typer.Option(help="Passes with stochastic rounding that say how far rounding may go.", rich_help_panel=_RUN),
+    ] = 0,
     dtype: DType = None,
     device: Device = "cpu",
     attention: Attention = "eager",
@@ -118,7 +122,7 @@ def diff(
 
     Exit code 0: match, 1: diverged, 2: trouble or inconclusive.
     """
-    ask = Ask(prompt, prompt_file, tokens, model, dtype, device, attention, inner, faults)
+    ask = Ask(prompt, prompt_file, tokens, model, dtype, device, attention, inner, faults, noise)
     folder = out or (None if json else Path("reports") / datetime.now().strftime("%Y%m%d-%H%M%S"))
     if folder is not None:
         writable(folder)

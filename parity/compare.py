@@ -176,7 +176,7 @@ def _compare(
         pair = pairs[site.name]
         return to_torch(pair.read(dump.read(site.name))) if isinstance(pair, Pair) else None
 
-    replayed = reference.replay(question.ids, recorded)
+    replayed = reference.replay(question.ids, recorded, question.noise)
     for done in range(pieces):
         progress(f"replaying {_piece_name(model.pieces[done])}", done, pieces)
         with clock("replay"):
@@ -248,7 +248,7 @@ def _conclude(
     return Comparison(
         verdict=verdict,
         headline=headline,
-        answer=_answer(sites, verdict),
+        answer=_answer(sites, verdict, watch.noise_ratio()),
         findings=found,
         sites=tuple(sites),
         next_token=next_token,
@@ -256,6 +256,7 @@ def _conclude(
         checks=tuple(checks),
         environment=_environment(question, model, dump, name, measured, clock),
         power=could_see,
+        noise_ratio=watch.noise_ratio(),
     )
 
 
@@ -291,7 +292,7 @@ def _judged(m: _Measured, mode: RoundingMode, lucky: float) -> Measurement:
     )
 
 
-def _answer(sites: Sequence[Measurement], verdict: str) -> str:
+def _answer(sites: Sequence[Measurement], verdict: str, noise_ratio: float | None) -> str:
     """ "MSE 8.5e-3 at the logits: rounding or a bug?", in one line."""
     logits = sites[-1] if sites else None
     if logits is None or logits.mse is None or logits.total_ratio is None:
@@ -301,6 +302,8 @@ def _answer(sites: Sequence[Measurement], verdict: str) -> str:
         explained = "rounding explains all of it"
     else:
         explained = "rounding does not explain it" if verdict == "diverged" else "more than rounding usually makes"
+    if noise_ratio is not None:
+        explained += f"; {noise_ratio:.2g} standard deviations of stochastic rounding"
     return f"{size}: {logits.total_ratio:.2g}x the reference's own rounding error, {explained}"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +24,14 @@ class NextTokenWatch:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._result: NextToken | None = None
+        self._noise_ratio: float | None = None
 
     def see(self, logits: Replayed) -> None:
         """Look at the logits (b, t, vocab) of both sides; without a candidate there is nothing to say."""
         if logits.candidate is None or not bool(logits.candidate.isfinite().all()):
             return
+        if logits.noise:
+            self._noise_ratio = _in_sigmas(logits.candidate.to(logits.own.device), logits.ideal, logits.noise)
         rows = [_row(*row) for row in _rows(logits)]
         name = _Names(self._checkpoint.path)
         self._result = NextToken(
@@ -41,9 +44,20 @@ class NextTokenWatch:
             margin_sigma=rows[-1].noise,
         )
 
+    def noise_ratio(self) -> float | None:
+        """Distance of the candidate's logits from the exact ones, in standard deviations of stochastic rounding."""
+        return self._noise_ratio
+
     def result(self) -> NextToken | None:
         """What was seen, or None if the candidate has no finite logits."""
         return self._result
+
+
+def _in_sigmas(candidate: Tensor, ideal: Tensor, noise: Sequence[Tensor]) -> float:
+    """RMS error over that of stochastic rounding, which is √2 times as large as that of rounding to nearest."""
+    error = float((candidate.to(ideal.dtype) - ideal).square().mean().sqrt())
+    spread = sum(float((one - ideal).square().mean()) for one in noise) / len(noise)
+    return error / (spread / 2) ** 0.5 if spread else 0.0
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Question:
     """What both sides are asked: the model, the tokens, and how to run.
 
     `token_ids` (b, t) are the rows of the batch, `prompt` the text they came from, if any; `faults` are the
-    known bugs that a diagnosis tries.
+    known bugs that a diagnosis tries, `noise` how many stochastically rounded passes estimate the total noise.
     """
 
     checkpoint: Checkpoint
@@ -36,6 +36,7 @@ class Question:
     inner: bool = False
     command: str = ""
     faults: tuple[Fault, ...] = CATALOGUE
+    noise: int = 0
 
     @property
     def ids(self) -> Tensor:

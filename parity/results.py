@@ -205,7 +205,11 @@ class Environment:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that one `parity diff` knows."""
+    """Everything that one `parity diff` knows.
+
+    noise_ratio  distance of the candidate's logits from the exact ones, in standard deviations of the noise that
+                 stochastic rounding estimates; None where it was not asked for
+    """
 
     verdict: RunVerdict
     headline: str
@@ -217,6 +221,7 @@ class Comparison:
     checks: tuple[Check, ...]
     environment: Environment
     power: Power | None = None
+    noise_ratio: float | None = None
     schema: int = SCHEMA
 
     @property

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from parity.reference.precision import PRECISION_BITS, jittered, promoted, truth_dtype, unit_roundoff
+from parity.reference.precision import (
+    PRECISION_BITS,
+    jittered,
+    promoted,
+    stochastically_rounded,
+    truth_dtype,
+    unit_roundoff,
+)
 from tests.checkpoints import OTHER, QWEN3
 
 F64 = torch.float64
@@ -203,3 +210,13 @@ def test_jitter_scales_with_powers_of_two(exponent: int, mantissa: float) -> Non
     one = jittered(value, torch.bfloat16, generator())
     other = jittered(value * 2.0**exponent, torch.bfloat16, generator())
     assert torch.equal(one * 2.0**exponent, other)
+
+
+def test_stochastic_rounding_is_unbiased_and_lands_on_the_grid() -> None:
+    value = torch.full((20000,), 1.0 + 0.3 * 2.0**-7, dtype=torch.float32)
+    rounded = stochastically_rounded(value, torch.bfloat16, torch.Generator().manual_seed(1))
+    assert set(rounded.tolist()) == {1.0, 1.0 + 2.0**-7}, "the two neighbours in bfloat16"
+    assert float(rounded.mean()) == pytest.approx(1.0 + 0.3 * 2.0**-7, abs=2e-4)
+    exact = torch.tensor([0.0, -2.0, 0.5, float("inf")])
+    same = stochastically_rounded(exact, torch.bfloat16, torch.Generator().manual_seed(1))
+    assert torch.equal(same, exact), "what bfloat16 has already stays"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,20 @@ class Checkpoint:
         """Bytes of all weight files."""
         return sum(file.stat().st_size for file in self.files)
 
-    def open(self, stack: ExitStack) -> list[Any]:
-        """Its safetensors files, opened until the stack is closed. Raises ModelError if one is damaged."""
+    def open(self, stack: ExitStack, wanted: Callable[[str], bool] = lambda _key: True) -> list[Any]:
+        """Its safetensors files that hold a wanted key, opened until the stack is closed.
+
+        Only these are mapped into memory. Raises ModelError if one is damaged.
+        """
         from safetensors import SafetensorError, safe_open
 
+        index = self.path / "model.safetensors.index.json"
+        places = _read_json(index).get("weight_map", {}) if index.is_file() else {}
+        needed = {name for key, name in places.items() if wanted(key)}
         shards = []
         for file in self.files:
+            if places and file.name not in needed:
+                continue
             try:
                 shards.append(stack.enter_context(safe_open(file, framework="pt")))
             except (SafetensorError, OSError) as error:
@@ -46,7 +55,7 @@ class Checkpoint:
     def tensor(self, name: str) -> Any:
         """One tensor of the checkpoint by name. Raises KeyError if it has none of that name."""
         with ExitStack() as stack:
-            for shard in self.open(stack):
+            for shard in self.open(stack, lambda key: key == name):
                 if name in shard.keys():  # noqa: SIM118
                     return shard.get_tensor(name)
         raise KeyError(name)

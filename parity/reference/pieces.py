@@ -145,12 +145,15 @@ class PiecewiseModel:
         if self._mapping is None:
             self._mapping = get_model_conversion_mapping(self.model)
         config = LoadStateDictConfig(dtype=self.dtype, weight_mapping=self._mapping)
+        number = piece if isinstance(piece, int) else None
+
+        def wanted(key: str) -> bool:
+            return not self.is_cut or _layer_of_key(key) == number
+
         with ExitStack() as stack:
-            tensors = {}
-            for shard in self.checkpoint.open(stack):
-                for key in shard.keys():  # noqa: SIM118
-                    if not self.is_cut or _layer_of_key(key) == (piece if isinstance(piece, int) else None):
-                        tensors[key] = shard.get_slice(key)
+            tensors: dict[str, Any] = {}
+            for shard in self.checkpoint.open(stack, wanted):
+                tensors |= {key: shard.get_slice(key) for key in shard.keys() if wanted(key)}  # noqa: SIM118
             with _no_progress_bar():
                 info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
         self._check_complete(piece, info)

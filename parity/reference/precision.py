@@ -47,6 +47,14 @@ class _Promote(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
+def stochastically_rounded(value: torch.Tensor, working: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """`value` rounded to a neighbour in `working`, up or down with the odds of their distances; its dtype stays."""
+    _, exponent = torch.frexp(value)
+    ulp = torch.ldexp(torch.ones_like(value), exponent - PRECISION_BITS[working])
+    draw = torch.rand(value.shape, generator=generator, device=value.device, dtype=value.dtype)
+    return torch.where(value.isfinite() & (value != 0), torch.floor(value / ulp + draw) * ulp, value)
+
+
 def jittered(value: torch.Tensor, working: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """`value` moved by less than the rounding to `working` that it may have gone through.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from parity.record.tap import Tap
 from parity.reference.pieces import Piece, PiecewiseModel
-from parity.reference.precision import jittered, promoted, truth_dtype
+from parity.reference.precision import jittered, promoted, stochastically_rounded, truth_dtype
 from parity.sites import Site
 
 _JITTER_SEED = 20240
@@ -45,6 +45,7 @@ class Replayed:
     floor: Tensor
     jitter: Tensor
     summands: int
+    noise: tuple[Tensor, ...] = ()
 
 
 class Reference:
@@ -55,25 +56,32 @@ class Reference:
         self.precise = working.twin(truth_dtype(working.dtype))
 
     def replay(
-        self, input_ids: Tensor, candidate: Callable[[Site], Tensor | None]
+        self, input_ids: Tensor, candidate: Callable[[Site], Tensor | None], noise: int = 0
     ) -> Iterator[tuple[Piece, list[Replayed]]]:
         """The sites of one piece after another, each piece in order of execution.
 
-        `candidate(site)` gives the recorded activation in the reference's layout, or None.
+        `candidate(site)` gives the recorded activation in the reference's layout, or None. `noise` more passes
+        round every site stochastically: what rounding may add up to, in no particular implementation.
         """
         recorded: dict[str, Tensor] = {}
         passes = self._passes(recorded)
+        noisy = [_Pass(self.precise, self._noisy(seed)) for seed in range(noise)]
         for piece in self.working.pieces:
             sites = self.working.sites_of(piece)
             recorded.clear()
             recorded.update({s.name: v for s in sites if (v := candidate(s)) is not None})
             with self.working.loaded(piece), self.precise.loaded(piece, source=self.working):
-                for one in passes.values():
+                for one in (*passes.values(), *noisy):
                     one.run(piece, input_ids)
             yield (
                 piece,
-                [_gather(s, recorded.get(s.name), passes, self.working.summands(s)) for s in sites],
+                [_gather(s, recorded.get(s.name), passes, self.working.summands(s), noisy) for s in sites],
             )
+
+    def _noisy(self, seed: int) -> Tap:
+        generator = torch.Generator(self.working.device).manual_seed(seed)
+        dtype = self.working.dtype
+        return lambda _site, fresh: stochastically_rounded(fresh, dtype, generator)
 
     def _passes(self, recorded: dict[str, Tensor]) -> dict[str, _Pass]:
         generator = torch.Generator(self.working.device).manual_seed(_JITTER_SEED)
@@ -122,6 +130,14 @@ class _Pass:
         return onward
 
 
-def _gather(site: Site, candidate: Tensor | None, passes: dict[str, _Pass], summands: int) -> Replayed:
+def _gather(
+    site: Site, candidate: Tensor | None, passes: dict[str, _Pass], summands: int, noisy: list[_Pass]
+) -> Replayed:
     values = {name: one.values[site.name] for name, one in passes.items()}
-    return Replayed(site, candidate=candidate, summands=summands, **values)
+    return Replayed(
+        site,
+        candidate=candidate,
+        summands=summands,
+        noise=tuple(one.values[site.name] for one in noisy),
+        **values,
+    )

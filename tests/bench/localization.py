@@ -24,6 +24,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from impl.qwen3 import Config
+from parity.faults import CATALOGUE
 from parity.reference.checkpoint import find
 from tests.planted import BUGS, CLEAN, build, threads
 
@@ -103,7 +104,11 @@ def _compare(run: Run) -> Outcome:
 
     checkpoint = find(run.checkpoint)
     variants = [_VARIANTS[v] for v in run.variants]
-    question = Question(checkpoint, (run.tokens,) * max(v.batch for v in variants), run.dtype, run.device)
+    # A legal variant needs no diagnosis, but must not be accused of a wrong constant.
+    faults = CATALOGUE if any(v.guilty for v in variants) else tuple(f for f in CATALOGUE if f.number)
+    question = Question(
+        checkpoint, (run.tokens,) * max(v.batch for v in variants), run.dtype, run.device, faults=faults
+    )
     key = (run.checkpoint, run.dtype)
     reference = _references.setdefault(key, None) or reference_for(question)
     _references[key] = reference
