@@ -27,6 +27,8 @@ from parity.sites import family, layer_of
 _SIGMAS = 8.0
 # … and this many times the slope of the reference's own rounding.
 _TIMES_NULL = 3.0
+# A slope fitted to fewer rows than this fits by chance.
+_LEAST_ROWS = 16
 # Slopes below this share of the step are no fault that anyone has.
 _LEAST_SLOPE = 0.05
 # Layers where the constant is right disagree with those where it is not by more than this share.
@@ -42,6 +44,7 @@ class _Sums:
     reference: float
     response: float
     noise: float
+    rows: int
 
     @property
     def slope(self) -> float:
@@ -67,7 +70,11 @@ def coherent(sites: Sequence[Measurement], bench: Bench, catalogue: Iterable[Fau
                     sums.setdefault((fault.id, family(found.site)), []).append(found)
                     steps[fault.id] = (expected, step)
     by_id = {fault.id: fault for fault in faults}
-    accused = {key: guilty for key, found in sums.items() if (guilty := _guilty(found))}
+    accused = {
+        key: guilty
+        for key, found in sums.items()
+        if (guilty := _guilty(found)) and _is_possible(by_id[key[0]], _slope(guilty), *steps[key[0]])
+    }
     best: dict[str, tuple[str, str]] = {}
     for key, guilty in accused.items():
         rival = best.get(key[1])
@@ -124,7 +131,7 @@ def _sums(site: str, candidate: Tensor, truth: Tensor, floor: Tensor, moved: Ten
     rg, eg, gg = ((x * g).sum(-1) * weight for x in (r, e, g))
     slope = float(rg.sum() / gg.sum()) if float(gg.sum()) else 0.0
     noise = torch.maximum((rg - slope * gg).square(), eg.square()).sum()
-    return _Sums(site, float(rg.sum()), float(eg.sum()), float(gg.sum()), float(noise))
+    return _Sums(site, float(rg.sum()), float(eg.sum()), float(gg.sum()), float(noise), rg.numel())
 
 
 def _guilty(found: list[_Sums]) -> list[_Sums]:
@@ -137,9 +144,15 @@ def _guilty(found: list[_Sums]) -> list[_Sums]:
     return [one for one in found if _is_coherent([one])]
 
 
+def _is_possible(fault: Fault, slope: float, expected: float, step: float) -> bool:
+    """Whether the number could be what the slope reads: an eps or a scale is positive."""
+    assert fault.number is not None, "unreachable because only faults with a number are regressed"
+    return not (fault.number.log and expected > 0) or expected + slope * step > 0
+
+
 def _is_coherent(found: Sequence[_Sums]) -> bool:
     response, noise = sum(s.response for s in found), sum(s.noise for s in found)
-    if not response or not noise:
+    if not response or not noise or sum(s.rows for s in found) < _LEAST_ROWS:
         return False
     slope, null = _slope(found), sum(s.reference for s in found) / response
     sigmas = abs(slope) * response / math.sqrt(noise)

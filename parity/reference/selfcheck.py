@@ -28,7 +28,7 @@ def reference_checks(model: PiecewiseModel, input_ids: Tensor) -> list[Check]:
     if frequencies:
         detail = f"{narrow[0]} is {frequencies[narrow[0]]}" if narrow else "float32 or wider"
         checks.append(Check("reference RoPE frequencies", not narrow, detail))
-    tf32 = model.device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision != "ieee"
+    tf32 = model.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
     checks.append(Check("reference TF32", not tf32, "on: float32 matmuls round to 10 bits" if tf32 else "off"))
     same = _is_deterministic(model, input_ids)
     checks.append(Check("reference determinism", same, "two runs bit-equal" if same else "two runs differ"))

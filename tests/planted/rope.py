@@ -64,14 +64,14 @@ def sin_and_cos_swapped(_self: Attention, _which: str, x: Tensor, place: Place) 
 
 
 def phases_in_bf16(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions[:, None].bfloat16() * (1.0 / theta**exponents).bfloat16()
     angles = torch.cat([angles, angles], dim=-1).float()
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def frequencies_in_bf16(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions[:, None].float() * (1.0 / theta**exponents).bfloat16().float()
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
