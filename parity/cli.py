@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -350,8 +349,6 @@ def _same_model(dump: Any, checkpoint: Any) -> None:
 def main() -> None:
     """Entry point: errors become one line and exit code 2; `--debug` shows where they came from."""
     debug = "--debug" in sys.argv
-    # Importing torch and transformers makes millions of objects that stay; looking for cycles among them takes a second.
-    gc.set_threshold(100_000, 50, 50)
     try:
         app([argument for argument in sys.argv[1:] if argument != "--debug"], prog_name="parity")
     except ParityError as error:
