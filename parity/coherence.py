@@ -88,7 +88,7 @@ def _regress(
 ) -> Iterator[tuple[Fault, float, float, _Sums]]:
     """The sums of every fault at every suspect site of a loaded layer."""
     model = bench.reference.working
-    cheap = {s.name for s in model.sites_of(at.piece) if not isinstance(_module(model.model, s.module), nn.Linear)}
+    cheap = {s.name for s in model.sites_of(at.piece) if not isinstance(model.model.get_submodule(s.module), nn.Linear)}
     names = [n for n in at.recorded if n in suspects and n in cheap and any(shows_at(f, n) for f in faults)]
     if not names:
         return
@@ -108,10 +108,6 @@ def _regress(
                 step,
                 _sums(name, at.recorded[name], truth[name], floor[name], moved[name], model.dtype),
             )
-
-
-def _module(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name)
 
 
 def _step(fault: Fault, expected: float) -> float:

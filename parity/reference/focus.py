@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from parity.reference.pieces import EMBED, HEAD, Piece, PiecewiseModel
+from parity.reference.pieces import EMBED, Piece, PiecewiseModel
 from parity.reference.precision import promoted
 
 Patch = Callable[[PiecewiseModel], AbstractContextManager[None]]
@@ -93,6 +93,3 @@ def input_site(model: PiecewiseModel, piece: Piece) -> str | None:
     before = model.pieces[model.pieces.index(piece) - 1]
     sites = model.sites_of(before)
     return sites[-1].name if sites else None
-
-
-__all__ = ["EMBED", "HEAD", "Focus", "input_site", "run"]
