@@ -203,6 +203,32 @@ def test_an_exception_leaves_nothing(tmp_path: Path, error: type[BaseException])
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.parametrize("nth", [0, 1, 2, 5])
+def test_ctrl_c_waits_until_hdf5_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
+    """HDF5 writes while it opens, adds and flushes; an interrupt in any of its calls must not break it."""
+    done: list[int] = []
+
+    def write(self: Outlet, data: Any, /) -> int:
+        if len(done) == nth:
+            os.kill(os.getpid(), signal.SIGINT)
+        done.append(size := original(self, data))
+        return size
+
+    def run() -> None:
+        with ArchiveWriter(tmp_path / "a.h5", INFO) as writer:
+            for site in range(100):
+                writer.add(f"site{site}", np.zeros(3), ("_",))
+
+    original = Outlet.write
+    monkeypatch.setattr(Outlet, "write", write)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert len(done) > nth
+    assert leftovers(tmp_path) == []
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
 def test_an_exception_leaves_the_previous_dump(tmp_path: Path) -> None:
     for run in range(2):
         try:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -37,9 +40,10 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the operating system refuses (disk full, no permission) into a DumpError."""
+    """Turn what the operating system refuses (disk full, no permission) into a DumpError; let Ctrl-C wait."""
     try:
-        yield
+        with _uninterrupted():
+            yield
     except (OSError, RuntimeError) as error:  # h5py raises both
         raise DumpError(f"{path}: cannot be written — {_reason(error)} — check its directory and disk") from error
 
@@ -51,6 +55,23 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         raise DumpError(f"{path}: cannot be read — {_reason(error)} — check its permissions and disk") from error
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Raise KeyboardInterrupt at the end of the block only: HDF5 cannot close a file whose opening was cut short."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):  # nothing interrupts us
+        yield
+        return
+    pending: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda *signalled: pending.append(signalled))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pending:
+            handler(*pending[0])
 
 
 class Outlet(io.FileIO):
