@@ -118,3 +118,11 @@ def run_cli(tmp_path: Path) -> Callable[..., Ran]:
         return Ran(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def one_piece_at_a_time() -> Iterator[None]:
+    """Treat every checkpoint as a large one, of which only one piece is in memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("parity.reference.pieces.SMALL", 0)
+        yield

@@ -141,6 +141,24 @@ def test_inner_adds_scores_and_probs_and_nothing_else(small: Path) -> None:
     assert plain <= inner
 
 
+def test_a_layer_of_another_kind_is_run_itself(checkpoint: Callable[..., Path]) -> None:
+    model = on_meta(checkpoint("qwen3"), "eager", torch.float32)
+    layers = list(model.model.layers)
+    layers[1].self_attn.q_norm = nn.Identity()
+    runs = [0] * len(layers)
+    for number, layer in enumerate(layers):
+
+        def count(*_: Any, number: int = number) -> None:
+            runs[number] += 1
+
+        layer.mlp.gate_proj.register_forward_hook(count)
+    sites = discover(model, layers, inner=True)
+    assert runs == [1, 1, 0, 0]
+    assert sites == discover(model, inner=True)
+    assert "model.layers.1.self_attn.q_norm" not in {site.name for site in sites}
+    assert not [layer for layer in layers if "forward" in vars(layer)]
+
+
 def test_probing_leaves_no_hooks(small: Path) -> None:
     def hooks(model: nn.Module) -> int:
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

@@ -16,7 +16,7 @@ from torch import Tensor
 from parity.errors import ModelError
 from parity.record import attention
 from parity.record.tap import Tap, quiet_torch
-from parity.reference.checkpoint import find
+from parity.reference.checkpoint import Checkpoint, find
 from parity.reference.pieces import EMBED, HEAD, PiecewiseModel
 from tests.checkpoints import OTHER
 from tests.conftest import slow_but
@@ -24,6 +24,7 @@ from tests.test_discover import IDS, fired, whole
 from tests.test_record import hooks
 
 TYPES = ["qwen3", *OTHER]
+pytestmark = pytest.mark.usefixtures("one_piece_at_a_time")
 
 
 def piecewise(
@@ -135,6 +136,28 @@ def test_only_one_piece_is_in_memory(checkpoint: Callable[..., Path]) -> None:
     with model.loaded(EMBED):
         assert held(model) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     assert held(model) == set()
+
+
+def test_a_small_checkpoint_is_read_once_and_stays(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run(piecewise(small))
+    monkeypatch.setattr("parity.reference.pieces.SMALL", find(str(small)).size)
+    model = piecewise(small)
+    opened: list[str] = []
+    original = Checkpoint.open
+
+    def counted(self: Checkpoint, *args: Any) -> list[Any]:
+        opened.append(self.name)
+        return original(self, *args)
+
+    monkeypatch.setattr(Checkpoint, "open", counted)
+    seen, logits = run(model)
+    again, _ = run(model)
+    assert len(opened) == 1
+    assert held(model) == {name for name, _ in model.model.named_parameters(remove_duplicate=False)}
+    assert torch.equal(logits, expected[1])
+    assert all(
+        torch.equal(seen[site], value) and torch.equal(again[site], value) for site, value in expected[0].items()
+    )
 
 
 class PlantedError(Exception):

@@ -16,6 +16,7 @@ from parity.reference.replay import Reference, Replayed
 from parity.sites import Site
 from tests.conftest import slow_but
 
+pytestmark = pytest.mark.usefixtures("one_piece_at_a_time")
 IDS = (torch.arange(2 * 11).reshape(2, 11) * 37 + 11) % 200
 Recording = dict[str, Tensor]
 

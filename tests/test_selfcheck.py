@@ -65,6 +65,7 @@ def test_a_reference_that_gives_other_numbers_each_time_is_noticed(small: Path, 
     assert found[FREQUENCIES].ok
 
 
+@pytest.mark.usefixtures("one_piece_at_a_time")
 def test_the_checks_leave_nothing_in_memory(small: Path) -> None:
     model = built(small)
     checks(model)

@@ -7,13 +7,14 @@ when no module returned it: that is how `resid_mid` and `mlp.product` are found 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from parity.record.attention import INSIDE, attention_taps
 from parity.record.tap import first_tensor, quiet_torch
@@ -22,6 +23,7 @@ from parity.sites import Dims, Site
 # Sites whose last axis is heads and head_dim flattened into one, where they are three-dimensional.
 _PER_HEAD = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
 _COSTLY = ("scores", "probs")
+_SWITCH = (bool, int, float, str)
 
 
 @dataclass
@@ -57,16 +59,17 @@ class _Watch:
         return tuple(own[size] if size in own else next(names) for size in shape)
 
 
-def discover(model: nn.Module, *, inner: bool = False) -> tuple[Site, ...]:
+def discover(model: nn.Module, layers: Sequence[nn.Module] = (), *, inner: bool = False) -> tuple[Site, ...]:
     """The sites of a transformers causal LM on the meta device, in order of execution.
 
     The model must have been built with an attention implementation of `parity.record.attention`.
+    Of its decoder `layers` only the first of each kind is run: the others have sites like it.
     `inner` adds scores and probs, which need memory that grows with the square of the tokens.
     Shapes hold the probe's batch and token counts; `with_sizes` puts a run's own in their place.
     """
     batch, token = _unmistakable_sizes(model)
     watch = _Watch(batch, token)
-    with quiet_torch(), _watching(model, watch, inner=inner):
+    with quiet_torch(), _watching(model, watch, inner=inner), _one_of_each_kind(model, layers, watch):
         ids = torch.zeros(batch, token, dtype=torch.long, device="meta")
         dtype = next(model.parameters()).dtype
         # A ready mask spares the model from looking at values that the meta device does not have.
@@ -120,6 +123,49 @@ def _watching(model: nn.Module, watch: _Watch, *, inner: bool) -> Iterator[None]
 
         stack.enter_context(attention_taps(attention, tap))
         yield
+
+
+@contextmanager
+def _one_of_each_kind(model: nn.Module, layers: Sequence[nn.Module], watch: _Watch) -> Iterator[None]:
+    """Let a layer that is like one already run answer with its sites, under the layer's own name."""
+    names = {module: name for name, module in model.named_modules()}
+    run: dict[Any, tuple[str, Any]] = {}
+
+    def forward_of(layer: nn.Module) -> Callable[..., Any]:
+        original, kind, name = layer.forward, _kind(layer), names[layer]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if kind not in run:
+                run[kind] = name, original(*args, **kwargs)
+                return run[kind][1]
+            first, output = run[kind]
+            for site in [s for s in watch.sites.values() if s.module.startswith(f"{first}.")]:
+                own = replace(site, name=name + site.name[len(first) :], module=name + site.module[len(first) :])
+                watch.sites[own.name] = own
+            return tree_map(lambda value: torch.empty_like(value) if isinstance(value, Tensor) else value, output)
+
+        return forward
+
+    try:
+        for layer in layers:
+            layer.forward = forward_of(layer)
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    """All that tells one layer from another but its number: classes, sizes and switches of its modules."""
+    return tuple(
+        (
+            name,
+            type(module),
+            tuple(p.shape for p in module._parameters.values() if p is not None),
+            tuple((k, v) for k, v in vars(module).items() if k != "layer_idx" and isinstance(v, _SWITCH)),
+        )
+        for name, module in layer.named_modules()
+    )
 
 
 def _hooks(name: str, watch: _Watch) -> tuple[Any, Any]:

@@ -52,19 +52,19 @@ def first_tensor(output: Any) -> Tensor | None:
 
 
 def _output_hook(site: str, tap: Tap) -> Callable[[nn.Module, Any, Any], Any]:
-    # A compiled candidate must not compile the recorder into itself.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        value = first_tensor(output)
-        if value is None:
-            return None
-        new = tap(site, value)
-        if new is value:
-            return None
-        return (new, *output[1:]) if isinstance(output, tuple) else new
+    return lambda _module, _args, output: _tapped(site, tap, output)
 
-    disabled: Callable[[nn.Module, Any, Any], Any] = hook
-    return disabled
+
+# A compiled candidate must not compile the recorder into itself.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _tapped(site: str, tap: Tap, output: Any) -> Any:
+    value = first_tensor(output)
+    if value is None:
+        return None
+    new = tap(site, value)
+    if new is value:
+        return None
+    return (new, *output[1:]) if isinstance(output, tuple) else new
 
 
 def _input_hook(site: str, tap: Tap) -> Callable[[nn.Module, Any, Any], None]:

@@ -20,7 +20,9 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from parity.reference.precision import unit_roundoff
@@ -36,6 +38,7 @@ _HIDDEN = -1e3
 # A token whose ratio is above this counts as the first one that is wrong.
 _FIRST = 3.0
 _HEADS = f"head{FLATTENED}head_dim"
+Floats = NDArray[np.float64]
 # Elements in a block: a handful of float32 temporaries of this size fit a usual L2 cache.
 _BLOCK = 1 << 15
 
@@ -64,19 +67,20 @@ class Local:
     structure: Structure
 
 
+@np.errstate(all="ignore")
 def local_error(site: Replayed, working: torch.dtype, storage: torch.dtype, head_dim: int | None) -> Local:
     """Measure a replayed site.
 
     `storage` is the dtype whose grid the candidate's numbers lie on; `head_dim` splits flattened heads.
     """
     rows = _measure_rows(site, working, storage, head_dim)
-    must_be_exact = not bool(rows.ee.any() or rows.ss.any() or rows.qq.any())
-    strict = torch.zeros_like(rows.yy) if must_be_exact else rows.floor
+    must_be_exact = not (rows.ee.any() or rows.ss.any() or rows.qq.any())
+    strict = np.zeros_like(rows.yy) if must_be_exact else rows.floor
     ratios = _ratio(rows.rr, strict)
     return Local(
         ratio=_statistic(rows.rr, strict, ratios),
         ratio_fused=_statistic(rows.rr, strict + rows.qq, _ratio(rows.rr, strict + rows.qq)),
-        row_max=float(ratios.max()) if ratios.numel() else 0.0,
+        row_max=float(ratios.max()) if ratios.size else 0.0,
         local_rel=_relative(rows.rr, rows.yy),
         floor_rel=_relative(strict, rows.yy),
         inherited_rel=_relative(rows.inherited, rows.yy),
@@ -91,7 +95,7 @@ def local_error(site: Replayed, working: torch.dtype, storage: torch.dtype, head
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Rows:
     """Sums of squares for each row (a row is all but the last axis), and what is summed over all rows.
 
@@ -100,22 +104,19 @@ class _Rows:
     channels and heads: energy of the error in units of each row's floor, by last-axis index and by head.
     """
 
-    rr: Tensor
-    ee: Tensor
-    ss: Tensor
-    qq: Tensor
-    yy: Tensor
-    ry: Tensor
-    floor: Tensor
-    inherited: Tensor
-    total: Tensor
-    own_total: Tensor
-    channels: Tensor
-    heads: Tensor
+    channels: Floats
+    heads: Floats
     counts: dict[str, int]
-
-
-_PER_ROW = ("rr", "ee", "ss", "qq", "yy", "ry", "floor", "inherited", "total", "own_total")
+    rr: Floats
+    ee: Floats
+    ss: Floats
+    qq: Floats
+    yy: Floats
+    ry: Floats
+    floor: Floats
+    inherited: Floats
+    total: Floats
+    own_total: Floats
 
 
 def _measure_rows(site: Replayed, working: torch.dtype, storage: torch.dtype, head_dim: int | None) -> _Rows:
@@ -126,15 +127,21 @@ def _measure_rows(site: Replayed, working: torch.dtype, storage: torch.dtype, he
     flat = _Values(*(value.reshape(-1, width) for value in values))
     step = max(1, _BLOCK // max(width, 1))
     least = _least(site, working)
-    heads = width // head_dim if site.site.dims[-1] == _HEADS and head_dim and width % head_dim == 0 else 1
     starts = range(0, max(flat.truth.shape[0], 1), step)
-    blocks = [_block(_Values(*(f[i : i + step] for f in flat)), storage, least, heads) for i in starts]
+    blocks = [_block(_Values(*(f[i : i + step] for f in flat)), storage, least) for i in starts]
+    channels = _numpy(torch.stack([block.channels for block in blocks]).sum(0))
+    heads = width // head_dim if site.site.dims[-1] == _HEADS and head_dim and width % head_dim == 0 else 1
     return _Rows(
-        **{name: torch.cat([getattr(b, name) for b in blocks]) for name in _PER_ROW},
-        channels=torch.stack([b.channels for b in blocks]).sum(0),
-        heads=torch.stack([b.heads for b in blocks]).sum(0),
-        counts={key: sum(b.counts[key] for b in blocks) for key in blocks[0].counts},
+        channels,
+        channels.reshape(heads, -1).sum(-1),
+        {key: sum(block.counts[key] for block in blocks) for key in blocks[0].counts},
+        *_numpy(torch.cat([block.rows for block in blocks], -1)),
     )
+
+
+def _numpy(sums: Tensor) -> Floats:
+    """What is left of a site is small: numpy is faster there, and a GPU is asked once."""
+    return sums.double().cpu().numpy()
 
 
 def _least(site: Replayed, working: torch.dtype) -> float:
@@ -154,7 +161,15 @@ class _Values(NamedTuple):
     ideal: Tensor
 
 
-def _block(values: _Values, storage: torch.dtype, least: float, heads: int) -> _Rows:
+class _Block(NamedTuple):
+    """Rows (10, n) and channels (features) of some of a site's rows, as in _Rows."""
+
+    rows: Tensor
+    channels: Tensor
+    counts: dict[str, int]
+
+
+def _block(values: _Values, storage: torch.dtype, least: float) -> _Block:
     truth, wide = values.truth, values.truth.dtype
     c, f, o = (x.to(wide) for x in (values.candidate, values.floor, values.own))
     r, y, e = c - truth, truth, f - truth
@@ -169,21 +184,11 @@ def _block(values: _Values, storage: torch.dtype, least: float, heads: int) -> _
             torch.where(compared & x.isfinite(), x, 0) for x in (e, s, q, inherited, total, own_total)
         )
     rr, ee, ss, qq, yy = (torch.linalg.vecdot(x, x) for x in (r, e, s, q, y))
+    others = (torch.linalg.vecdot(x, x) for x in (inherited, total, own_total))
     strict = torch.maximum(torch.maximum(ee, ss), least * yy)
-    channels = torch.where(strict > 0, 1 / strict, torch.ones_like(strict)) @ r.square()
-    return _Rows(
-        rr,
-        ee,
-        ss,
-        qq,
-        yy,
-        torch.linalg.vecdot(r, y),
-        strict,
-        torch.linalg.vecdot(inherited, inherited),
-        torch.linalg.vecdot(total, total),
-        torch.linalg.vecdot(own_total, own_total),
-        channels,
-        channels.reshape(heads, -1).sum(-1),
+    return _Block(
+        torch.stack((rr, ee, ss, qq, yy, torch.linalg.vecdot(r, y), strict, *others)),
+        torch.where(strict > 0, 1 / strict, 1.0) @ r.square(),
         {
             "different": int(torch.count_nonzero(c != f)),
             "candidate nonzero": int(torch.count_nonzero(c)),
@@ -223,34 +228,35 @@ def _unmasked(candidate: Tensor, truth: Tensor) -> Tensor:
     return torch.where(shown, torch.full_like(truth, -_HIDDEN), torch.zeros_like(truth))
 
 
-def _ratio(squares: Tensor, floor: Tensor) -> Tensor:
+def _ratio(squares: Floats, floor: Floats) -> Floats:
     """√(squares / floor); 0 / 0 is 0, and any error over no floor is infinite."""
-    return torch.where(squares == 0, torch.zeros_like(squares), squares / floor).sqrt()
+    return np.sqrt(np.where(squares == 0, 0.0, squares / floor))
 
 
-def _statistic(squares: Tensor, floor: Tensor, rows: Tensor) -> float:
-    if not rows.numel():
+def _statistic(squares: Floats, floor: Floats, rows: Floats) -> float:
+    if not rows.size:
         return 0.0
-    return max(float(_ratio(squares.sum(), floor.sum())), float(rows.median()))
+    middle = (rows.size - 1) // 2
+    return max(_relative(squares, floor), float(np.partition(rows, middle)[middle]))
 
 
-def _relative(squares: Tensor, size: Tensor) -> float:
+def _relative(squares: Floats, size: Floats) -> float:
     return float(_ratio(squares.sum(), size.sum()))
 
 
-def _structure(rows: _Rows, strict: Tensor, dims: Dims, shape: tuple[int, ...]) -> Structure:
-    weight = torch.where(rows.floor > 0, 1 / rows.floor, torch.ones_like(rows.floor))
-    ry, energy, size = ((x * weight).sum() for x in (rows.ry, rows.rr, rows.yy))
+def _structure(rows: _Rows, strict: Floats, dims: Dims, shape: tuple[int, ...]) -> Structure:
+    weight = 1 / np.where(rows.floor > 0, rows.floor, 1.0)
+    ry, energy, size = (float((x * weight).sum()) for x in (rows.ry, rows.rr, rows.yy))
     by_token = _profile(rows.rr, strict, dims, shape, "token")
-    channel = int(rows.channels.argmax()) if rows.channels.numel() else 0
-    if rows.heads.numel() > 1:
+    channel = int(rows.channels.argmax()) if rows.channels.size else 0
+    if rows.heads.size > 1:
         # Energy is in units of each row's whole floor, of which one head has its share.
-        by_head = (rows.heads / max(rows.rr.numel(), 1) * rows.heads.numel()).sqrt()
+        by_head = np.sqrt(rows.heads / max(rows.rr.size, 1) * rows.heads.size)
     else:
         by_head = _profile(rows.rr, strict, dims, shape, "head")
     return Structure(
-        gain=float(ry / size) if size else 0.0,
-        cosine=float(ry / (energy * size).sqrt()) if energy and size else 0.0,
+        gain=ry / size if size else 0.0,
+        cosine=ry / math.sqrt(energy * size) if energy and size else 0.0,
         by_token=_bins(by_token),
         by_head=tuple(by_head.tolist()),
         channel=channel,
@@ -260,19 +266,16 @@ def _structure(rows: _Rows, strict: Tensor, dims: Dims, shape: tuple[int, ...]) 
     )
 
 
-def _profile(rr: Tensor, floor: Tensor, dims: Dims, shape: tuple[int, ...], axis: str) -> Tensor:
+def _profile(rr: Floats, floor: Floats, dims: Dims, shape: tuple[int, ...], axis: str) -> Floats:
     """Ratio along one axis of the rows; empty if the rows have no such axis."""
     rows = dims[:-1]
     if axis not in rows:
-        return rr.new_empty(0)
-    rest = [i for i, dim in enumerate(rows) if dim != axis]
-    rr, floor = rr.reshape(shape[:-1]), floor.reshape(shape[:-1])
-    return _ratio(rr.sum(rest), floor.sum(rest)) if rest else _ratio(rr, floor)
+        return np.zeros(0)
+    rest = tuple(i for i, dim in enumerate(rows) if dim != axis)
+    return _ratio(rr.reshape(shape[:-1]).sum(rest), floor.reshape(shape[:-1]).sum(rest))
 
 
-def _bins(profile: Tensor) -> tuple[float, ...]:
+def _bins(profile: Floats) -> tuple[float, ...]:
     """At most 256 numbers, each the largest of its neighbours."""
-    if profile.numel() <= _PROFILE_BINS:
-        return tuple(profile.tolist())
-    width = math.ceil(profile.numel() / _PROFILE_BINS)
-    return tuple(float(profile[i : i + width].max()) for i in range(0, profile.numel(), width))
+    width = max(1, math.ceil(profile.size / _PROFILE_BINS))
+    return tuple(np.maximum.reduceat(profile, range(0, profile.size, width)).tolist()) if profile.size else ()

@@ -26,6 +26,9 @@ from parity.sites import Site
 
 EMBED, HEAD = "embed", "head"
 Piece = str | int  # EMBED, HEAD, or the number of a layer
+# A checkpoint of at most so many bytes is read once and stays: to load its pieces again would take longer than
+# to run them.
+SMALL = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ class PiecewiseModel:
     """A causal LM of transformers whose weights are in memory one piece at a time.
 
     `sites` are the model's sites in order of execution, with the probe's sizes (`with_sizes` gives a run's).
-    A model whose layers are no plain chain cannot be cut: it has one piece, HEAD, that is all of it, and
-    `is_cut` says so.
+    A small one (SMALL) is read once and stays in memory. A model whose layers are no plain chain cannot be cut:
+    it has one piece, HEAD, that is all of it, and `is_cut` says so.
     """
 
     def __init__(
@@ -67,13 +70,15 @@ class PiecewiseModel:
         if original is None:
             # The meta kernel of the default grouped product takes bfloat16 alone.
             with self._experts("batched_mm"), _watch_chain(self.layers) as chain:
-                self.sites = discover(self.model, inner=inner)
+                self.sites = discover(self.model, self.layers, inner=inner)
             self.is_cut = bool(self.layers) and chain.is_whole(len(self.layers))
         if not self.is_cut:
             self.layers = []
         self._sites = self._sort_sites()
         self._calls: list[_Call] = []
         self._mapping: list[Any] | None = None
+        self._is_small = checkpoint.size <= SMALL
+        self._is_whole = False  # all weights of a small model are in memory
 
     @property
     def head_dim(self) -> int | None:
@@ -113,11 +118,26 @@ class PiecewiseModel:
 
         Raises ModelError when the checkpoint lacks a weight or holds one of another shape.
         """
-        modules = self._modules(piece)
+        if self._is_whole:
+            yield
+            return
+        pieces = self.pieces if self._is_small else [piece]
         try:
-            if source is None:
-                self._read(piece)
-            else:
+            self._load(pieces, source)
+            self._is_whole = self._is_small
+            yield
+        finally:
+            if not self._is_whole:
+                for one in pieces:
+                    for module in self._modules(one):
+                        module.to("meta")
+
+    def _load(self, pieces: list[Piece], source: PiecewiseModel | None) -> None:
+        if source is None:
+            self._read(pieces)
+        for piece in pieces:
+            modules = self._modules(piece)
+            if source is not None:
                 for mine, theirs in zip(modules, source._modules(piece), strict=True):
                     _copy_weights(mine, theirs)
             if not isinstance(piece, int):
@@ -125,10 +145,6 @@ class PiecewiseModel:
             for module in modules:
                 self._fill_buffers(module)
                 module.to(self.device)
-            yield
-        finally:
-            for module in modules:
-                module.to("meta")
 
     def _modules(self, piece: Piece) -> list[nn.Module]:
         """The modules that hold the weights of a piece."""
@@ -137,7 +153,7 @@ class PiecewiseModel:
         inside = {m for layer in self.layers for m in layer.modules()}
         return [m for m in self.model.modules() if m not in inside and _holds_tensors(m)]
 
-    def _read(self, piece: Piece) -> None:
+    def _read(self, pieces: list[Piece]) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
@@ -145,10 +161,10 @@ class PiecewiseModel:
         if self._mapping is None:
             self._mapping = get_model_conversion_mapping(self.model)
         config = LoadStateDictConfig(dtype=self.dtype, weight_mapping=self._mapping)
-        number = piece if isinstance(piece, int) else None
+        numbers = {piece if isinstance(piece, int) else None for piece in pieces}
 
         def wanted(key: str) -> bool:
-            return not self.is_cut or _layer_of_key(key) == number
+            return not self.is_cut or _layer_of_key(key) in numbers
 
         with ExitStack() as stack:
             tensors: dict[str, Any] = {}
@@ -156,9 +172,9 @@ class PiecewiseModel:
                 tensors |= {key: shard.get_slice(key) for key in shard.keys() if wanted(key)}  # noqa: SIM118
             with _no_progress_bar():
                 info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
-        self._check_complete(piece, info)
+        self._check_complete(pieces, info)
 
-    def _check_complete(self, piece: Piece, info: Any) -> None:
+    def _check_complete(self, pieces: list[Piece], info: Any) -> None:
         if info.mismatched_keys:
             key, found, expected = next(iter(info.mismatched_keys))
             raise ModelError(
@@ -166,8 +182,8 @@ class PiecewiseModel:
                 f"config.json asks for {tuple(expected)}."
             )
         tied = self.model.all_tied_weights_keys if self.config.tie_word_embeddings else {}
-        for module in self._modules(piece):
-            for name, parameter in module.named_parameters(recurse=isinstance(piece, int)):
+        for module, recurse in ((m, isinstance(p, int)) for p in pieces for m in self._modules(p)):
+            for name, parameter in module.named_parameters(recurse=recurse):
                 if parameter.is_meta and (full := _full_name(self.model, module, name)) not in tied:
                     raise ModelError(
                         f"model {self.checkpoint.name!r}: the checkpoint has no {full}. "
