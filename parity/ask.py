@@ -68,7 +68,7 @@ class Ask:
         return CATALOGUE + (load_user_faults(self.faults) if self.faults else ())
 
     def _text(self) -> str | None:
-        return self.prompt if self.prompt_file is None else _read_text("--prompt-file", self.prompt_file)
+        return self.prompt if self.prompt_file is None else _read_text("prompt file", self.prompt_file)
 
     def _ids(self, model_dir: Path, prompt: str | None) -> tuple[tuple[int, ...], ...]:
         if self.tokens is not None:
@@ -76,24 +76,26 @@ class Ask:
         if prompt is None:
             raise UsageError("nothing to run. Give --prompt TEXT, --prompt-file FILE or --tokens IDS.")
         if not prompt:
-            raise UsageError("the prompt is empty: no token to run. Give --prompt some text.")
+            raise UsageError("the prompt is empty: no token to run. Give it some text.")
         from transformers import AutoTokenizer
 
         try:
             ids = tuple(AutoTokenizer.from_pretrained(model_dir)(prompt).input_ids)
         except Exception as error:
-            raise UsageError(f"{model_dir}: no tokenizer could be loaded. Give --tokens instead.") from error
+            raise UsageError(
+                f"{model_dir}: no tokenizer could be loaded. Give token ids in place of text (--tokens)."
+            ) from error
         if not ids:
-            raise UsageError(f"{model_dir}: its tokenizer makes no token of the prompt. Give --tokens instead.")
+            raise UsageError(f"{model_dir}: its tokenizer makes no token of the prompt. Give token ids (--tokens).")
         return (ids,)
 
 
-def _read_text(option: str, path: Path) -> str:
+def _read_text(what: str, path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise UsageError(f"{option} {path}: not a readable text file ({reason}).") from error
+        raise UsageError(f"{what} {path}: not a readable text file ({reason}).") from error
 
 
 def _parse_tokens(text: str) -> tuple[tuple[int, ...], ...]:
@@ -118,4 +120,4 @@ def _check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device}: not usable here ({str(error).splitlines()[0]}).") from error
+        raise UsageError(f"device {device!r}: not usable here ({str(error).splitlines()[0]}).") from error

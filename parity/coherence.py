@@ -2,9 +2,9 @@
 
 A wrong eps moves each number by less than its rounding, but always in the direction that eps moves it. So the
 residual of every site of a family is regressed on that direction: with rows weighted by their floor, the slope
-is 0 for rounding and 1 for the fault. The reference's own rounding on the same inputs is the null: rounding
-errors are shared within a row and may lean a little in some direction too, so a candidate is accused only if
-it leans far more than the reference does.
+is 0 for rounding and 1 for the fault. Rounding may lean too: an operation that rounds twice has a bias, which a
+candidate that rounds once does not share. So every slope between 0 and that of the reference's own rounding on the
+same inputs, the null, is legal, and a candidate is accused only if it leans far beyond these.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from parity.reference.precision import unit_roundoff
 from parity.results import FaultMatch, Finding, Measurement, Reading
 from parity.sites import family, layer_of
 
-# The slope must be this many standard errors from zero, errors being clustered in rows …
+# The slope must be this many standard errors from what is legal, errors being clustered in rows …
 _SIGMAS = 8.0
-# … and this many times the slope of the reference's own rounding.
-_TIMES_NULL = 3.0
+# … and from what is legal by this many times the slope of the reference's own rounding: legal variants of the norm
+# stray by up to 0.2.
+_TIMES_NULL = 1.0
 # A slope fitted to fewer rows than this fits by chance.
 _LEAST_ROWS = 16
 # Slopes below this share of the step are no fault that anyone has.
@@ -37,13 +38,18 @@ _AGREE = 0.3
 
 @dataclass(frozen=True)
 class _Sums:
-    """What a regression needs of one site: Σ w r g, the same of the reference's error, Σ w g g, and its noise."""
+    """What a regression needs of one site: Σ w r g, the same of the reference's error e, Σ w g g, and its noise.
+
+    shared and own are Σ w r e and Σ w e e.
+    """
 
     site: str
     candidate: float
     reference: float
     response: float
     noise: float
+    shared: float
+    own: float
     rows: int
 
     @property
@@ -73,7 +79,7 @@ def coherent(sites: Sequence[Measurement], bench: Bench, catalogue: Iterable[Fau
     accused = {
         key: guilty
         for key, found in sums.items()
-        if (guilty := _guilty(found)) and _is_possible(by_id[key[0]], _slope(guilty), *steps[key[0]])
+        if (guilty := _guilty(found)) and _is_possible(by_id[key[0]], _reading(guilty)[0], *steps[key[0]])
     }
     best: dict[str, tuple[str, str]] = {}
     for key, guilty in accused.items():
@@ -125,9 +131,10 @@ def _sums(site: str, candidate: Tensor, truth: Tensor, floor: Tensor, moved: Ten
     least = (0.3 * unit_roundoff(working)) ** 2 * torch.where(visible, truth, 0).double().square().sum(-1)
     weight = 1 / torch.maximum(e.square().sum(-1), least).clamp_min(1e-300)
     rg, eg, gg = ((x * g).sum(-1) * weight for x in (r, e, g))
+    shared, own = (float(((x * e).sum(-1) * weight).sum()) for x in (r, e))
     slope = float(rg.sum() / gg.sum()) if float(gg.sum()) else 0.0
     noise = torch.maximum((rg - slope * gg).square(), eg.square()).sum()
-    return _Sums(site, float(rg.sum()), float(eg.sum()), float(gg.sum()), float(noise), rg.numel())
+    return _Sums(site, float(rg.sum()), float(eg.sum()), float(gg.sum()), float(noise), shared, own, rg.numel())
 
 
 def _guilty(found: list[_Sums]) -> list[_Sums]:
@@ -150,13 +157,31 @@ def _is_coherent(found: Sequence[_Sums]) -> bool:
     response, noise = sum(s.response for s in found), sum(s.noise for s in found)
     if not response or not noise or sum(s.rows for s in found) < _LEAST_ROWS:
         return False
-    slope, null = _slope(found), sum(s.reference for s in found) / response
-    sigmas = abs(slope) * response / math.sqrt(noise)
-    return abs(slope) > _LEAST_SLOPE and sigmas > _SIGMAS and abs(slope) > _TIMES_NULL * abs(null)
+    slope, null = _slope(found), _null(found)
+    beyond = max(slope - max(null, 0.0), min(null, 0.0) - slope)
+    sigmas = beyond * response / math.sqrt(noise)
+    return beyond > _LEAST_SLOPE and sigmas > _SIGMAS and beyond > _TIMES_NULL * abs(null)
 
 
 def _slope(found: Sequence[_Sums]) -> float:
     return sum(s.candidate for s in found) / sum(s.response for s in found)
+
+
+def _null(found: Sequence[_Sums]) -> float:
+    return sum(s.reference for s in found) / sum(s.response for s in found)
+
+
+def _kinship(found: Sequence[_Sums]) -> float:
+    """How far the candidate rounds as the reference does, and so shares its bias: 0 not at all, 1 the same bits."""
+    own = sum(s.own for s in found)
+    return min(1.0, max(0.0, sum(s.shared for s in found) / own)) if own else 0.0
+
+
+def _reading(found: Sequence[_Sums]) -> tuple[float, float]:
+    """The slope without the bias that the rounding shares with the reference's, and its standard error."""
+    response, null, kinship = sum(s.response for s in found), _null(found), _kinship(found)
+    noise = math.sqrt(sum(s.noise for s in found)) / response
+    return _slope(found) - kinship * null, math.hypot(noise, (1 - kinship) * null)
 
 
 def _evidence(found: Sequence[_Sums]) -> float:
@@ -168,13 +193,9 @@ def _finding(
     fault: Fault, guilty: Sequence[_Sums], expected: float, step: float, suspects: dict[str, Measurement]
 ) -> Finding:
     assert fault.number is not None, "unreachable because only faults with a number are regressed"
-    slope, response = _slope(guilty), sum(s.response for s in guilty)
-    # What the reference's own rounding leans is an error of the reading too.
-    null = sum(s.reference for s in guilty) / response
-    stderr = math.hypot(math.sqrt(sum(s.noise for s in guilty)) / response, null)
+    slope, stderr = _reading(guilty)
     ratio = max(suspects[s.site].ratio or 0.0 for s in guilty)
     value = Reading(expected + slope * step, abs(stderr * step), expected)
-    sigmas = abs(slope) * response / math.sqrt(sum(s.noise for s in guilty))
     return Finding(
         family=family(guilty[0].site),
         sites=tuple(s.site for s in guilty),
@@ -184,7 +205,7 @@ def _finding(
         first_token=None,
         evidence=(
             "smaller than the rounding of any single value, but always in the same direction: "
-            f"{sigmas:.0f} standard errors over {len(guilty)} sites",
+            f"{abs(slope) / stderr:.0f} standard errors over {len(guilty)} sites",
         ),
         fault=FaultMatch(
             id=fault.id,

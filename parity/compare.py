@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,8 +24,8 @@ from parity.diagnose import Bench, diagnose
 from parity.dump import ArchiveWriter, Array, Dump, Entry, NameMap, open_dump, rename
 from parity.errors import IncomparableError
 from parity.judge import RoundingMode, covered, findings, judge_run, judge_site, luck, rounding_mode
-from parity.metrics import Metrics, measure
-from parity.outcome import NextTokenWatch
+from parity.metrics import Metrics, measure, ulp_histogram
+from parity.outcome import NextTokenWatch, answer
 from parity.power import power
 from parity.question import DTYPES, Question, versions
 from parity.record.arrays import to_numpy, to_torch
@@ -34,6 +35,7 @@ from parity.reference.pieces import PiecewiseModel
 from parity.reference.precision import unit_roundoff
 from parity.reference.replay import Reference, Replayed
 from parity.reference.selfcheck import reference_checks, weight_check
+from parity.residual import with_residuals
 from parity.results import Check, Comparison, Environment, Finding, Measurement
 from parity.sites import Site
 
@@ -151,6 +153,7 @@ class _Measured:
     pair: Pair
     metrics: Metrics
     local: Local
+    ulps: tuple[int, ...] | None
     dtype: str
 
 
@@ -197,7 +200,10 @@ def _measure(site: Replayed, pair: Pair, entry: Entry, working: torch.dtype, hea
     assert site.candidate is not None, "unreachable because pairs are read before the replay"
     metrics = measure(to_numpy(site.candidate), to_numpy(site.own))
     local = local_error(site, working, _storage(site.candidate, working), head_dim)
-    return _Measured(pair, metrics, local, entry.dtype)
+    # A masked score may be any large negative number: how far apart two of them are says nothing.
+    telling = not local.bit_equal and not site.site.name.endswith(".scores")
+    ulps = ulp_histogram(to_numpy(site.candidate), to_numpy(site.floor)) if telling else None
+    return _Measured(pair, metrics, local, ulps, entry.dtype)
 
 
 def _storage(candidate: Tensor, working: torch.dtype) -> torch.dtype:
@@ -233,7 +239,7 @@ def _conclude(
     found = findings(sites)
     if found and model.is_cut:
         with clock("diagnose"):
-            found = diagnose(found, bench, faults)
+            found = with_residuals(diagnose(found, bench, faults), sites, bench)
     if model.is_cut and model.dtype is not torch.float32 and not mode.truncates:
         with clock("wrong constants"):
             leaning = coherent(sites, bench, faults)
@@ -242,13 +248,14 @@ def _conclude(
     could_see = None
     if model.is_cut:
         with clock("power"):
-            could_see = power(bench, faults, lambda done, total: progress("what this run could have seen", done, total))
+            named = {finding.fault.id for finding in found if finding.fault}
+            could_see = power(bench, faults, partial(progress, "what this run could have seen"), named)
     next_token = watch.result()
     verdict, headline = judge_run(sites, found, checks, next_token)
     return Comparison(
         verdict=verdict,
         headline=headline,
-        answer=_answer(sites, verdict, watch.noise_ratio()),
+        answer=answer(sites, verdict, watch.noise_ratio()),
         findings=found,
         sites=tuple(sites),
         next_token=next_token,
@@ -285,26 +292,12 @@ def _judged(m: _Measured, mode: RoundingMode, lucky: float) -> Measurement:
         max_abs=x.max_abs,
         rel_l2=x.rel_l2,
         ulp_max=x.ulp_max,
-        structure=local.structure,
+        ulps=m.ulps,
+        structure=local.structure.shortened(),
         dtype=m.dtype,
         shape=m.pair.site.shape,
         steps=m.pair.steps,
     )
-
-
-def _answer(sites: Sequence[Measurement], verdict: str, noise_ratio: float | None) -> str:
-    """ "MSE 8.5e-3 at the logits: rounding or a bug?", in one line."""
-    logits = sites[-1] if sites else None
-    if logits is None or logits.mse is None or logits.total_ratio is None:
-        return "the logits were not measured"
-    size = f"logits MSE {logits.mse:.2g}, cosine {logits.cosine:.6f}"
-    if logits.total_ratio <= 2:
-        explained = "rounding explains all of it"
-    else:
-        explained = "rounding does not explain it" if verdict == "diverged" else "more than rounding usually makes"
-    if noise_ratio is not None:
-        explained += f"; {noise_ratio:.2g} standard deviations of stochastic rounding"
-    return f"{size}: {logits.total_ratio:.2g}x the reference's own rounding error, {explained}"
 
 
 # -- small things --------------------------------------------------------------------------------------------

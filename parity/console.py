@@ -28,20 +28,25 @@ def writable(folder: Path) -> None:
 
 
 def write_report(comparison: Comparison, folder: Path | None, *, json: bool, verbose: bool, plots: bool) -> None:
-    """Write the report's files, if it has a folder, and print it: as JSON alone, or as text."""
+    """Write the report's files, if it has a folder, and print it: as JSON alone, or as text.
+
+    In a workflow of GitHub it goes to the summary of the step too.
+    """
     from rich.console import Console
 
     from parity.report import json as report_json
     from parity.report.files import write_all
+    from parity.report.markdown import append_step_summary
     from parity.report.terminal import show
 
     written = write_all(comparison, folder, plots=plots) if folder is not None else {}
     if json:
         sys.stdout.write(report_json.dumps(comparison))
-        return
-    show(comparison, Console(highlight=False), verbose=verbose)
-    if written:
-        print(f"report: {written['index.html']}")
+    else:
+        show(comparison, Console(highlight=False), verbose=verbose)
+        if written:
+            print(f"report: {written['index.html']}")
+    append_step_summary(comparison)
 
 
 def print_json(value: Any) -> None:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection
-from contextlib import nullcontext
 from pathlib import Path
 
 from torch import Tensor
 
 from parity.compare import Progress, diff_dump, record_reference, reference_for, silent
 from parity.diagnose import Bench
-from parity.dump import ArchiveWriter, open_dump
+from parity.dump import open_dump
 from parity.errors import UsageError
-from parity.faults import Fault, Injection, shows_at
+from parity.faults import Injection, shows_at
+from parity.faults.fault import attribute
 from parity.power import power
 from parity.question import Question
-from parity.record.arrays import to_numpy, to_torch
-from parity.record.discover import with_sizes
-from parity.reference.pieces import EMBED
+from parity.record.arrays import to_torch
+from parity.record.tap import Tap
+from parity.reference.pieces import EMBED, Piece
 from parity.reference.replay import Reference
 from parity.results import Comparison, Power
 
@@ -28,8 +27,7 @@ def diff_injected(question: Question, inject: Injection, progress: Progress = si
     reference = reference_for(question)
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
         path = Path(folder) / "injected.h5"
-        layers = range(len(reference.working.layers)) if inject.layer is None else [inject.layer]
-        record_injected(question, reference, inject.fault, inject.value, layers, path)
+        _record_injected(question, reference, inject, path, progress)
         with open_dump(path) as dump:
             return diff_dump(question, dump, reference, progress, name=f"{question.checkpoint.name} with {inject}")
 
@@ -48,28 +46,25 @@ def power_of(question: Question, progress: Progress = silent) -> Power:
             return power(bench, question.faults, lambda done, total: progress("trying faults", done, total))
 
 
-def record_injected(
-    question: Question, reference: Reference, fault: Fault, value: float, layers: Collection[int], path: Path
+def _record_injected(
+    question: Question, reference: Reference, inject: Injection, path: Path, progress: Progress
 ) -> None:
-    """Record the reference with a fault in the given layers (or in the ends, if that is where it shows)."""
-    model = reference.working
-    sites = {site.name: site for site in with_sizes(model.sites, *question.ids.shape)}
+    """Record the reference with a fault in a layer or in all (or in the ends, if that is where it shows)."""
+    model, fault = reference.working, inject.fault
     bench = Bench(reference, question.ids, lambda _site: None)
-    planted = 0
-    with ArchiveWriter(path, question.info(f"{question.checkpoint.name} with {fault.id}")) as writer:
+    plain, planted = model.run, list[Piece]()
 
-        def tap(site: str, value: Tensor) -> Tensor:
-            writer.add(site, to_numpy(value), sites[site].dims)
-            return value
+    def run(piece: Piece, input_ids: Tensor, hidden: Tensor | None, tap: Tap) -> Tensor:
+        wanted = not isinstance(piece, int) or inject.layer in (None, piece)
+        shows = any(shows_at(fault, site.name) for site in model.sites_of(piece))
+        if not (wanted and shows and bench.applies(fault, piece)):
+            return plain(piece, input_ids, hidden, tap)
+        planted.append(piece)
+        with fault.patch(bench.scope(model, piece), inject.value):
+            return plain(piece, input_ids, hidden, tap)
 
-        hidden = None
-        for piece in model.pieces:
-            wanted = piece in layers if isinstance(piece, int) else True
-            with model.loaded(piece):
-                here = wanted and any(shows_at(fault, s.name) for s in model.sites_of(piece))
-                here = here and bench.applies(fault, piece)
-                with fault.patch(bench.scope(model, piece), value) if here else nullcontext():
-                    hidden = model.run(piece, question.ids, hidden, tap)
-            planted += here
+    # The plain run is recorded, of a model whose pieces run with the fault in them.
+    with attribute(model, "run", run):
+        record_reference(question, path, progress, model)
     if not planted:
         raise UsageError(f"fault {fault.id!r} does not apply to {question.checkpoint.name} in the layers asked for.")

@@ -123,7 +123,7 @@ def structure_of(s: Structure) -> str:
         return f"most of it in head {worst}"
     if _spread(s.by_token) > _CONCENTRATED:
         worst = max(range(len(s.by_token)), key=s.by_token.__getitem__)
-        return f"most of it at token {worst}"
+        return f"most of it at token {worst * s.pooled}" + (f" to {(worst + 1) * s.pooled - 1}" if s.pooled > 1 else "")
     if s.channel_share > 0.5:
         return f"{s.channel_share:.0%} of it in channel {s.channel}"
     return ""
@@ -204,11 +204,11 @@ def evidence(m: Measurement) -> list[str]:
         return lines
     tokens = s.by_token
     if len(tokens) > 3 and max(tokens) > ROUNDING:
-        if tokens[0] <= ROUNDING < max(tokens[1:4]):
+        if s.pooled == 1 and tokens[0] <= ROUNDING < max(tokens[1:4]):
             lines.append("token 0 is right, later tokens are not")
         clean = next((i for i, ratio in enumerate(tokens) if ratio > ROUNDING), 0)
         if clean > 3:
-            lines.append(f"the first {clean} tokens are right")
+            lines.append(f"the first {clean * s.pooled} tokens are right")
         third = len(tokens) // 3
         early, late = median(tokens[:third] or tokens), median(tokens[-third:] or tokens)
         if late > 2 * early:

@@ -1,4 +1,4 @@
-"""How far one array is from another: errors, angles, ULPs and KL, in one pass over memory.
+"""How far one array is from another: errors, angles and ULPs, in one pass over memory.
 
 Arrays are read in tiles that stay in cache and are widened to float64 there: besides the inputs, only scratch
 of a fixed size is used, whatever the shape, strides or dtype.
@@ -14,6 +14,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from parity.results import ULP_BINS
+
 Array = NDArray[Any]
 Floats = NDArray[np.float64]
 
@@ -21,7 +23,6 @@ Floats = NDArray[np.float64]
 TILE = 32768
 # OpenBLAS starts threads beyond 10 000 elements: no gain here, and sums would depend on how many there are.
 DOT = 8192
-LOGITS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -82,29 +83,29 @@ def ulp_distance(a: Array, b: Array) -> Floats:
     out = np.empty(a.shape, np.float64)
     with np.errstate(all="ignore"):
         for left, right, target in _tiles(a, b, out):
-            wide, steps = reader.read(left, right)
-            finite, clash = _nonfinite(wide)
-            target[...] = np.where(finite.all(axis=0), steps, np.where(clash, inf, 0.0))
+            target[...] = _steps(reader, left, right)
     return out
 
 
-def kl_divergence(candidate_logits: Array, reference_logits: Array) -> Floats:
-    """KL(reference ‖ candidate) of the distributions that two arrays of logits stand for.
+def ulp_histogram(a: Array, b: Array) -> tuple[int, ...]:
+    """How many pairs of numbers are how far apart, in ULP as `ulp_distance` counts them.
 
-    Shapes: both `*rows vocabulary`, equal → `*rows`. Units: nats, never negative, with an absolute error of
-    about 1e-16 times the largest difference of log probabilities. A logit of −inf is a token of probability
-    zero: inf if the candidate excludes a token that the reference allows. A row that is no distribution on
-    either side (NaN, +inf, −inf throughout) gives inf, never nan.
+    One count for the distances up to each of `ULP_BINS`, then one for what is further apart or not finite; zeros at
+    the end are left out.
 
-    Raises: ValueError if shapes differ or there is no token; TypeError as `measure`.
+    Raises: ValueError if shapes differ, TypeError as `measure`.
     """
-    _check(candidate_logits, reference_logits)
-    if candidate_logits.ndim == 0 or candidate_logits.shape[-1] == 0:
-        raise ValueError(f"logits of shape {candidate_logits.shape} have no vocabulary axis or no tokens")
-    out = np.empty(candidate_logits.shape[:-1], np.float64)
+    reader = _Reader(a, b)
+    beyond = np.zeros(len(ULP_BINS), np.int64)
     with np.errstate(all="ignore"):
-        _kl_into(out, candidate_logits, reference_logits)
-    return out
+        for left, right in _tiles(a, b):
+            steps = _steps(reader, left, right)
+            for place, end in enumerate(ULP_BINS):
+                if not (further := np.count_nonzero(steps > end)):
+                    break
+                beyond[place] += further
+    counts = -np.diff(beyond, prepend=a.size, append=0)
+    return tuple(np.trim_zeros(counts, "b").tolist())
 
 
 @dataclass
@@ -169,6 +170,13 @@ def _sums(candidate: Array, reference: Array, reader: "_Reader", scale: float = 
 def _dot(a: Floats, b: Floats) -> Floats:
     blocks = [slice(start, start + DOT) for start in range(0, a.shape[-1], DOT)]
     return np.asarray(sum(np.vecdot(a[..., block], b[..., block]) for block in blocks))
+
+
+def _steps(reader: "_Reader", left: Array, right: Array) -> Array:
+    """Steps between the numbers of two tiles; inf where they clash."""
+    wide, steps = reader.read(left, right)
+    finite, clash = _nonfinite(wide)
+    return steps if finite.all() else np.where(finite.all(axis=0), steps, np.where(clash, inf, 0.0))
 
 
 def _nonfinite(wide: Floats) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -275,25 +283,3 @@ def _tiles(*arrays: Array) -> Iterator[tuple[Array, ...]]:
         flags = [["readonly", "contig", "nbo"]] * 2 + [["writeonly", "contig"]] * (len(arrays) - 2)
         with np.nditer(plain, ["external_loop", "buffered"], flags, buffersize=TILE) as tiles:  # type: ignore[arg-type]
             yield from tiles
-
-
-def _kl_into(out: Floats, candidate: Array, reference: Array) -> None:
-    """Halve the leading axes until a piece is small; reshaping to rows may copy."""
-    if candidate.ndim == 1 or candidate.size <= LOGITS_AT_ONCE:
-        logs, expected = _log_softmax(candidate), _log_softmax(reference)
-        weights = np.exp(expected)
-        total = np.where(weights == 0.0, 0.0, weights * (expected - logs)).sum(axis=-1)
-        out[...] = np.where(np.isnan(total), np.inf, np.maximum(total, 0.0))
-    elif len(candidate) == 1:
-        _kl_into(out[0, ...], candidate[0], reference[0])
-    else:
-        half = len(candidate) // 2
-        _kl_into(out[:half], candidate[:half], reference[:half])
-        _kl_into(out[half:], candidate[half:], reference[half:])
-
-
-def _log_softmax(logits: Array) -> Floats:
-    shifted: Floats = logits.astype(np.float64)
-    shifted -= shifted.max(axis=-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return shifted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from parity.reference.checkpoint import Checkpoint
 from parity.reference.replay import Replayed
-from parity.results import NextToken, Token
+from parity.results import LogitSample, Measurement, NextToken, Token
 
 _TOP = 5
+# So many logits are kept for drawing, and of these so many because they are the largest of one side.
+_SAMPLE, _LARGEST = 512, 64
 # A top token that rounding flipped lost by at most this many standard deviations of the noise.
 _SIGMAS = 5.0
 
@@ -42,6 +45,7 @@ class NextTokenWatch:
             positions=len(rows),
             max_kl=max(row.kl for row in rows),
             margin_sigma=rows[-1].noise,
+            sample=sample_of(logits.own[-1, -1].float().cpu(), logits.candidate[-1, -1].float().cpu()),
         )
 
     def noise_ratio(self) -> float | None:
@@ -85,9 +89,38 @@ def _row(candidate: Tensor, own: Tensor, ideal: Tensor) -> _Row:
     noise = float((error - error.mean()).square().mean().sqrt()) * 2**0.5
     chosen, expected = int(candidate.argmax()), int(own.argmax())
     lost = float(ideal[expected] - ideal[chosen])
-    theirs, ours = candidate.log_softmax(-1), own.log_softmax(-1)
-    kl = float((ours.exp() * (ours - theirs)).sum())
-    return _Row(noise, kl, chosen != expected, chosen != expected and lost > _SIGMAS * noise)
+    flipped = chosen != expected
+    return _Row(noise, kl_divergence(candidate, own), flipped, flipped and lost > _SIGMAS * noise)
+
+
+def kl_divergence(candidate: Tensor, reference: Tensor) -> float:
+    """KL(reference ‖ candidate), in nats, of the distributions that two vectors of logits stand for.
+
+    A logit of −inf is a token of probability zero: inf if the candidate excludes a token that the reference allows.
+    inf too where a side is no distribution (NaN, +inf, −inf throughout).
+    """
+    theirs, ours = candidate.double().log_softmax(-1), reference.double().log_softmax(-1)
+    share = ours.exp()
+    # In place, for a vocabulary is large; an excluded token has no share in the sum, however far off it is.
+    total = float(ours.sub_(theirs).mul_(share).masked_fill_(share == 0, 0.0).sum())
+    return math.inf if math.isnan(total) else max(total, 0.0)
+
+
+def sample_of(own: Tensor, candidate: Tensor) -> LogitSample:
+    """A part of the last token's logits (vocab) that shows the whole: all where there are few."""
+    ranked = own.argsort(descending=True, stable=True)
+    size = len(ranked)
+    chosen = torch.ones(size, dtype=torch.bool)
+    if size > _SAMPLE:
+        chosen[:] = False
+        chosen[candidate.argsort(descending=True, stable=True)[:_LARGEST]] = True
+        spaced = torch.linspace(0, size - 1, _SAMPLE - 2 * _LARGEST, dtype=torch.float64).round().long()
+        chosen[ranked[:_LARGEST]] = chosen[ranked[spaced]] = True
+    shown = ranked[chosen[ranked]]
+    # Six digits are more than a picture shows.
+    rounded = ([float(f"{value:.6g}") for value in side[shown].tolist()] for side in (own, candidate))
+    reference, theirs = map(tuple, rounded)
+    return LogitSample(reference, theirs, size)
 
 
 def _top(logits: Tensor, names: _Names) -> tuple[Token, ...]:
@@ -107,3 +140,18 @@ class _Names:
 
     def __call__(self, token: int) -> str:
         return self._tokenizer.decode([token], skip_special_tokens=False) if self._tokenizer else f"[{token}]"
+
+
+def answer(sites: Sequence[Measurement], verdict: str, noise_ratio: float | None) -> str:
+    """ "MSE 8.5e-3 at the logits: rounding or a bug?", in one line."""
+    logits = sites[-1] if sites else None
+    if logits is None or logits.verdict == "unmeasured" or logits.mse is None or logits.total_ratio is None:
+        return "the logits were not measured"
+    size = f"logits MSE {logits.mse:.2g}, cosine {logits.cosine:.6f}"
+    if logits.total_ratio <= 2:
+        explained = "rounding explains all of it"
+    else:
+        explained = "rounding does not explain it" if verdict == "diverged" else "more than rounding usually makes"
+    if noise_ratio is not None:
+        explained += f"; {noise_ratio:.2g} standard deviations of stochastic rounding"
+    return f"{size}: {logits.total_ratio:.2g}x the reference's own rounding error, {explained}"

@@ -6,7 +6,7 @@ report that does not say so mistakes blindness for health.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -32,10 +32,12 @@ class _Sight:
     applies: bool
 
 
-def power(bench: Bench, catalogue: Iterable[Fault], progress: Callable[[int, int], None]) -> Power:
-    """Which faults the run behind `bench` would have revealed."""
+def power(
+    bench: Bench, catalogue: Iterable[Fault], progress: Callable[[int, int], None], found: Collection[str] = ()
+) -> Power:
+    """Which faults the run behind `bench` would have revealed; those that it has found it could see."""
     faults = list(catalogue)
-    seen = {fault.id: _Sight(0.0, applies=False) for fault in faults}
+    seen = {fault.id: _Sight(VISIBLE if fault.id in found else 0.0, applies=fault.id in found) for fault in faults}
     pieces = _pieces(bench)
     for done, piece in enumerate(pieces):
         progress(done, len(pieces))

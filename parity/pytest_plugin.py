@@ -11,7 +11,7 @@ import os
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from parity.results import Comparison
     from parity.testing import Case, Port, Run
 
-_FOLDER = "parity_report"
+# Properties of an item: they tell the process that sums up, and JUnit's XML, what the item is a part of.
+_FOLDER, _RUN, _PART = "parity_report", "parity_run", "parity_part"
+_MOST_PARTS = 6
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -63,6 +65,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("parity_case", parameters)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Say where a port was found of which no items could be made."""
+    if hasattr(getattr(item, "obj", None), "parity_port") and not hasattr(item, "callspec"):
+        text = "pytest gives a unittest.TestCase no parameters. Put cases() into the module or a class of another kind."
+        pytest.fail(f"{item.name}: {text}", pytrace=False)
+
+
 def _say(name: str, error: Exception) -> str:
     return f"{name}: {error}"
 
@@ -83,7 +92,8 @@ def parity_check(request: pytest.FixtureRequest, _parity_answers: Answers) -> Ca
         __tracebackhide__ = True
         answer = _parity_answers.to(case.run)
         node = request.node
-        node.user_properties.append((_FOLDER, str(answer.folder)))
+        section = _section(node, case.run)
+        node.user_properties += [(_FOLDER, str(answer.folder)), (_RUN, section), (_PART, case.part)]
         trouble = answer.trouble or _misfit(case, answer)
         if trouble:
             _report_once(answer.folder, node.nodeid, trouble, skip=answer.no_model and case.skip_missing)
@@ -212,60 +222,82 @@ def _judge(case: Case, answer: Answer, node: pytest.Item, record: bool) -> str:
     if worst is not None and worst.ratio is not None:
         node.user_properties += [("parity_worst_ratio", f"{worst.ratio:.3g}"), ("parity_worst_site", worst.site)]
     known = {} if record else baseline.load(baseline.path_for(node.path))
-    failed = acceptance.failures(case.part, c, case.settings, known.get(_section(node.nodeid), {}))
+    failed = acceptance.failures(case.part, c, case.settings, known.get(_section(node, case.run), {}))
     if not failed:
         return ""
     lines = acceptance.explain(failed, c)
     node.user_properties.append(("parity_finding", lines[0]))
-    return "\n".join([*lines, *_footer(case.part, failed, answer, c)])
+    return "\n".join([*lines, *_footer(case, failed, answer, c)])
 
 
-def _footer(part: str, failed: list[Failure], answer: Answer, c: Comparison) -> Iterable[str]:
+def _footer(case: Case, failed: list[Failure], answer: Answer, c: Comparison) -> Iterable[str]:
     env = c.environment
-    yield f"{part} of {env.candidate}: {len(failed)} failing, {env.working_dtype}, {env.tokens} tokens"
+    yield f"{case.part} of {case.candidate}: {len(failed)} failing, {env.working_dtype}, {env.tokens} tokens"
     yield f"report: {answer.page}"
     yield f"again:  {env.command}"
 
 
-def _section(nodeid: str) -> str:
-    """The part of an item's name that its baseline stands under: the test and its prompt, without the layer."""
-    return nodeid.split("::", 1)[1].rpartition("-")[0] + "]"
+def _section(node: pytest.Item, run: Run) -> str:
+    """What a run's baseline stands under: the test and its prompt, without the layer."""
+    return f"{node.nodeid.split('::', 1)[1].partition('[')[0]}[{run.id}]"
 
 
 # -- at the end ----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A comparison as a test's items saw it: where it is, and which parts failed so far."""
+
+    file: Path
+    section: str
+    folder: Path
+    failed: list[str] = field(default_factory=list)
+
+
 class Summary:
-    """One line at the end about all comparisons, and the baselines where they are to be recorded."""
+    """A line at the end about all comparisons; baselines and a workflow's step summary where they are wanted."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
-        self._answers: dict[tuple[Path, str], Path] = {}  # (test file, section): folder
+        self._seen: dict[tuple[Path, str], Seen] = {}
+        self._lines: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Note which comparison a test looked at; the note comes along from a worker."""
-        folder = dict(report.user_properties).get(_FOLDER)
-        if report.when == "call" and isinstance(folder, str):
-            file = self._config.rootpath / report.nodeid.split("::")[0]
-            self._answers[file, _section(report.nodeid)] = Path(folder)
+        noted = dict(report.user_properties)
+        if report.when == "call" and _FOLDER in noted:
+            file, section = self._config.rootpath / report.nodeid.split("::")[0], str(noted[_RUN])
+            seen = self._seen.setdefault((file, section), Seen(file, section, Path(str(noted[_FOLDER]))))
+            if report.failed:
+                seen.failed.append(str(noted[_PART]))
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self) -> None:
+        """Read the comparisons before pytest may remove them, and write what is to be kept of them."""
+        if not self._seen:
+            return
+        answers = {folder: _load(folder) for folder in dict.fromkeys(seen.folder for seen in self._seen.values())}
+        said = self._record(answers) if self._config.getoption("parity_record") else self._better(answers)
+        self._lines = [_overall(list(answers.values())), *said]
+        try:
+            _append_step_summary(list(self._seen.values()), answers)
+        except (OSError, UsageError) as error:
+            self._lines.append(f"no step summary: {error}")
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Say how the comparisons went, where the reports are and what changed since the baseline."""
-        if not self._answers:
-            return
-        answers = {folder: _load(folder) for folder in dict.fromkeys(self._answers.values())}
-        terminalreporter.write_line(f"parity: {_overall(list(answers.values()))}")
-        for line in self._record(answers) if self._config.getoption("parity_record") else self._better(answers):
+        for line in self._lines:
             terminalreporter.write_line(f"parity: {line}")
 
     def _record(self, answers: dict[Path, Answer]) -> Iterable[str]:
         from parity import baseline
 
-        for file in dict.fromkeys(file for file, _ in self._answers):
+        for file in dict.fromkeys(seen.file for seen in self._seen.values()):
             sections = {
-                section: comparison.sites
-                for (other, section), folder in self._answers.items()
-                if other == file and (comparison := answers[folder].comparison) is not None
+                seen.section: comparison.sites
+                for seen in self._seen.values()
+                if seen.file == file and (comparison := answers[seen.folder].comparison) is not None
             }
             if sections:
                 baseline.save(baseline.path_for(file), sections)
@@ -274,15 +306,15 @@ class Summary:
     def _better(self, answers: dict[Path, Answer]) -> Iterable[str]:
         from parity import baseline
 
-        for (file, section), folder in self._answers.items():
-            comparison = answers[folder].comparison
-            old = _baseline(file).get(section, {})
+        for seen in self._seen.values():
+            comparison = answers[seen.folder].comparison
+            old = _baseline(seen.file).get(seen.section, {})
             new = {m.site: m.ratio for m in comparison.sites if m.ratio is not None} if comparison else {}
             better = [site for site in old if site in new and baseline.is_worse(old[site], new[site])]
             if better:
                 first = f"{better[0]} {old[better[0]]:.3g} -> {new[better[0]]:.3g}"
                 count = f"{len(better)} site{'s' * (len(better) > 1)}"
-                yield f"{section}: {count} better than the baseline ({first}); keep it with --parity-record"
+                yield f"{seen.section}: {count} better than the baseline ({first}); keep it with --parity-record"
 
 
 def _baseline(file: Path) -> dict[str, dict[str, float]]:
@@ -300,11 +332,46 @@ def _overall(answers: list[Answer]) -> str:
 
     made = [(a, a.comparison) for a in answers if a.comparison is not None]
     if not made:
-        return f"nothing was compared: {answers[0].trouble}"
-    ranked = [(w.ratio or 0.0, w.site, a) for a, c in made if (w := worst(c.sites)) is not None]
+        more = f" (and {len(answers) - 1} more)" if len(answers) > 1 else ""
+        return f"nothing was compared: {answers[0].trouble}{more}"
     counts = {v: sum(c.verdict == v for _, c in made) for v in ("match", "diverged", "inconclusive")}
+    counts["not compared"] = len(answers) - len(made)
     said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    ranked = [(w.ratio or 0.0, w.site, a) for a, c in made if (w := worst(c.sites)) is not None]
     if not ranked:
         return f"{said}; no site was measured; report: {made[0][0].page}"
     ratio, site, answer = max(ranked, key=lambda r: r[0])
     return f"{said}; worst ratio {ratio:.3g} at {site}; report: {answer.page}"
+
+
+def _append_step_summary(all_seen: list[Seen], answers: dict[Path, Answer]) -> None:
+    """In a workflow of GitHub: a line for each comparison, and the reports of those with a failed test."""
+    name = os.environ.get("GITHUB_STEP_SUMMARY")
+    if not name:
+        return
+    from parity.report.markdown import append_step_summary
+
+    lines = [_markdown(seen, answers[seen.folder]) for seen in all_seen]
+    with Path(name).open("a", encoding="utf-8") as stream:
+        stream.write("\n".join(["", "### parity", "", *lines, ""]))
+    for folder in dict.fromkeys(seen.folder for seen in all_seen if seen.failed):
+        comparison = answers[folder].comparison
+        if comparison is not None:
+            append_step_summary(comparison)
+
+
+def _markdown(seen: Seen, answer: Answer) -> str:
+    """One comparison as an item of a list."""
+    from parity.acceptance import worst
+    from parity.report.markdown import code, escape
+
+    c = answer.comparison
+    sign = "❌" if seen.failed else "✅" if c is not None and c.verdict == "match" else "⚠️"
+    start = f"- {sign} {code(f'{seen.file.name}::{seen.section}')}:"
+    if c is None:
+        return f"{start} nothing was compared: {escape(answer.trouble)}"
+    site = worst(c.sites)
+    ratio = f", worst ratio {site.ratio:.3g} at {code(site.site)}" if site is not None else ""
+    more = f" and {len(seen.failed) - _MOST_PARTS} more" if len(seen.failed) > _MOST_PARTS else ""
+    failed = f"; failed: {', '.join(map(escape, seen.failed[:_MOST_PARTS]))}{more}" if seen.failed else ""
+    return f"{start} {c.verdict}{ratio}{failed}"

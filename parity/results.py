@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +18,14 @@ SiteVerdict = Literal["exact", "rounding", "imprecise", "wrong", "nonfinite", "u
 RunVerdict = Literal["match", "diverged", "inconclusive"]
 
 EXIT_CODES: dict[RunVerdict, int] = {"match": 0, "diverged": 1, "inconclusive": 2}
+# Upper ends of the bins of a histogram in ULP: 0, 1, 2, 3 to 4, 5 to 8, …; what is beyond has a bin of its own.
+ULP_BINS = (0, *(1 << power for power in range(11)))
 BAD: tuple[SiteVerdict, ...] = ("wrong", "nonfinite", "imprecise")
+
+
+def four_digits(values: Sequence[float]) -> tuple[float, ...]:
+    """The numbers with as many digits as a profile deserves."""
+    return tuple(float(f"{value:.4g}") for value in values)
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Structure:
 
     gain         candidate ≈ (1 + gain) truth, rows weighted by their floor
     cosine       between the error and the truth, weighted likewise; 0 for rounding
-    by_token     ratio at each token, in at most 256 bins of neighbouring tokens (the largest of each)
+    by_token     ratio at each token, in at most 256 bins of `pooled` neighbouring tokens (the largest of each)
     by_head      ratio of each head, where the site has heads
     channel      the last-axis index that holds most of the error, and its share of the error's energy
     first_token  the first token whose ratio is above 3
@@ -41,6 +49,11 @@ class Structure:
     channel_share: float
     first_token: int | None
     elements: int
+    pooled: int = 1
+
+    def shortened(self) -> Structure:
+        """The same with four digits in the profiles: more are noise, and would be most of a report."""
+        return dataclasses.replace(self, by_token=four_digits(self.by_token), by_head=four_digits(self.by_head))
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,8 @@ class Measurement:
     floor_rel      ‖floor‖ / ‖truth‖
     total_ratio    distance from the exact run, in units of the reference's own distance from it
     mse … ulp_max  candidate against the reference's plain run
+    ulps           histogram of the local error (see parity.metrics.ulp_histogram): candidate against the reference's
+                   operation in the working dtype on the candidate's inputs; None where all values are equal
     """
 
     site: str
@@ -70,6 +85,7 @@ class Measurement:
     max_abs: float | None = None
     rel_l2: float | None = None
     ulp_max: float | None = None
+    ulps: tuple[int, ...] | None = None
     structure: Structure | None = None
     dtype: str | None = None
     shape: tuple[int, ...] = ()
@@ -105,11 +121,27 @@ class FaultMatch:
 
 
 @dataclass(frozen=True)
+class Residual:
+    """The local error of one site over its floor, token by token and head by head.
+
+    columns  what the columns are: heads, or equal blocks of the last axis ("channel") where the site has no heads
+    size     how many heads or channels there are
+    ratios   a row for each token; where there are many, the largest of neighbouring tokens
+    """
+
+    site: str
+    columns: Literal["head", "channel"]
+    size: int
+    ratios: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
 class Finding:
     """One wrong operation: a family of sites and the layers where it is wrong.
 
     `family` may name several families that one fault explains, joined by commas. `span` holds sites that were not
     measured just before: the fault may lie in any of their operations. `fault` is None where nothing fits.
+    `residual` is that of the site with the largest ratio.
     """
 
     family: str
@@ -121,6 +153,7 @@ class Finding:
     evidence: tuple[str, ...]
     span: tuple[str, ...] = ()
     fault: FaultMatch | None = None
+    residual: Residual | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +182,18 @@ class Token:
 
 
 @dataclass(frozen=True)
+class LogitSample:
+    """Logits of both sides at the last token, for a part of the vocabulary: the reference's largest first.
+
+    The part holds the largest of each side, and evenly spaced ranks of the reference's. `vocabulary` is the whole.
+    """
+
+    reference: tuple[float, ...]
+    candidate: tuple[float, ...]
+    vocabulary: int
+
+
+@dataclass(frozen=True)
 class NextToken:
     """What both sides would say after the last token; the reference's and the candidate's top five.
 
@@ -163,6 +208,7 @@ class NextToken:
     positions: int
     max_kl: float
     margin_sigma: float
+    sample: LogitSample | None = None
 
 
 @dataclass(frozen=True)

@@ -89,9 +89,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Case:
-    """One test item: a part of a run (`layers.3`, `logits`, …) and what it must hold."""
+    """One test item: a part of a run (`layers.3`, `logits`, …) and what it must hold.
+
+    `candidate` is as `cases` was given it.
+    """
 
     run: Run
+    candidate: str
     part: str
     parts: tuple[str, ...]
     settings: Settings
@@ -114,6 +118,8 @@ def cases(
 ) -> Callable[..., None]:
     """A test with one item for each prompt and layer, the embedding, final norm, logits and next token.
 
+    It stands in a module or in a class, but not in a unittest.TestCase: there pytest makes no items of one test.
+
     candidate         module:factory, file.py:factory, or a dump (then with exactly the prompt it was made of)
     prompts           texts, "@file" for a text file, or tuples of token ids
     thresholds        as `[tool.parity.thresholds]`, looked at after it: {"*.mlp.*": {"ratio": 4}}; the verdict
@@ -133,7 +139,8 @@ def cases(
     settings = parse(thresholds or {}, allow_unmeasured, "cases()")
     port = Port(candidate, model, tuple(prompts), dtype, settings, missing, device, attention, inner, names)
 
-    def test(parity_case: Case, parity_check: Callable[[Case], None]) -> None:
+    # In a class, pytest hands over the instance first and expects it to be no fixture.
+    def test(_self: object = None, /, *, parity_case: Case, parity_check: Callable[[Case], None]) -> None:
         parity_check(parity_case)
 
     caller = sys._getframe(1)
@@ -156,7 +163,7 @@ def expand(port: Port, folder: Path, settings: Settings) -> list[Case]:
     parts = (EMBEDDING, *(f"layers.{i}" for i in range(_layers(model))), FINAL_NORM, LOGITS, NEXT_TOKEN)
     skip = port.missing == "skip"
     return [
-        Case(run, part, parts, settings.and_then(port.settings), skip)
+        Case(run, port.candidate, part, parts, settings.and_then(port.settings), skip)
         for run in _runs(port, model, folder)
         for part in parts
     ]
@@ -164,9 +171,12 @@ def expand(port: Port, folder: Path, settings: Settings) -> list[Case]:
 
 def _runs(port: Port, model: str, folder: Path) -> Iterator[Run]:
     candidate, beside = port.candidate, _beside(folder, port.candidate)
-    if is_dump(beside) or candidate.rpartition(":")[0].endswith(".py"):
+    file = candidate.rpartition(":")[0]
+    if is_dump(beside):
         candidate = beside
-    names = _beside(folder, port.names) if port.names else None
+    elif file.endswith(".py"):
+        candidate = f"{_existing(folder, file, f'candidate {candidate!r}')}{candidate.removeprefix(file)}"
+    names = str(_existing(folder, port.names, f"names {port.names!r}")) if port.names else None
     seen: dict[str, int] = {}
     for prompt in port.prompts:
         slug, what = _prompt(prompt, folder)
@@ -179,15 +189,21 @@ def _prompt(prompt: Prompt, folder: Path) -> tuple[str, dict[str, Any]]:
     """The slug of a prompt, and the option of Ask that says it."""
     if not isinstance(prompt, str):
         ids = tuple(prompt)
-        if not ids or not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        if not ids or not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
             raise UsageError(f"prompt {prompt!r}: neither text nor token ids. Give a string or a tuple of integers.")
         return f"{len(ids)}-tokens", {"tokens": " ".join(map(str, ids))}
+    if not prompt:
+        raise UsageError("prompt '': no token to run. Give some text, or a tuple of token ids.")
     if not prompt.startswith("@"):
         return _slug(prompt), {"prompt": prompt}
-    path = folder / prompt[1:]
-    if not path.is_file():
-        raise UsageError(f"prompt {prompt!r}: no file {path}. Give its path from the folder of the test file.")
+    path = _existing(folder, prompt[1:], f"prompt {prompt!r}")
     return _slug(path.stem), {"prompt_file": path}
+
+
+def _existing(folder: Path, file: str, what: str) -> Path:
+    if not (folder / file).is_file():
+        raise UsageError(f"{what}: no file {folder / file}. Give its path from the folder of the test file.")
+    return folder / file
 
 
 def _slug(text: str) -> str:
@@ -228,7 +244,7 @@ def _config(model: str) -> Path:
         # The hub client's error classes differ by version and by transport; each means: not to be had from here.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
-            f"model {model!r}: no directory, and the hub did not deliver its config.json: {reason[:200]} "
+            f"model {model!r}: no directory, and the hub did not deliver its config.json: {reason[:200].rstrip('.')}. "
             "Check the name, go online, or give cases(..., missing='skip')."
         ) from error
 

@@ -44,6 +44,14 @@ def _one_thread() -> None:
         sys.modules["torch"].set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_step_summary() -> Iterator[None]:
+    """On GitHub, the runs of these tests do not belong into the summary of the step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Path:
     """The embedded checkpoint."""

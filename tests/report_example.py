@@ -14,10 +14,12 @@ from parity.results import (
     FaultMatch,
     Finding,
     Invisible,
+    LogitSample,
     Measurement,
     NextToken,
     Power,
     Reading,
+    Residual,
     SiteVerdict,
     Structure,
     Token,
@@ -40,6 +42,11 @@ def structure(ratio: float, tokens: int = 8, heads: int = 0, first: int | None =
     return Structure(0.125, 0.25, profile, tuple(ratio for _ in range(heads)), 3, 0.4, first, 640)
 
 
+def residual(site: str) -> Residual:
+    """Four heads at eight tokens: from token 3 on, the second head is wrong."""
+    return Residual(site, "head", 4, tuple((1.0, 500.0 if token > 2 else 0.5, 0.9, 1.1) for token in range(8)))
+
+
 def measurement(site: str, verdict: SiteVerdict, ratio: float | None, **changes: Any) -> Measurement:
     """A site with plausible numbers; an unmeasured one has none."""
     if verdict == "unmeasured":
@@ -59,6 +66,7 @@ def measurement(site: str, verdict: SiteVerdict, ratio: float | None, **changes:
         "max_abs": 0.01 * r,
         "rel_l2": 0.003 * r,
         "ulp_max": 2.0,
+        "ulps": None if verdict == "exact" else (600, 30, 9, 1),
         "structure": structure(r, heads=4 if "rope" in site else 0),
         "dtype": "bfloat16",
         "shape": (1, 8, 12),
@@ -123,6 +131,7 @@ def everything() -> Comparison:
                 1,
                 ("the error grows with position", "40% of the error in channel 3"),
                 fault=ROPE,
+                residual=residual(rope[1]),
             ),
             Finding("model.layers.*.mlp.act_fn", ("model.layers.0.mlp.act_fn",), (0,), "imprecise", 3.25, None, ()),
             Finding(
@@ -145,6 +154,7 @@ def everything() -> Comparison:
             positions=8,
             max_kl=16.1,
             margin_sigma=0.03,
+            sample=LogitSample((13.875, 7.875, 6.5, -3.25, -8.0), (2.5, 8.75, 6.0, 9.3125, -7.5), 1000),
         ),
         coverage=Coverage(9, 11),
         checks=(Check("reference TF32", True, "off"), Check("candidate weights", False, "lm_head.weight differs")),
@@ -216,8 +226,11 @@ def large(layers: int, families: int = 20, tokens: int = 4096) -> Comparison:
     """As many sites as a big model has, each with a full profile of numbers that do not compress to one digit."""
     wide = tuple(1.0 + math.sin(i) / 3 for i in range(256))
     shape = Structure(0.1, 0.2, wide, wide[:64], 7, 0.1, None, 10**6)
+    ulps = tuple(10**7 + 7 * place for place in range(13))
     sites = tuple(
-        measurement(f"model.layers.{i}.self_attn.family_{j}", "rounding", 1 + (i * j % 97) / 100, structure=shape)
+        measurement(
+            f"model.layers.{i}.self_attn.family_{j}", "rounding", 1 + (i * j % 97) / 100, structure=shape, ulps=ulps
+        )
         for i in range(layers)
         for j in range(families)
     )

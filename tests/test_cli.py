@@ -490,7 +490,7 @@ def test_a_bad_call_is_answered_in_one_line(cli: Cli, small: Path, tmp_path: Pat
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_that_is_not_there(cli: Cli, small: Path) -> None:
-    one_line(cli(*RUN[:-1], small, "--device", "cuda"), "--device cuda")
+    one_line(cli(*RUN[:-1], small, "--device", "cuda"), "device 'cuda'")
 
 
 def answering(statement: str) -> str:

@@ -343,6 +343,7 @@ from contextlib import nullcontext
 from parity.faults import Fault
 FAULTS = (Fault({id!r}, "title", ("act_fn",), "fix", "", "", lambda scope, number: nullcontext()),)
 NOTHING = 3
+MIXED = (*FAULTS, NOTHING)
 """
 
 
@@ -355,20 +356,15 @@ def test_faults_of_a_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("spec", "message"),
+    ("name", "message"),
     [
-        ("mine", "write module:NAME"),
-        ("absent.py:FAULTS", "no file absent.py"),
-        ("no_such_module_here:FAULTS", "ModuleNotFoundError"),
-        ("{mine}:OTHER", "OTHER is missing"),
-        ("{mine}:NOTHING", "NOTHING is int"),
-        ("{mine}:FAULTS", "'rope-theta' is already taken"),
-        ("{broken}:FAULTS", "importing .* failed with SyntaxError"),
+        ("NOTHING", "found int, expected a tuple of parity.faults.Fault"),
+        ("MIXED", r"found int at \[1\], expected a Fault"),
+        ("FAULTS", "the id 'rope-theta' is already taken"),
     ],
 )
-def test_faults_of_a_user_that_cannot_be_had(tmp_path: Path, spec: str, message: str) -> None:
-    mine, broken = tmp_path / "mine.py", tmp_path / "broken.py"
+def test_faults_of_a_user_that_are_none(tmp_path: Path, name: str, message: str) -> None:
+    mine = tmp_path / "mine.py"
     mine.write_text(_MINE.format(id="rope-theta"))
-    broken.write_text("(")
     with pytest.raises(UsageError, match=message):
-        load_user_faults(spec.format(mine=mine, broken=broken))
+        load_user_faults(f"{mine}:{name}")

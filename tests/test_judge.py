@@ -179,6 +179,8 @@ def measurement(site: str, verdict: str = "rounding", **more: Any) -> Measuremen
         (noise(by_token=(0, 3, 6, 9, 12, 15, 18, 21, 24)), ["token 0 is right", "grows"], ["falls"]),
         (noise(by_token=(90, 60, 30, 9, 8, 7, 6, 5, 4)), ["falls"], ["token 0", "grows"]),
         (noise(by_token=(1, 1, 1, 1, 1, 1, 50, 50, 50)), ["the first 6 tokens are right"], ["token 0"]),
+        (noise(by_token=(1, 1, 1, 1, 1, 50, 50, 50), pooled=2), ["the first 10 tokens are right"], ["token 0"]),
+        (noise(by_token=(1, 50, 50, 50), pooled=2), [], ["token 0"]),
         (noise(by_token=(9, 9, 9, 9, 9)), [], ["token", "grows", "falls"]),
         (noise(by_token=(1, 1, 1, 1, 1)), [], ["token", "grows", "falls"]),
         (noise(by_token=(9,)), [], ["token"]),

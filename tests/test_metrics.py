@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from parity.metrics import TILE, Metrics, kl_divergence, measure, ulp_distance
+from parity.metrics import TILE, Metrics, measure, ulp_distance, ulp_histogram
+from parity.results import ULP_BINS
 
 FLOATS = [
     np.dtype(name)
@@ -248,8 +249,7 @@ def test_state_of_numpy_is_untouched_and_nothing_warns():
         for dtype in (*FLOATS, np.dtype(np.int32)):
             if dtype.kind != "i":
                 measure(hard, np.zeros(7, dtype))
-            kl_divergence(np.zeros((1, 7), dtype), hard[None])
-        kl_divergence(hard[None], -hard[None])
+                ulp_histogram(hard, np.zeros(7, dtype))
     assert np.geterr() == before
 
 
@@ -373,49 +373,44 @@ def test_coarser_means_fewer_mantissa_bits():
     assert ulp_distance(np.array([257]), np.array([256], BF16)).tolist() == [0.0]  # an integer is rounded
 
 
-# --- KL
+# --- histograms
 
 
-def plain_kl(c, r):
-    c, r = c.astype(np.float64), r.astype(np.float64)
-    p, q = np.exp(r), np.exp(c)
-    p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
-    return (p * np.log(p / q)).sum(-1)
+def counted(steps):
+    """Distances by bin, one after another."""
+    counts = [0] * (len(ULP_BINS) + 1)
+    for step in steps.ravel().tolist():
+        counts[next((place for place, end in enumerate(ULP_BINS) if step <= end), len(ULP_BINS))] += 1
+    while counts and not counts[-1]:
+        counts.pop()
+    return tuple(counts)
 
 
-@pytest.mark.parametrize("shape", [(9,), (3, 17), (2, 3, 40_000), (1, 5, 7), (70_000, 2), (0, 4), (2, 0, 4)])
-def test_kl_agrees_with_the_definition(shape):
-    c, r = noisy(shape)
-    got = kl_divergence(c.astype(np.float32), r.astype(BF16))
-    assert got.shape == shape[:-1]
-    np.testing.assert_allclose(got, plain_kl(c.astype(np.float32), r.astype(BF16)), rtol=1e-9, atol=1e-14)
+def test_bins_end_at_powers_of_two():
+    assert ULP_BINS[:6] == (0, 1, 2, 4, 8, 16)
+    ends = [*ULP_BINS, ULP_BINS[-1] + 1, 40_000]
+    away = np.array(ends, np.uint16).view(BF16)  # so many steps from zero
+    assert ulp_histogram(away, np.zeros(len(away), BF16)) == (*[1] * len(ULP_BINS), 2)
+    assert ulp_histogram(away[:4], np.zeros(4, BF16)) == (1, 1, 1, 1), "no zeros at the end"
 
 
-def test_kl_is_zero_of_equal_stable_and_blind_to_a_shift():
-    c, r = noisy((4, 50))
-    assert kl_divergence(c, c).tolist() == [0.0] * 4
-    np.testing.assert_allclose(kl_divergence(c + 1e4, r - 1e4), kl_divergence(c, r), rtol=1e-6)
-    np.testing.assert_allclose(kl_divergence(np.array([0.0, 1e4]), np.array([1e4, 0.0])), 1e4)
-    assert (kl_divergence(c, r) >= 0).all()
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(bits, bits), max_size=12), dtypes, dtypes)
+def test_histogram_of_any_bit_patterns(pairs, candidate_dtype, reference_dtype):
+    c = from_bits([pair[0] for pair in pairs], candidate_dtype)
+    r = from_bits([pair[1] for pair in pairs], reference_dtype)
+    assert ulp_histogram(c, r) == counted(ulp_distance(c, r))
 
 
-def test_kl_of_strided_logits():
-    c, r = noisy((40, 30, 20))
-    np.testing.assert_allclose(kl_divergence(c.T, r.T), plain_kl(c.T, r.T), rtol=1e-9, atol=1e-14)
+@pytest.mark.parametrize("dtype", [np.float32, FP16, BF16, ml_dtypes.float8_e4m3fn, np.int8, np.uint64], ids=str)
+def test_histogram_of_more_than_a_tile(dtype):
+    c, r = (np.abs(100 * a).astype(dtype) for a in noisy((3, TILE)))
+    got = ulp_histogram(c.T, r.T)
+    assert got == counted(ulp_distance(c, r))
+    assert sum(got) == c.size
 
 
-def test_kl_of_excluded_tokens_and_broken_rows():
-    reference = np.array([[0.0, 0.0, -INF]] * 5)
-    candidate = np.array([[0, 0, -INF], [0, -INF, 0], [NAN, 0, 0], [INF, 0, 0], [-INF, -INF, -INF]])
-    assert kl_divergence(candidate, reference).tolist() == [0.0, INF, INF, INF, INF]
-    assert kl_divergence(reference[1:], candidate[1:]).tolist() == [INF] * 4
-    assert kl_divergence(np.zeros(3), reference[0]) == pytest.approx(math.log(1.5))
-
-
-def test_kl_needs_tokens():
-    with pytest.raises(ValueError, match="no tokens"):
-        kl_divergence(np.zeros((3, 0)), np.zeros((3, 0)))
-    with pytest.raises(ValueError, match="vocabulary"):
-        kl_divergence(np.float32(1), np.float32(1))
-    with pytest.raises(ValueError, match="shapes differ"):
-        kl_divergence(np.zeros((3, 1)), np.zeros((1, 3)))
+def test_histogram_of_equal_and_of_no_numbers():
+    c = noisy(TILE + 5)[0]
+    assert ulp_histogram(c, c.copy()) == (TILE + 5,)
+    assert ulp_histogram(c[:0], c[:0]) == ()

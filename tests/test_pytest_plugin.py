@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -17,7 +19,7 @@ from parity import baseline
 from parity.ask import Ask
 from parity.report import json as report_json
 from parity.results import Comparison, Measurement
-from tests.conftest import environment
+from tests.conftest import ROOT, environment
 
 TOKENS = (5, 9, 200, 17, 3, 88, 41)
 ITEMS = 4 + 4  # layers of the checkpoint and ends
@@ -34,6 +36,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
 
 
 @pytest.fixture(scope="session")
@@ -63,10 +66,13 @@ def suite(folder: Path, model: Path | str, more: str = "", prompts: object = (TO
 
 @pytest.fixture
 def faked(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, four: Path) -> Session:
-    """Run the suite of one port whose comparison is given, in this process. Counts comparisons in `made.txt`."""
+    """Run the suite of one port whose comparison is given (or one for each prompt), in this process.
+
+    Counts comparisons in `made.txt`.
+    """
 
     def run(
-        c: Comparison | Exception,
+        answer: Comparison | Exception | dict[str, Comparison | Exception],
         *arguments: str,
         more: str = "",
         prompts: object = (TOKENS,),
@@ -75,7 +81,8 @@ def faked(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, four: Path
         made = pytester.path / "made.txt"
         made.write_text("")
 
-        def compare(_run: parity.testing.Run) -> Comparison:
+        def compare(run: parity.testing.Run) -> Comparison:
+            c = answer[run.id] if isinstance(answer, dict) else answer
             with made.open("a") as stream:
                 stream.write("x")
             if isinstance(c, Exception):
@@ -176,7 +183,26 @@ def test_properties_go_into_junit(faked: Session, clean: Comparison, pytester: p
     bad = properties["test_port[7-tokens-layers.1]"]
     assert (bad["parity_worst_ratio"], bad["parity_worst_site"]) == ("104", ACT)
     assert (bad["parity_finding"] or "").startswith(f"{ACT}: wrong")
+    assert (bad["parity_run"], bad["parity_part"]) == ("test_port[7-tokens]", "layers.1")
     assert "parity_finding" not in properties["test_port[7-tokens-layers.0]"]
+
+
+def test_a_port_in_a_class(faked: Session, clean: Comparison, pytester: pytest.Pytester) -> None:
+    in_class = ")\nclass TestPort:\n    def test_x(self):\n        pass\n    test_port = staticmethod(test_port"
+    bad = changed(clean, ACT, verdict="wrong", ratio=104.0)
+    for more in (in_class, in_class.replace("staticmethod(", "(")):
+        result = faked(bad, "-k", "TestPort", "--parity-record", more=more)
+        result.assert_outcomes(passed=ITEMS, failed=1, deselected=ITEMS)
+        result.stdout.fnmatch_lines(["*TestPort.test_port[[]7-tokens-layers.1]*", f"{ACT}: wrong*"])
+    assert list(baseline.load(pytester.path / "test_x.baseline.txt")) == ["TestPort::test_port[7-tokens]"]
+
+
+def test_a_port_in_a_test_case_of_unittest(faked: Session, clean: Comparison) -> None:
+    result = faked(clean, more=")\nimport unittest\nclass TestPort(unittest.TestCase):\n    test_y = (test_port")
+    result.assert_outcomes(passed=ITEMS, errors=1)
+    result.stdout.fnmatch_lines(
+        ["test_y: pytest gives a unittest.TestCase no parameters. Put cases() into the module *"]
+    )
 
 
 # -- limits --------------------------------------------------------------------------------------------------
@@ -222,6 +248,8 @@ def test_a_call_that_cannot_be_meant(faked: Session, clean: Comparison, more: st
     [
         (["@no.txt"], "test_port: prompt '@no.txt': no file *no.txt. Give its path from the folder of the test file."),
         ([()], "test_port: prompt (): neither text nor token ids. Give a string or a tuple of integers."),
+        ([(3, -1)], "test_port: prompt (3, -1): neither text nor token ids.*"),
+        ([""], "test_port: prompt '': no token to run. Give some text, or a tuple of token ids."),
         ([], "*a list of prompts is expected, of one or more.*"),
     ],
 )
@@ -253,6 +281,20 @@ def test_layers_that_config_json_does_not_know(faked: Session, clean: Comparison
     result = faked(replace(clean, sites=(*clean.sites[:-1], Measurement("model.layers.4", "exact", ""))))
     assert result.parseoutcomes()["failed"] == 1
     result.stdout.fnmatch_lines(["the reference has layers.4, of which config.json says nothing."])
+
+
+@pytest.mark.parametrize(
+    ("more", "candidate", "said"),
+    [
+        ("", "no.py:load", "test_port: candidate 'no.py:load': no file *no.py. Give its path from the folder of the*"),
+        ("names='no.json'", "", "test_port: names 'no.json': no file *no.json. Give its path from the folder of the *"),
+    ],
+)
+def test_a_file_that_is_not_there(pytester: pytest.Pytester, four: Path, more: str, candidate: str, said: str) -> None:
+    suite(pytester.path, four, more, candidate=candidate)
+    result = pytester.runpytest_inprocess(*QUIET, "--collect-only")
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines([said])
 
 
 # -- baselines -----------------------------------------------------------------------------------------------
@@ -309,8 +351,9 @@ def test_a_candidate_that_fails_is_told_once(faked: Session, pytester: pytest.Py
 
 
 def test_an_error_of_paritys_own_keeps_its_traceback(faked: Session) -> None:
-    result = faked(ZeroDivisionError("by 0"))
-    result.assert_outcomes(failed=1, skipped=ITEMS - 1)
+    result = faked(ZeroDivisionError("by 0"), prompts=[TOKENS, (1, 2)])
+    result.assert_outcomes(failed=2, skipped=2 * ITEMS - 2)
+    result.stdout.fnmatch_lines(["parity: nothing was compared: internal error: ZeroDivisionError: * (and 1 more)"])
     line = next(line for line in result.outlines if line.startswith("internal error"))
     assert line.startswith("internal error: ZeroDivisionError: by 0. The traceback is in ")
     assert "raise c" in Path(line.rpartition(" ")[2]).read_text()
@@ -359,6 +402,53 @@ def test_weights_that_are_missing_when_a_test_runs(faked: Session, skips: bool) 
     result.assert_outcomes(failed=int(not skips), skipped=ITEMS - int(not skips))
 
 
+# -- the end of a session ------------------------------------------------------------------------------------
+
+
+def test_the_end_of_a_session_needs_no_terminal_and_comes_before_the_reports_are_removed(
+    faked: Session, clean: Comparison, pytester: pytest.Pytester
+) -> None:
+    faked(clean, "--parity-record", "--no-summary").assert_outcomes(passed=ITEMS)
+    assert list(baseline.load(pytester.path / "test_x.baseline.txt")) == ["test_port[7-tokens]"]
+    result = faked(clean, "-o", "tmp_path_retention_policy=failed")
+    result.stdout.fnmatch_lines(["parity: 1 match; *"])
+
+
+def test_the_summary_of_a_step(
+    faked: Session, clean: Comparison, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = pytester.path / "summary.md"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    bad = replace(changed(clean, ACT, verdict="wrong", ratio=104.0), verdict="diverged", headline="one is wrong")
+    answers = {"7-tokens": clean, "2-tokens": bad, "3-tokens": parity.errors.CandidateError("no [weight](x)")}
+    result = faked(answers, prompts=[TOKENS, (1, 2), (1, 2, 3)])
+    result.assert_outcomes(passed=2 * ITEMS - 1, failed=2, skipped=ITEMS - 1)
+    result.stdout.fnmatch_lines(["parity: 1 match, 1 diverged, 1 not compared; worst ratio 104 at *"])
+    text = summary.read_text()
+    worst = max((m for m in clean.sites), key=lambda m: m.ratio or 0)
+    assert text.startswith(
+        "\n### parity\n\n"
+        f"- ✅ `test_x.py::test_port[7-tokens]`: match, worst ratio {worst.ratio:.3g} at `{worst.site}`\n"
+        f"- ❌ `test_x.py::test_port[2-tokens]`: diverged, worst ratio 104 at `{ACT}`; failed: layers.1\n"
+        "- ❌ `test_x.py::test_port[3-tokens]`: nothing was compared: no \\[weight\\](x)\n"
+    )
+    assert text.count("\n## ") == 1, "the report of the comparison that failed, and no other"
+    assert "\n## ❌ DIVERGED: one is wrong\n" in text
+    faked(bad, "-k", "layers.0")
+    assert summary.read_text().endswith(
+        f"\n### parity\n\n- ⚠️ `test_x.py::test_port[7-tokens]`: diverged, worst ratio 104 at `{ACT}`\n"
+    )
+
+
+def test_a_summary_of_a_step_that_cannot_be_written(
+    faked: Session, clean: Comparison, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(pytester.path / "nowhere" / "summary.md"))
+    result = faked(clean)
+    result.assert_outcomes(passed=ITEMS)
+    result.stdout.fnmatch_lines(["parity: 1 match; *", "parity: no step summary: *No such file*"])
+
+
 # -- for real ------------------------------------------------------------------------------------------------
 
 BUG = """
@@ -396,15 +486,90 @@ def test_a_dump_beside_the_test_is_a_candidate(pytester: pytest.Pytester, four: 
     result.stdout.fnmatch_lines(["*port.h5: holds a run on token ids [[]5, 9, 200, *the reference was asked [[]1, 2]*"])
 
 
+# -- the example of the README -------------------------------------------------------------------------------
+
+
+PLANTED = """
+
+right = load
+
+
+def load(*arguments):
+    model = right(*arguments)
+    model.model.layers[14].mlp.act_fn = nn.GELU()
+    return model
+"""
+
+
+def blocks() -> dict[str, str]:
+    """The code blocks of the README's section about test suites, by language."""
+    section = (ROOT / "README.md").read_text().partition("\n## In your test suite\n")[2].partition("\n## ")[0]
+    return dict(re.findall(r"```(\w*)\n(.*?)```", section, re.DOTALL))
+
+
+def hub(folder: Path, name: str, checkpoint: Path) -> None:
+    """A home of the hub's client that holds a model as if it had been downloaded."""
+    model, commit = folder / "hub" / f"models--{name.replace('/', '--')}", "0" * 40
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text(commit)
+    shutil.copytree(checkpoint, model / "snapshots" / commit, ignore=shutil.ignore_patterns("prompts", "README.md"))
+
+
+def shown(text: str) -> re.Pattern[str]:
+    """Lines as they are shown, but for what is left out (…) and numbers that differ from machine to machine."""
+    parts = re.split(r"…|(?<=ratio )[\d.]+|(?<=gain )[\d.]+|(?<=explains )[\d.]+", text)
+    return re.compile(".*".join(map(re.escape, parts)))
+
+
+@pytest.fixture
+def example(pytester: pytest.Pytester, tiny: Path) -> Path:
+    """The README's example as a project; the model that it names is the embedded one."""
+    (pytester.path / "test_my_port.py").write_text(blocks()["python"])
+    (pytester.path / "my_port.py").write_text((ROOT / "impl" / "qwen3.py").read_text())
+    (pytester.path / "long.txt").write_text((tiny / "prompts" / "long.txt").read_text()[:100])
+    hub(pytester.path / "home", "Qwen/Qwen3-0.6B", tiny)
+    return pytester.path
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme_passes(example: Path) -> None:
+    (example / "pyproject.toml").write_text(blocks()["toml"])
+    out = alone(example, "--parity-record", HF_HOME=str(example / "home"))
+    items = 28 + 4
+    assert re.search(rf"\n=+ {2 * items} passed in ", out), out
+    assert "parity: 2 match; worst ratio " in out
+    assert list(baseline.load(example / "test_my_port.baseline.txt")) == [
+        "test_my_port[long]",
+        "test_my_port[the-capital-of-france-is]",
+    ]
+
+
+@pytest.mark.slow
+def test_the_failure_in_the_readme_is_what_pytest_says(example: Path) -> None:
+    with (example / "my_port.py").open("a") as port:
+        port.write(PLANTED)
+    out = alone(example, "-k", "france", HF_HOME=str(example / "home"), COLUMNS="80")
+    assert shown(blocks()[""]).search(out), out
+    assert re.search(r"\n=+ 1 failed, 31 passed, 32 deselected in ", out), out
+
+
+def test_another_failure_than_that_in_the_readme_would_be_noticed() -> None:
+    text = blocks()[""]
+    assert {"test_my_port", "cause", "fix", "report", "again"} <= set(re.findall(r"\w+", text))
+    assert shown(text).search(text.replace("106", "98.7"))
+    for line in text.splitlines():
+        assert not shown(text).search(text.replace(line, "something else"))
+
+
 # -- processes -----------------------------------------------------------------------------------------------
 
 
-def alone(folder: Path, *arguments: str) -> str:
+def alone(folder: Path, *arguments: str, **variables: str) -> str:
     """Run the suite in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *QUIET, *arguments],
         cwd=folder,
-        env=environment(),
+        env=environment(**variables),
         capture_output=True,
         text=True,
         timeout=120,
@@ -424,13 +589,16 @@ def test_workers_share_one_comparison_and_one_record(pytester: pytest.Pytester, 
         "parity.testing.compare = compare\n"
     )
     suite(pytester.path, four)
-    out = alone(pytester.path, "-p", "xdist", "-n", "2", "--parity-record")
+    summary = pytester.path / "summary.md"
+    more = ("-p", "xdist", "-n", "2", "--parity-record")
+    out = alone(pytester.path, *more, GITHUB_STEP_SUMMARY=str(summary))
     assert f"{ITEMS} passed" in out
     assert made(pytester) == 1
     assert "parity: 1 match; worst ratio" in out
     assert "parity: recorded test_x.baseline.txt" in out
     recorded = baseline.load(pytester.path / "test_x.baseline.txt")["test_port[7-tokens]"]
     assert recorded["lm_head"] == pytest.approx(ratio_of(clean, "lm_head"), rel=0.01)
+    assert summary.read_text().count("`test_x.py::test_port[7-tokens]`: match") == 1
 
 
 WATCH = """

@@ -6,6 +6,7 @@ PARITY_SCREENSHOTS=DIR keeps what the browser showed.
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import os
 import shutil
@@ -142,6 +143,33 @@ def test_a_cell_opens_the_details_of_its_site(page: Browser) -> None:
     assert cell.get_attribute("aria-pressed") == "true"
     page.find("#site .close").click()
     assert "Choose a cell" in page.find("#site").text
+
+
+def test_the_details_hold_a_histogram_of_the_local_error(page: Browser) -> None:
+    page.cell("model.layers.1.self_attn.q_rope").click()
+    assert "both on the candidate's inputs" in page.find("#site").text
+    rows = [row.text.split(maxsplit=1) for row in page.all("#site .ulps tr")]
+    assert rows == [["0", "93.8 %"], ["1", "4.69 %"], ["2", "1.41 %"], ["3–4", "0.16 %"]]
+    widths = [bar.rect["width"] for bar in page.all("#site .ulps rect")]
+    assert widths == pytest.approx([widths[0] * n / 600 for n in (600, 30, 9, 1)], abs=1)
+    assert widths[0] > 100
+    assert "of 640 values" in page.find("#site").text
+
+
+def test_without_a_histogram_the_details_say_why(browser: Browser, tmp_path: Path) -> None:
+    run = everything()
+    old = tmp_path / "old.html"
+    sites = tuple(dataclasses.replace(m, ulps=None) for m in run.sites)
+    old.write_text(html.render(dataclasses.replace(run, sites=sites)), encoding="utf-8")
+    for site, words in (
+        ("model.embed_tokens", "All values are equal."),
+        ("model.norm", "Not recorded."),
+        ("model.layers.1.mlp.act_fn", None),
+    ):
+        browser.open(old)
+        browser.cell(site).click()
+        assert [p.text for p in browser.all("#site p.none")] == ([words] if words else [])
+        assert not browser.all("#site .ulps")
 
 
 def test_an_unmeasured_cell_says_why(page: Browser) -> None:

@@ -12,8 +12,10 @@ from functools import cache
 from html.parser import HTMLParser
 from typing import Any
 
+import numpy as np
 import pytest
 
+from parity.metrics import ulp_histogram
 from parity.report import html
 from parity.report.grid import STEPS, cell, grid
 from parity.report.layers import rows
@@ -120,13 +122,14 @@ def test_the_script_gets_the_numbers_of_each_site() -> None:
     run, data = everything(), page(everything).data
     assert len(data["sites"]) == len(run.sites)
     for m, site in zip(run.sites, data["sites"], strict=True):
-        name, verdict, reason, metrics, bit_equal, dtype, shape, steps, structure = site
+        name, verdict, reason, metrics, bit_equal, dtype, shape, steps, ulps, structure = site
         assert name == m.site
         assert data["verdicts"][verdict] == m.verdict
         assert data["texts"][reason] == m.reason
         assert [data["texts"][step] for step in steps] == list(m.steps)
         assert (dtype, tuple(shape)) == (m.dtype or "", m.shape)
         assert bit_equal == (None if m.bit_equal is None else int(m.bit_equal))
+        assert ulps == (None if m.ulps is None else list(m.ulps))
         for key, value in zip(data["metrics"], metrics, strict=True):
             expected = getattr(m, key)
             if expected is None or isinstance(value, str):
@@ -134,6 +137,18 @@ def test_the_script_gets_the_numbers_of_each_site() -> None:
             else:
                 assert value == pytest.approx(expected, rel=1e-3)
         assert bool(structure) == (m.structure is not None)
+
+
+def test_every_bin_of_a_histogram_has_a_name() -> None:
+    names = page(everything).data["ulp_bins"]
+    assert names == ["0", "1", "2", "3–4", "5–8", *names[5:-2], "513–1024", "> 1024"]
+    c = np.arange(1 << 12, dtype=np.uint16).view(np.float16)
+    assert len(names) == len(ulp_histogram(c, np.zeros_like(c)))
+
+
+def test_the_table_says_that_its_worst_numbers_are_of_different_sites() -> None:
+    titles = [found.get("title") for found in page(everything).all("th", scope="col")]
+    assert "smallest of the layer's sites, perhaps another one" in titles
 
 
 def test_what_was_found_is_said() -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from parity.errors import UsageError
 from parity.report import markdown
 from parity.report.layers import rows
 from tests import goldens
@@ -48,7 +49,7 @@ def test_long_tables_are_folded() -> None:
 
 
 def test_pictures_are_linked_from_where_the_report_lies(tmp_path: Path) -> None:
-    names = ("finding-1.png", "finding-1.svg", "map.png", "depth.png", "next-token.png")
+    names = ("finding-1.png", "finding-1.svg", "map.png", "depth.png", "next-token.png", "logits.png")
     plots = {name: tmp_path / "my plots" / name for name in names}
     text = markdown.render(everything(), plots, tmp_path)
     sources = [t.attrs["src"] for t in tokens(text) if t.type == "image"]
@@ -92,3 +93,69 @@ def test_a_cell_holds_what_it_was_given(value: str) -> None:
     found = tokens(f"| a | b |\n|--|--|\n| {markdown.code(value, cell=True)} | {markdown.escape(value)} |")
     assert sum(t.type == "td_open" for t in found) == 2
     assert sum(t.type == "tr_open" for t in found) == 2
+
+
+# -- the summary of a step in a workflow of GitHub -----------------------------------------------------------------
+
+
+@pytest.fixture
+def summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "summary.md"
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(path))
+    return path
+
+
+def headings(text: str) -> list[str]:
+    """What the text shows as headings of the second level."""
+    blocks = PARSER.parse(text)
+    return [
+        blocks[i + 1].content for i, block in enumerate(blocks) if block.type == "heading_open" and block.tag == "h2"
+    ]
+
+
+@pytest.mark.parametrize("before", [None, "", "another tool said\n", "and did not end its line"])
+def test_reports_are_appended_to_the_step_summary(summary: Path, before: str | None) -> None:
+    if before is not None:
+        summary.write_text(before, encoding="utf-8")
+    markdown.append_step_summary(everything())
+    markdown.append_step_summary(matching())
+    text = summary.read_text(encoding="utf-8")
+    assert text.startswith(before or "")
+    assert [heading.split(":")[0] for heading in headings(text)] == ["❌ DIVERGED", "✅ MATCH"]
+    assert markdown.render(everything()) in text
+    assert not [t for t in tokens(text) if t.type == "image"], "pictures are not there"
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_without_a_step_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GITHUB_STEP_SUMMARY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("GITHUB_STEP_SUMMARY", value)
+    markdown.append_step_summary(everything())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_step_summary_stays_within_what_github_takes(summary: Path) -> None:
+    most, size = 1024 * 1024, len(markdown.render(everything()).encode())
+    summary.write_bytes(b"x" * (most - size - 2))
+    markdown.append_step_summary(everything())
+    assert summary.stat().st_size == most, "what just fits is written"
+
+    summary.write_bytes(b"x" * (most - size))
+    markdown.append_step_summary(everything())
+    text = summary.read_text(encoding="utf-8")
+    assert len(headings(text)) == 1
+    assert text.rstrip().endswith("too long for a step summary._")
+    assert "### Layers" not in text
+
+    summary.write_bytes(b"x" * (most - 100))
+    markdown.append_step_summary(everything())
+    assert summary.stat().st_size == most - 100, "where not even a head fits, nothing is written"
+
+
+def test_a_step_summary_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "no" / "such" / "folder"))
+    with pytest.raises(UsageError, match="step summary cannot be written") as caught:
+        markdown.append_step_summary(everything())
+    assert str(tmp_path) in str(caught.value)

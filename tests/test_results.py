@@ -100,6 +100,13 @@ SITE = Measurement(
 )
 
 
+def test_profiles_keep_four_digits_and_all_else_its_own() -> None:
+    shape = Structure(1 / 3, 1 / 3, (1 / 3, 12345.678, math.inf, 2.0), (1e-9 / 3,), 3, 1 / 3, 4, 5)
+    short = shape.shortened()
+    assert short == replace(shape, by_token=(0.3333, 12350.0, math.inf, 2.0), by_head=(3.333e-10,))
+    assert math.isnan(replace(shape, by_head=(math.nan,)).shortened().by_head[0])
+
+
 def test_json_gets_words_for_what_it_lacks() -> None:
     raw = to_json(SITE)
     assert raw["ratio"] == "inf"

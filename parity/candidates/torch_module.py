@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from parity.candidates.spec import describe, load_factory
+from parity.candidates.spec import load_factory
 from parity.dump import ArchiveWriter, NameMap, RunInfo, sites_of
 from parity.errors import CandidateError
+from parity.imports import describe
 from parity.record.arrays import to_numpy
 from parity.record.tap import first_tensor, quiet_torch, tapping
 from parity.sites import Site
@@ -23,10 +24,9 @@ Progress = Callable[[str], None]
 
 def build(spec: str, model_dir: Path, dtype: str, device: str) -> nn.Module:
     """Call the candidate's factory. Raises CandidateError for anything that goes wrong in it."""
-    # Whatever a candidate prints, standard output belongs to the report.
-    with redirect_stdout(sys.stderr):
-        factory = load_factory(spec)
+    factory = load_factory(spec)
     try:
+        # Whatever a candidate prints, standard output belongs to the report.
         with redirect_stdout(sys.stderr):
             module = factory(str(model_dir), dtype, device)
     except (Exception, SystemExit) as error:

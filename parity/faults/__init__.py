@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import importlib.util
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 
 from parity.errors import UsageError
 from parity.faults import (
@@ -28,6 +24,7 @@ from parity.faults import (
 )
 from parity.faults.fault import Fault, Number, Scope
 from parity.faults.parts import shows_at
+from parity.imports import Kind, load
 
 __all__ = ["CATALOGUE", "Fault", "Injection", "Number", "Scope", "by_id", "load_user_faults", "parse", "shows_at"]
 
@@ -45,6 +42,8 @@ CATALOGUE: tuple[Fault, ...] = (
     *weights.FAULTS,
     *precision.FAULTS,
 )
+
+_USERS = Kind("faults", "tuple", "my_faults.py:FAULTS", UsageError)
 
 
 def by_id(id: str, catalogue: Iterable[Fault] = CATALOGUE) -> Fault:
@@ -85,18 +84,16 @@ def parse(text: str, catalogue: Iterable[Fault] = CATALOGUE) -> Injection:
 
 
 def load_user_faults(spec: str) -> tuple[Fault, ...]:
-    """Faults that a user has written: `module:NAME` or `file.py:NAME`, where NAME is an iterable of Fault.
+    """Faults that a user has written: `module:name` or `file.py:name`, where the name is of a tuple or list of Fault.
 
     Raises UsageError when they cannot be imported, are no faults, or bear an id that is already taken.
     """
-    where, _, name = spec.rpartition(":")
-    if not where or not name:
-        raise UsageError(f"faults {spec!r}: write module:NAME or file.py:NAME, for example my_faults.py:FAULTS.")
-    module = _from_file(spec, Path(where)) if where.endswith(".py") else _from_name(spec, where)
-    found = getattr(module, name, None)
-    if not isinstance(found, (tuple, list)) or not all(isinstance(fault, Fault) for fault in found):
-        kind = "is missing" if found is None else f"is {type(found).__name__}, not a tuple of parity.faults.Fault"
-        raise UsageError(f"faults {spec!r}: {name} {kind} in {where}.")
+    found = load(spec, _USERS)
+    if not isinstance(found, (tuple, list)):
+        raise UsageError(f"faults {spec!r}: found {type(found).__name__}, expected a tuple of parity.faults.Fault.")
+    for number, fault in enumerate(found):
+        if not isinstance(fault, Fault):
+            raise UsageError(f"faults {spec!r}: found {type(fault).__name__} at [{number}], expected a Fault.")
     _check_ids(spec, [fault.id for fault in found])
     return tuple(found)
 
@@ -107,28 +104,3 @@ def _check_ids(spec: str, ids: list[str]) -> None:
         if id in taken:
             raise UsageError(f"faults {spec!r}: the id {id!r} is already taken. Give the fault another one.")
         taken.add(id)
-
-
-def _from_file(spec: str, path: Path) -> ModuleType:
-    if not path.is_file():
-        raise UsageError(f"faults {spec!r}: no file {path}. Give its path from {Path.cwd()}.")
-    description = importlib.util.spec_from_file_location(path.stem, path)
-    assert description, "unreachable because the suffix is .py"
-    assert description.loader, "unreachable for the same reason"
-    module = importlib.util.module_from_spec(description)
-    try:
-        description.loader.exec_module(module)
-    except Exception as error:
-        raise UsageError(f"faults {spec!r}: importing {path} failed with {_describe(error)}.") from error
-    return module
-
-
-def _from_name(spec: str, name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except Exception as error:
-        raise UsageError(f"faults {spec!r}: importing {name} failed with {_describe(error)}.") from error
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -87,7 +87,7 @@ def find(name: str) -> Checkpoint:
     if looks_like_path:
         raise ModelError(
             f"model {name!r}: no such directory. Give a directory with config.json and *.safetensors, "
-            f"a hub id such as Qwen/Qwen3-0.6B, or leave --model out for the embedded {EMBEDDED}."
+            f"a hub id such as Qwen/Qwen3-0.6B, or leave it out for the embedded {EMBEDDED}."
         )
     return _open(name, _download(name))
 

@@ -263,6 +263,7 @@ def _structure(rows: _Rows, strict: Floats, dims: Dims, shape: tuple[int, ...]) 
         channel_share=float(rows.channels[channel] / rows.channels.sum()) if energy else 0.0,
         first_token=next((i for i, value in enumerate(by_token.tolist()) if value > _FIRST), None),
         elements=math.prod(shape),
+        pooled=_pooled(by_token),
     )
 
 
@@ -277,5 +278,9 @@ def _profile(rr: Floats, floor: Floats, dims: Dims, shape: tuple[int, ...], axis
 
 def _bins(profile: Floats) -> tuple[float, ...]:
     """At most 256 numbers, each the largest of its neighbours."""
-    width = max(1, math.ceil(profile.size / _PROFILE_BINS))
-    return tuple(np.maximum.reduceat(profile, range(0, profile.size, width)).tolist()) if profile.size else ()
+    starts = range(0, profile.size, _pooled(profile))
+    return tuple(np.maximum.reduceat(profile, starts).tolist()) if profile.size else ()
+
+
+def _pooled(profile: Floats) -> int:
+    return max(1, math.ceil(profile.size / _PROFILE_BINS))

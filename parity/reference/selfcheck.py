@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -92,9 +93,10 @@ def _how(mine: Tensor, stored: Tensor, checkpoint: Checkpoint) -> str:
 
 
 def _tensors(checkpoint: Checkpoint, wanted: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint's tensors one by one, or only those of the wanted names."""
-    with ExitStack() as stack:
-        for shard in checkpoint.open(stack):
-            for name in shard.keys():  # noqa: SIM118
-                if wanted is None or name in wanted:
-                    yield name, shard.get_tensor(name)
+    """The checkpoint's tensors one by one, or only those of the wanted names; one file is mapped at a time."""
+    for file in checkpoint.files:
+        with ExitStack() as stack:
+            for shard in replace(checkpoint, files=(file,)).open(stack):
+                for name in shard.keys():  # noqa: SIM118
+                    if wanted is None or name in wanted:
+                        yield name, shard.get_tensor(name)

@@ -108,8 +108,8 @@ def _depth(label: str, group: list[Measurement]) -> Depth:
 
 
 def worst_site(finding: Finding, comparison: Comparison) -> Measurement | None:
-    """The site of a finding with the largest ratio."""
-    names = set(finding.sites)
+    """The site of a finding with the largest ratio: the one that its residual is of."""
+    names = {finding.residual.site} if finding.residual else set(finding.sites)
     found = [m for m in comparison.sites if m.site in names]
     return max(found, key=lambda m: m.ratio or 0.0, default=None)
 

@@ -122,6 +122,7 @@ def _details(comparison: Comparison) -> dict[str, Any]:
     return {
         "tokens": comparison.environment.tokens,
         "metrics": _METRICS,
+        "ulp_bins": text.ulp_bins(),
         "verdicts": verdicts,
         "sites": [_site(m, verdicts.index(m.verdict), reasons, comparison) for m in comparison.sites],
         "texts": reasons.texts,
@@ -152,6 +153,7 @@ def _site(m: Measurement, verdict: int, number_of: _Numbered, comparison: Compar
         text.visible(m.dtype or ""),
         list(m.shape),
         [number_of(step) for step in m.steps],
+        None if m.ulps is None else list(m.ulps),
         _structure(m.structure, comparison.environment.tokens) if m.structure else 0,
     ]
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from parity.errors import UsageError
 from parity.report import gather, text
 from parity.report.layers import rows
 from parity.results import Comparison, Finding
@@ -18,6 +19,15 @@ _MEANING = re.compile(r"[\\`*\[\]<>#|~$&@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(
 # What means something at the beginning of one.
 _MARKER = re.compile(r"^(\d+(?=[.)](?:\s|$))|(?=[-+=]))(.)")
 _SIGNS = {"match": "✅", "diverged": "❌", "inconclusive": "⚠️"}
+# GitHub refuses the whole summary of a step that is larger.
+_LARGEST_SUMMARY = 1 << 20
+_PICTURES = (
+    ("map", "map of layers and sites"),
+    ("depth", "error by depth"),
+    ("next-token", "next token"),
+    ("logits", "logits of both sides at the last token"),
+)
+_TOO_LONG = "_The rest of this report is too long for a step summary._"
 
 
 def render(comparison: Comparison, plots: Mapping[str, Path] | None = None, folder: Path | None = None) -> str:
@@ -29,6 +39,29 @@ def render(comparison: Comparison, plots: Mapping[str, Path] | None = None, fold
     }
     parts = (_head(comparison), _findings(comparison, pictures), _layers(comparison, pictures), _end(comparison))
     return "\n".join(line for part in parts for line in part).rstrip() + "\n"
+
+
+def append_step_summary(comparison: Comparison) -> None:
+    """Append the report, without pictures, to the summary of the running step of a GitHub workflow.
+
+    Does nothing where GITHUB_STEP_SUMMARY is not set. Of a report that no longer fits, the head is written; if not
+    even that fits, nothing. Raises UsageError if the file cannot be written.
+    """
+    name = os.environ.get("GITHUB_STEP_SUMMARY")
+    if not name:
+        return
+    path = Path(name)
+    try:
+        room = _LARGEST_SUMMARY - (path.stat().st_size if path.exists() else 0)
+        short = "\n".join([*_head(comparison), _TOO_LONG, ""])
+        # What stands there need not end its last line.
+        texts = [f"\n{text}\n".encode() for text in (render(comparison), short)]
+        with path.open("ab") as summary:
+            summary.write(next((text for text in texts if len(text) <= room), b""))
+    except OSError as error:
+        raise UsageError(
+            f"{path}: the step summary cannot be written ({error.strerror}). Unset GITHUB_STEP_SUMMARY."
+        ) from error
 
 
 # -- escaping -------------------------------------------------------------------------------------------------
@@ -129,7 +162,7 @@ def _layers(comparison: Comparison, pictures: Mapping[str, str]) -> Iterator[str
     table = rows(comparison.sites)
     yield "### Layers"
     yield ""
-    for name, words in (("map", "map of layers and sites"), ("depth", "error by depth"), ("next-token", "next token")):
+    for name, words in _PICTURES:
         if picture := list(_picture(name, words, pictures)):
             yield from [*picture, ""]
     lines = ["| layer | verdict | sites | ratio | at | worst MSE | worst cosine |", "|:--|:--|--:|--:|:--|--:|--:|"]

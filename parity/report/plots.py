@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,13 @@ from parity.errors import UsageError
 from parity.report import gather
 from parity.report.grid import STEPS, Cell, grid
 from parity.report.text import quoted, visible
-from parity.results import Comparison, Measurement, NextToken, Token
+from parity.results import Comparison, LogitSample, Measurement, NextToken, Residual, Structure, Token
 from parity.sites import group_label, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import Formatter
 
 # Findings after these are in the report but get no pictures of their own.
 MOST_FINDINGS = 8
@@ -75,13 +77,15 @@ def _pictures(comparison: Comparison) -> dict[str, Callable[[], Figure]]:
     for position, finding in enumerate(comparison.findings[:MOST_FINDINGS], 1):
         worst = gather.worst_site(finding, comparison)
         if worst is not None and worst.structure is not None:
-            pictures[f"finding-{position}"] = lambda m=worst: _profile(m, comparison.environment.tokens)  # type: ignore[misc]
+            pictures[f"finding-{position}"] = _finding(worst, finding.residual, comparison.environment.tokens)
     if comparison.sites:
         pictures["depth"] = lambda: _depth(comparison)
         pictures["map"] = lambda: _map(comparison)
     token = comparison.next_token
     if token is not None and token.reference and token.candidate:
         pictures["next-token"] = lambda: _next_token(token)
+    if token is not None and token.sample is not None and token.sample.reference:
+        pictures["logits"] = partial(_logits, token.sample)
     return pictures
 
 
@@ -157,14 +161,21 @@ def _tick(label: str) -> str:
 
 def _log_scale(axes: Axes, values: Sequence[float | None], unit: str = "") -> None:
     """A logarithmic axis where there is anything that it can show; labels without mathematics."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import LogLocator, NullLocator
 
     if not any(v is not None and math.isfinite(v) and v > 0 for v in values):
         return
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(numticks=8))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}{unit}" if 1e-3 < v < 1e5 else f"{v:.0e}{unit}"))
+    axes.yaxis.set_major_formatter(_powers(unit))
+
+
+def _powers(unit: str) -> Formatter:
+    """Labels of a logarithmic axis, in plain letters."""
+    from matplotlib.ticker import FuncFormatter
+
+    return FuncFormatter(lambda v, _: f"{v:g}{unit}" if 1e-3 < v < 1e5 else f"{v:.0e}{unit}")
 
 
 # -- the map --------------------------------------------------------------------------------------------------
@@ -209,24 +220,70 @@ def _cells(axes: Axes, cells: Sequence[tuple[int, int, Cell]]) -> None:
     axes.add_collection(PatchCollection(patches, facecolors=faces, edgecolors=edges, linewidths=0.8))
 
 
-# -- profiles of a finding's worst site -----------------------------------------------------------------------
+# -- a finding's worst site -----------------------------------------------------------------------------------
 
 
-def _profile(m: Measurement, tokens: int) -> Figure:
+def _finding(m: Measurement, residual: Residual | None, tokens: int) -> Callable[[], Figure]:
+    assert m.structure is not None, "asked for only where there is one"
+    title = f"{_clipped(group_label(m.site), 20)}  {_clipped(short(m.site), 40)}"
+    if residual is None:
+        return partial(_profile, title, m.structure, tokens)
+    return partial(_residual, title, m.structure, residual, tokens)
+
+
+def _profile(title: str, structure: Structure, tokens: int) -> Figure:
     """The ratio by token, and by head where the site has heads."""
-    structure = m.structure
-    assert structure is not None, "asked for only where there is one"
     panels = 1 + (len(structure.by_head) > 1)
     figure, axes = _figure(9.0, 2.6, 1, panels)
-    width = math.ceil(tokens / max(len(structure.by_token), 1))
-    _bars(axes[0], structure.by_token, width)
+    _by_token(axes[0], structure, tokens)
     axes[0].set_xlabel("token")
     axes[0].set_ylabel("local error / floor")
-    axes[0].set_title(f"{_clipped(group_label(m.site), 20)}  {_clipped(short(m.site), 40)}")
+    axes[0].set_title(title)
     if panels > 1:
         _bars(axes[1], structure.by_head, 1)
         axes[1].set_xlabel("head")
     return figure
+
+
+def _residual(title: str, structure: Structure, residual: Residual, tokens: int) -> Figure:
+    """The ratio by token; below it the same by token and head, or by token and block of channels."""
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure(9.0, 4.4, 2, 1)
+    rows, columns = len(residual.ratios), len(residual.ratios[0])
+    wide, high = math.ceil(tokens / rows), math.ceil(residual.size / columns)
+    worst = [max(row) for row in residual.ratios]
+    if all(map(math.isfinite, worst)):
+        _by_token(axes[0], structure, tokens)
+    else:  # the structure is that of the finite numbers alone
+        _bars(axes[0], worst, wide)
+    axes[0].set_ylabel("local error / floor")
+    axes[0].set_title(title)
+    most = max([4.0, *(v for row in residual.ratios for v in row if math.isfinite(v))])
+    # What is not finite is as dark as the largest.
+    drawn = [[row[i] if math.isfinite(row[i]) else most for row in residual.ratios] for i in range(columns)]
+    image = axes[1].imshow(
+        drawn,
+        aspect="auto",
+        interpolation="none",
+        extent=(-0.5, rows * wide - 0.5, columns * high - 0.5, -0.5),
+        cmap=LinearSegmentedColormap.from_list("ratio", _COLOURS),
+        norm=LogNorm(1.0, most, clip=True),
+    )
+    axes[1].set_ylim(residual.size - 0.5, -0.5)
+    axes[1].yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[1].set_xlabel("token" if wide == 1 else f"token, {wide} in a column")
+    axes[1].set_ylabel(residual.columns if high == 1 else f"{residual.columns}, {high} in a row")
+    for panel in axes:
+        panel.set_xlim(-0.5, tokens - 0.5)
+    bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=35, format=_powers("x"))
+    bar.minorticks_off()
+    return figure
+
+
+def _by_token(axes: Axes, structure: Structure, tokens: int) -> None:
+    _bars(axes, structure.by_token, math.ceil(tokens / max(len(structure.by_token), 1)))
 
 
 def _bars(axes: Axes, values: Sequence[float], width: int) -> None:
@@ -262,3 +319,27 @@ def _top(axes: Axes, title: str, top: Sequence[Token], colour: str) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("logit")
     axes.set_title(title)
+
+
+def _logits(sample: LogitSample) -> Figure:
+    """Each token as a point: what the reference makes of it, and what the candidate does."""
+    figure, (axes,) = _figure(4.6, 4.6)
+    points = [pair for pair in zip(sample.reference, sample.candidate, strict=True) if all(map(math.isfinite, pair))]
+    ends = [f(value for pair in points for value in pair) for f in (min, max)] if points else [0.0, 1.0]
+    margin = 0.04 * (ends[1] - ends[0]) or 1.0
+    ends = [ends[0] - margin, ends[1] + margin]
+    axes.plot(ends, ends, color=_INK, linewidth=0.8, linestyle="--", zorder=1)
+    axes.scatter([x for x, _ in points], [y for _, y in points], s=9, color=_COLOURS[_DARK], alpha=0.45, linewidth=0)
+    axes.set_xlim(*ends)
+    axes.set_ylim(*ends)
+    axes.set_aspect("equal")
+    axes.set_xlabel("reference")
+    axes.set_ylabel("candidate")
+    axes.set_title(f"Logits of the last token\n{_shown(len(sample.reference), sample.vocabulary)}")
+    return figure
+
+
+def _shown(points: int, vocabulary: int) -> str:
+    if points == vocabulary:
+        return f"all {vocabulary} tokens of the vocabulary"
+    return f"{points} of {vocabulary} tokens: the largest of each side,\nand evenly spaced ranks of the reference"

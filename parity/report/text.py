@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Iterable
+from itertools import pairwise
 
-from parity.results import Comparison, FaultMatch, Finding, NextToken, Reading
+from parity.results import ULP_BINS, Comparison, FaultMatch, Finding, NextToken, Reading
 from parity.sites import layer_of
 
 # Characters that move the cursor, reorder a line or cannot be seen: a dump may carry any of them.
@@ -72,6 +73,12 @@ def ranges(numbers: Iterable[int]) -> str:
 def plural(count: int, one: str, many: str = "") -> str:
     """`1 site`, `2 sites`."""
     return f"{count} {one if count == 1 else many or one + 's'}"
+
+
+def ulp_bins() -> list[str]:
+    """The bins of a histogram in ULP: 0, 1, 2, 3–4, …, > 1024."""
+    ranges = ((low + 1, high) for low, high in pairwise(ULP_BINS))
+    return ["0", *(f"{low}–{high}" if low < high else f"{high}" for low, high in ranges), f"> {ULP_BINS[-1]}"]
 
 
 def constant(value: float, digits: int = 6) -> str:

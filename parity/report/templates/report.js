@@ -8,13 +8,19 @@
   const LABELS = {
     ratio: "local error / floor", row_max: "same, worst row", local_rel: "local error, relative",
     floor_rel: "floor, relative", inherited_rel: "inherited error, relative", rel_l2: "total error, relative",
-    total_ratio: "total / the reference's own", mse: "MSE", max_abs: "largest difference", cosine: "cosine",
-    ulp_max: "ULP, largest",
+    total_ratio: "total / reference's own", mse: "total error, MSE", max_abs: "total error, largest",
+    ulp_max: "total error, largest ULP", cosine: "cosine",
   };
 
   function element(name, text, attributes) {
     const made = document.createElement(name);
     if (text !== undefined) made.textContent = text;
+    for (const key in attributes) made.setAttribute(key, attributes[key]);
+    return made;
+  }
+
+  function drawn(name, attributes) {
+    const made = document.createElementNS("http://www.w3.org/2000/svg", name);
     for (const key in attributes) made.setAttribute(key, attributes[key]);
     return made;
   }
@@ -40,20 +46,13 @@
       if (typeof v !== "number") return v === "-∞" ? 0 : 64;
       return v <= low ? 0 : (64 * Math.log(v / low)) / Math.log(top / low);
     };
-    const ns = "http://www.w3.org/2000/svg";
-    const svg = document.createElementNS(ns, "svg");
-    const attributes = { class: "bars", viewBox: `0 0 ${values.length} 64`, preserveAspectRatio: "none", role: "img", "aria-label": `${title}; largest ${number(Math.max(...finite, 0))} times the floor` };
-    for (const key in attributes) svg.setAttribute(key, attributes[key]);
+    const svg = drawn("svg", { class: "bars", viewBox: `0 0 ${values.length} 64`, preserveAspectRatio: "none", role: "img", "aria-label": `${title}; largest ${number(Math.max(...finite, 0))} times the floor` });
     values.forEach((v, i) => {
-      const bar = document.createElementNS(ns, "rect"), h = Math.max(height(v), 0.5);
-      const place = { x: i + 0.04, y: 64 - h, width: 0.92, height: h, class: typeof v === "number" && v <= 2 ? "low" : "high" };
-      for (const key in place) bar.setAttribute(key, place[key]);
-      svg.append(bar);
+      const h = Math.max(height(v), 0.5), colour = typeof v === "number" && v <= 2 ? "low" : "high";
+      svg.append(drawn("rect", { x: i + 0.04, y: 64 - h, width: 0.92, height: h, class: colour }));
     });
-    const line = document.createElementNS(ns, "line"), y = 64 - height(1);
-    const ends = { x1: 0, x2: values.length, y1: y, y2: y };
-    for (const key in ends) line.setAttribute(key, ends[key]);
-    svg.append(line);
+    const y = 64 - height(1);
+    svg.append(drawn("line", { x1: 0, x2: values.length, y1: y, y2: y }));
     const axis = element("div", undefined, { class: "axis" });
     axis.append(element("span", from), element("span", `largest ${number(Math.max(...finite, 0))}x; dashed: 1x`), element("span", to));
     panel.append(element("h4", title), svg, axis);
@@ -73,10 +72,35 @@
     panel.append(list);
   }
 
+  // The total errors above are of the whole run; this is of the operation alone.
+  function ulps(counts, equal) {
+    panel.append(element("h4", "Local error in ULP: candidate and reference, both on the candidate's inputs"));
+    if (equal || counts === null) {
+      panel.append(element("p", equal ? "All values are equal." : "Not recorded.", { class: "none" }));
+      return;
+    }
+    const total = counts.reduce((sum, count) => sum + count, 0), most = Math.max(...counts);
+    const table = element("table", undefined, { class: "ulps" });
+    counts.forEach((count, i) => {
+      const row = table.insertRow(), bar = drawn("svg", { viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" });
+      bar.append(drawn("rect", { width: (100 * count) / most, height: 10 }));
+      row.append(element("th", data.ulp_bins[i], { scope: "row" }));
+      row.insertCell().append(bar);
+      row.insertCell().textContent = share(count, total);
+    });
+    panel.append(table, element("p", `of ${total.toLocaleString("en")} values`, { class: "axis" }));
+  }
+
+  function share(count, total) {
+    const percent = (100 * count) / total;
+    if (percent > 0 && percent < 0.01) return "< 0.01 %";
+    return `${percent.toFixed(percent < 10 ? 2 : 1)} %`;
+  }
+
   function show(index) {
     const site = data.sites[index];
     if (!site) return false;
-    const [name, verdict, reason, metrics, bitEqual, dtype, shape, steps, shaped] = site;
+    const [name, verdict, reason, metrics, bitEqual, dtype, shape, steps, counts, shaped] = site;
     panel.replaceChildren();
     panel.classList.add("open");
     panel.dataset.shown = index;
@@ -90,10 +114,11 @@
     data.metrics.forEach((key, i) => {
       if (metrics[i] !== null) fact(list, LABELS[key] || key, number(metrics[i], key));
     });
-    if (bitEqual !== null) fact(list, "bit-equal on the same inputs", bitEqual ? "yes" : "no");
+    if (bitEqual !== null) fact(list, "bit-equal, same inputs", bitEqual ? "yes" : "no");
     if (dtype) fact(list, "dtype", dtype);
     if (shape.length) fact(list, "shape", shape.join(" × "));
     panel.append(list);
+    if (bitEqual !== null) ulps(counts, bitEqual);
     if (shaped) structure(shaped);
     if (steps.length) {
       panel.append(element("h4", "Alignment"));
