@@ -246,7 +246,7 @@ def _conclude(
         sites = _accused(sites, leaning)
         found = (*found, *leaning)
     could_see = None
-    if model.is_cut:
+    if model.is_cut and question.power:
         with clock("power"):
             named = {finding.fault.id for finding in found if finding.fault}
             could_see = power(bench, faults, partial(progress, "what this run could have seen"), named)

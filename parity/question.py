@@ -24,7 +24,8 @@ class Question:
     """What both sides are asked: the model, the tokens, and how to run.
 
     `token_ids` (b, t) are the rows of the batch, `prompt` the text they came from, if any; `faults` are the
-    known bugs that a diagnosis tries, `noise` how many stochastically rounded passes estimate the total noise.
+    known bugs that a diagnosis tries, `noise` how many stochastically rounded passes estimate the total noise;
+    `power` asks which of the faults the run would have revealed.
     """
 
     checkpoint: Checkpoint
@@ -37,6 +38,7 @@ class Question:
     command: str = ""
     faults: tuple[Fault, ...] = CATALOGUE
     noise: int = 0
+    power: bool = True
 
     @property
     def ids(self) -> Tensor:

@@ -6,6 +6,7 @@ Bugs and variants are planted in copies of `impl` by `tests.planted`, which shar
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,11 @@ from parity.record.arrays import to_numpy
 from parity.reference.checkpoint import find
 from parity.reference.replay import Reference
 from parity.results import Comparison
-from tests.planted import BUGS, CLEAN, Variant, build, observe, threads
+from tests.bench.localization import summary
+from tests.bench.localization_run import Outcome, Plant, Run, run_one
+from tests.bench.localization_runs import TINY, bug_runs, clean_runs, material
+from tests.planted import BUGS, CAUSES, CLEAN, Variant, build, observe, threads
+from tests.planted.kinds import KINDS
 
 TOKENS = tuple((97 * i * i + 31 * i + 168) % 301 for i in range(24))
 LAYER = 2
@@ -99,7 +104,7 @@ def is_here(variant: Variant) -> bool:
 
 @pytest.mark.parametrize(
     ("bug", "dtype"),
-    runs([b for b in BUGS if is_here(b) and b.needs != "bias" and not b.everywhere_only], FAST_BUGS),
+    runs([b for b in BUGS if is_here(b) and b.needs not in KINDS and not b.everywhere_only], FAST_BUGS),
 )
 def test_a_bug_in_one_layer_is_found_there_and_nowhere_else(
     checkpoint: Callable[..., Path], tmp_path: Path, bug: Variant, dtype: str
@@ -147,3 +152,76 @@ def test_a_bug_in_a_legal_variant_is_still_found(checkpoint: Callable[..., Path]
 
     result = compare(checkpoint("qwen3"), replace(bug, apply=apply), "bfloat16", (LAYER,), tmp_path)
     assert flagged(result) == bug.guilty_sites([LAYER])
+
+
+# -- names ---------------------------------------------------------------------------------------------------
+
+
+def outcome(path: Path, dtype: str, *plants: Plant) -> Outcome:
+    tokens = tuple((97 * i * i + 31 * i) % 301 for i in range(40))
+    found = run_one(Run(str(path), dtype, tokens, plants))
+    assert not found.error, found.error
+    return found
+
+
+@pytest.mark.parametrize(
+    ("bug", "dtype", "naming"),
+    [
+        ("act-gelu", "float32", "first"),
+        ("mask-window-32", "bfloat16", "first"),
+        ("residual-half-branches", "bfloat16", "first"),
+        ("file-previous-layer", "bfloat16", "first"),
+        ("act-elu", "float32", "unknown"),
+        ("heads-rolled", "bfloat16", "unknown"),
+        ("file-int4", "bfloat16", "unknown"),
+    ],
+)
+def test_a_bug_gets_its_name_or_none(checkpoint: Callable[..., Path], bug: str, dtype: str, naming: str) -> None:
+    found = outcome(checkpoint("qwen3"), dtype, Plant(bug, (LAYER,)))
+    (named,) = found.named
+    assert (named.naming, found.is_exact) == (naming, True), named.causes
+    assert (naming == "unknown") == (not CAUSES[bug].faults)
+    assert (named.right, named.constants > 0) == (named.constants, CAUSES[bug].number is not None)
+
+
+def test_three_bugs_at_once_are_three_names(checkpoint: Callable[..., Path]) -> None:
+    plants = (Plant("file-fp8", (0,)), Plant("act-relu", (1,)), Plant("residual-dropped-mlp", (3,)))
+    found = outcome(checkpoint("qwen3"), "bfloat16", *plants)
+    assert found.is_exact
+    assert [(n.naming, n.causes) for n in found.named] == [
+        ("first", "weight-fp8"),
+        ("first", "act-relu"),
+        ("first", "residual-dropped-mlp"),
+    ]
+    assert summary([found]) == (
+        "1 runs, 1 (100.0%) localized exactly; of 3 bugs of the catalogue 3 (100.0%) named first, "
+        "3 (100.0%) first or tied"
+    )
+
+
+def test_a_wrong_name_would_be_counted(checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CAUSES, "act-relu", CAUSES["act-gelu"])
+    monkeypatch.setitem(CAUSES, "mask-window-32", replace(CAUSES["mask-window-32"], number=lambda _c, _t: 31.0))
+    found = outcome(checkpoint("qwen3"), "float32", Plant("act-relu", (1,)), Plant("mask-window-32", (2,)))
+    assert [(n.naming, n.right, n.constants) for n in found.named] == [("wrong name", 0, 0), ("first", 0, 1)]
+
+
+# -- the matrix of the bench ---------------------------------------------------------------------------------
+
+
+def test_the_bench_makes_the_runs_it_promises(tmp_path: Path) -> None:
+    made = material(tmp_path)
+    for path in (TINY, made.paths["plain"]):
+        clean = [r for r in clean_runs(made, everything=False) if r.checkpoint == path]
+        cells = Counter(r.plants[0].variant for r in clean)
+        assert sum(count == 5 * 3 for count in cells.values()) >= 12
+        assert len({r.tokens for r in clean}) == 5
+    bugs = list(bug_runs(made, everything=False, half=False))
+    assert {r.plants[0].variant for r in bugs} == {bug.id for bug in BUGS}
+    cells = Counter(r.plants[0].variant for r in bugs if r.checkpoint != TINY)
+    assert sum(count == 4 for count in cells.values()) >= 25
+    assert {layer for r in bugs for layer in r.plants[0].layers if r.checkpoint == TINY} >= {0, 14, 27}
+    assert len(set(bugs)) == len(bugs)
+    more = set(bug_runs(made, everything=True, half=True))
+    assert set(bugs) < more
+    assert {r.dtype for r in more} == {"float32", "bfloat16", "float16"}

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
+from typing import Any
 
 from parity.errors import UsageError
 from parity.results import SCHEMA, Comparison, from_json, to_json
 
-# A list of numbers over many lines. No string can look so: a line break in it would be escaped.
-_NUMBERS = re.compile(r"\[\n[-+.0-9eE,\n ]+\]")
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 def dumps(comparison: Comparison) -> str:
-    """The Comparison as JSON text; the same Comparison gives the same bytes."""
-    text = json.dumps(to_json(comparison), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    return _NUMBERS.sub(lambda found: re.sub(r"\n *", "", found[0]), text)
+    """The Comparison as JSON text, one line for each site; the same Comparison gives the same bytes."""
+    return "{\n" + ",\n".join(f" {_encode(key)}: {_lines(value)}" for key, value in to_json(comparison).items()) + "\n}\n"
+
+
+def _lines(value: Any) -> str:
+    """JSON of a value, a list with one line for each item."""
+    if not isinstance(value, list) or not value:
+        return _encode(value)
+    return "[\n" + ",\n".join(f"  {_encode(item)}" for item in value) + "\n ]"
 
 
 def load(path: Path) -> Comparison:

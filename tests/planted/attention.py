@@ -86,6 +86,20 @@ def softmax_in_bf16(scores: Tensor) -> Tensor:
     return (weights / total).to(scores.dtype)
 
 
+def softmax_stored_in_bf16(scores: Tensor) -> Tensor:
+    return scores.bfloat16().softmax(-1).to(scores.dtype)
+
+
+def softmax_not_upcast(scores: Tensor) -> Tensor:
+    raised = (scores - scores.amax(-1, keepdim=True)).exp()
+    return raised / raised.sum(-1, keepdim=True)
+
+
+def softmax_with_dropout(scores: Tensor) -> Tensor:
+    kept = torch.rand(scores.shape, generator=torch.Generator().manual_seed(5)) > 0.1
+    return plain_softmax(scores) * kept.to(scores) / 0.9
+
+
 def softmax_with_sink(scores: Tensor) -> Tensor:
     sink = torch.zeros_like(scores[..., :1])
     return plain_softmax(torch.cat([scores, sink], dim=-1))[..., :-1]
@@ -101,6 +115,19 @@ def first_head_from_second(self: Attention, heads: Tensor) -> Tensor:
 
 def in_fp8(self: Attention, heads: Tensor) -> Tensor:
     return grouped(self, heads.to(torch.float8_e4m3fn).to(heads.dtype))
+
+
+def in_int8(self: Attention, heads: Tensor) -> Tensor:
+    step = heads.abs().amax(-1, keepdim=True) / 127
+    return grouped(self, (heads / step).round() * step)
+
+
+def reversed_heads(self: Attention, heads: Tensor) -> Tensor:
+    return grouped(self, heads.flip(1))
+
+
+def next_heads(self: Attention, heads: Tensor) -> Tensor:
+    return grouped(self, heads.roll(-1, 1))
 
 
 def projected(self: Attention, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,6 +178,16 @@ def _shared_kv_norm(model: Qwen3, layers: Sequence[int]) -> None:
         rebind(attention, lambda self, q, k, v, mask: type(self).attend(self, q, k, k, mask), "attend")
 
 
+def _k_for_v(model: Qwen3, layers: Sequence[int]) -> None:
+    for i in layers:
+        attention = get(model, i, "self_attn")
+        rebind(attention, lambda self, q, k, v, mask: type(self).attend(self, q, v, k, mask), "attend")
+
+
+def _rolled_heads(self: Attention, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return type(self).attend(self, q, k, v, mask).roll(1, 2)
+
+
 _ONE_TOKEN = "A single token attends to itself alone, with probability one whatever its score."
 _CAP = "Felt only by scores that are not small beside the cap."
 
@@ -176,6 +213,15 @@ BUGS = (
         note=_ONE_TOKEN + " In bfloat16 about the size of the rounding; only its direction gives it away.",
     ),
     _bug("attention-scale-missing", "scores not scaled", scale(lambda _c: 1.0), SCORES, note=_ONE_TOKEN),
+    _bug("attention-scale-twice", "scores scaled twice", scale(lambda c: 1 / c.head_dim), SCORES, note=_ONE_TOKEN),
+    _bug("mask-inverted", "each token sees itself and those after it", masked(lambda i, j, s: j >= i), SCORES),
+    _bug(
+        "mask-window-32",
+        "a sliding window of 32 tokens",
+        masked(lambda i, j, s: causal(i, j) & (i - j < 32)),
+        SCORES,
+        min_tokens=33,
+    ),
     _bug("mask-none", "no causal mask", masked(lambda i, j, s: j < s), SCORES, note=_ONE_TOKEN),
     _bug("mask-next-token", "each token also sees the next", masked(lambda i, j, s: j <= i + 1), SCORES),
     _bug(
@@ -212,6 +258,23 @@ BUGS = (
         "gqa-first-v-head",
         "the first value head holds the second's values",
         attending(group_v=first_head_from_second),
+        CONTEXT,
+        min_tokens=1,
+    ),
+    _bug(
+        "kv-heads-reversed",
+        "key/value heads in reverse order",
+        attending(group_k=reversed_heads, group_v=reversed_heads),
+        SCORES,
+        CONTEXT,
+        min_tokens=1,
+    ),
+    _bug("v-heads-shifted", "values of the next key/value head", attending(group_v=next_heads), CONTEXT, min_tokens=1),
+    _bug("kv-exchanged-late", "keys and values exchanged in attention", _k_for_v, SCORES, CONTEXT, min_tokens=1),
+    _bug(
+        "heads-rolled",
+        "each head's context in the place of the next",
+        replaced("self_attn", _rolled_heads, "attend"),
         CONTEXT,
         min_tokens=1,
     ),
@@ -260,6 +323,40 @@ BUGS = (
         kind="precision",
         dtypes=("float32",),
         note=_ONE_TOKEN + " In bfloat16 the context may hide it; the probabilities show it.",
+    ),
+    _bug(
+        "softmax-stored-bf16",
+        "softmax of bfloat16 scores, as torch computes it",
+        attending(softmax=softmax_stored_in_bf16),
+        PROBS,
+        kind="precision",
+        dtypes=("float32",),
+        note=_ONE_TOKEN,
+    ),
+    _bug(
+        "softmax-not-upcast",
+        "softmax step by step in the dtype of the model",
+        attending(softmax=softmax_not_upcast),
+        PROBS,
+        kind="precision",
+        dtypes=("bfloat16",),
+        note=_ONE_TOKEN,
+    ),
+    _bug(
+        "attention-dropout",
+        "dropout of the probabilities left on",
+        attending(softmax=softmax_with_dropout),
+        PROBS,
+        min_tokens=1,
+    ),
+    _bug(
+        "kv-int8",
+        "keys and values stored in 8-bit integers",
+        attending(group_k=in_int8, group_v=in_int8),
+        SCORES,
+        CONTEXT,
+        kind="precision",
+        min_tokens=1,
     ),
     _bug(
         "kv-fp8",

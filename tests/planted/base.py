@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from impl.qwen3 import Attention, Cache, Config, DecoderLayer, Qwen3, RMSNorm, load, rotate
+from impl.qwen3 import Attention, Cache, Config, DecoderLayer, Qwen3, RMSNorm, load, read_weights, rotate
 
 Change = Callable[[Qwen3, Sequence[int]], None]
+# (tensors of a checkpoint by name, its config, layers): what a conversion script does to the file
+Damage = Callable[[dict[str, Tensor], Config, Sequence[int]], None]
 BOTH = ("bfloat16", "float32")
 LINEARS = (
     "self_attn.q_proj",
@@ -37,7 +41,9 @@ class Variant:
     or whole names outside the layers. `inner` replaces `self_attn.context` among them where scores and probs
     are recorded as well. `kind` is `bug`, `precision`, `rounding-mode`, `nonfinite` or `clean`. `dtypes` are
     those of the reference in which a long prompt shows it, or in which a clean run makes sense. `needs` is
-    `bias`, `no bias` or `untied` where the checkpoint must be so.
+    `no bias`, `untied`, `wide` or `mha` where the checkpoint must be so (the last two: tests.planted.kinds).
+    `damage` is done to the checkpoint's file before the port loads it. `step` is not 0 where weights come from
+    that many layers on, which the last layers (or the first) do not have.
 
     The last five fields are how a legal variant is run. `build` sees to `compile` (the end of the names of the
     modules to compile, `.` for the whole model) and `engine_dtype`; the rest is up to the caller.
@@ -54,6 +60,8 @@ class Variant:
     dtypes: tuple[str, ...] = BOTH
     min_tokens: int = 1
     needs: str = ""
+    damage: Damage | None = None
+    step: int = 0
     batch: int = 1
     threads: int | None = None
     compile: str = ""
@@ -73,10 +81,15 @@ class Variant:
         """Whether a checkpoint has what this variant changes."""
         return {
             "": True,
-            "bias": config.attention_bias,
+            "wide": config.attention_bias,
+            "mha": config.num_key_value_heads == config.num_attention_heads,
             "no bias": not config.attention_bias,
             "untied": not config.tie_word_embeddings,
         }[self.needs]
+
+    def places(self, count: int) -> tuple[int, ...]:
+        """The layers, of so many, in which the variant can be planted."""
+        return tuple(i for i in range(count) if 0 <= i + self.step < count)
 
 
 def is_end(name: str) -> bool:
@@ -88,11 +101,30 @@ def build(
     variant: Variant, model_dir: str | Path, dtype: str = "bfloat16", layers: Sequence[int] | None = None
 ) -> nn.Module:
     """A freshly loaded model with the variant planted in `layers` (all of them unless given)."""
-    model = load(model_dir, variant.engine_dtype or dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(model_dir) if variant.damage is None else damaged(variant.damage, Path(model_dir), layers, folder)
+        model = load(source, variant.engine_dtype or dtype)
     variant.apply(model, range(model.config.num_hidden_layers) if layers is None else layers)
     if variant.compile:
         compile_modules(model, variant.compile)
     return model
+
+
+def damaged(damage: Damage, model_dir: Path, layers: Sequence[int] | None, folder: str) -> Path:
+    """A copy of a checkpoint in `folder`, with some of its numbers changed."""
+    config, tensors = Config.read(model_dir / "config.json"), read_weights(model_dir)
+    damage(tensors, config, range(config.num_hidden_layers) if layers is None else layers)
+    # Tied heads share memory, and views have strides; a file has neither.
+    save_file(
+        {name: w.clone(memory_format=torch.contiguous_format) for name, w in tensors.items()},
+        f"{folder}/model.safetensors",
+    )
+    (Path(folder) / "config.json").write_text((model_dir / "config.json").read_text())
+    return Path(folder)
+
+
+def unchanged(_model: Qwen3, _layers: Sequence[int]) -> None:
+    """Nothing: the variant lies in its checkpoint, or in how the model is run."""
 
 
 def compile_modules(model: Qwen3, name: str) -> None:
@@ -233,6 +265,7 @@ __all__ = [
     "Attention",
     "Cache",
     "Change",
+    "Damage",
     "DecoderLayer",
     "Place",
     "Qwen3",
@@ -252,4 +285,5 @@ __all__ = [
     "replaced",
     "set_weight",
     "threads",
+    "unchanged",
 ]

@@ -26,6 +26,7 @@ from tests.planted.base import (
     get,
     rebind,
     replaced,
+    unchanged,
 )
 
 Store = Callable[[Tensor], Tensor]
@@ -233,10 +234,6 @@ def _wide_stream(*, recorded_wide: bool) -> Change:
         rebind(model.model.norm, final)
 
     return apply
-
-
-def unchanged(_model: Qwen3, _layers: Sequence[int]) -> None:
-    """Nothing: the variant lies in how the model is run."""
 
 
 def _clean(id: str, about: str, apply: Change = unchanged, **more: Any) -> Variant:

@@ -49,7 +49,57 @@ def layer(
     return forward
 
 
+def input_again(self: DecoderLayer, x: Tensor, *rest: Any) -> Tensor:
+    """A decoder layer that adds its input, not the stream after attention, to the MLP's output."""
+    middle = self.resid_mid(x + self.self_attn(self.input_layernorm(x), *rest))
+    out: Tensor = x + self.mlp(self.post_attention_layernorm(middle))
+    return out
+
+
+def half_branches(x: Tensor, normed: Tensor, branch: Tensor) -> Tensor:
+    return x + 0.5 * branch
+
+
+def with_dropout(_self: Any, x: Tensor) -> Tensor:
+    kept = torch.rand(x.shape, generator=torch.Generator().manual_seed(5)) > 0.1
+    return F.silu(x) * kept.to(x) / 0.9
+
+
 BUGS = (
+    Variant("act-missing", "no activation", (ACT,), replaced(ACT, lambda _self, x: x.clone())),
+    Variant("act-elu", "ELU in place of SiLU", (ACT,), replaced(ACT, lambda _self, x: F.elu(x))),
+    Variant("act-dropout", "dropout behind the activation left on", (ACT,), replaced(ACT, with_dropout)),
+    Variant(
+        "residual-doubled-mlp",
+        "the residual stream added twice to the MLP's output",
+        ("",),
+        replaced("", layer(end=lambda mid, normed, mlp: mid + mlp + mid)),
+    ),
+    Variant(
+        "attention-ignored",
+        "attention's output never added",
+        (MID,),
+        replaced("", layer(mid=lambda x, normed, attn: x.clone())),
+    ),
+    Variant(
+        "mlp-ignored",
+        "the MLP's output never added",
+        ("",),
+        replaced("", layer(end=lambda mid, normed, mlp: mid.clone())),
+    ),
+    Variant("residual-of-input", "the layer's input added to the MLP's output", ("",), replaced("", input_again)),
+    Variant(
+        "residual-half-branches",
+        "attention and MLP add half of what they should",
+        (MID, ""),
+        replaced("", layer(mid=half_branches, end=half_branches)),
+    ),
+    Variant(
+        "residual-averaged",
+        "the mean of the layer's input and attention's output",
+        (MID,),
+        replaced("", layer(mid=lambda x, normed, attn: (x + attn) / 2)),
+    ),
     Variant("act-gelu", "GELU (erf) in place of SiLU", (ACT,), replaced(ACT, lambda _self, x: F.gelu(x))),
     Variant(
         "act-gelu-tanh",

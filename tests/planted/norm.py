@@ -73,6 +73,19 @@ def over_all_heads(self: RMSNorm, x: Tensor) -> Tensor:
     return scaled(x, size, self.weight)
 
 
+def in_its_own_dtype(self: RMSNorm, x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+def inverse_in_bf16(self: RMSNorm, x: Tensor) -> Tensor:
+    inverse = torch.rsqrt(mean_square(x) + self.eps).bfloat16().float()
+    return self.weight * (x.float() * inverse).to(x.dtype)
+
+
+def mean_size(self: RMSNorm, x: Tensor) -> Tensor:
+    return scaled(x, x.float().abs().mean(-1, keepdim=True) + self.eps, self.weight)
+
+
 def eps_of(value: float, *names: str) -> Change:
     """Another eps in the norms of these names; in every norm of the model if no name is given."""
 
@@ -96,8 +109,11 @@ def weights_from(pick: Callable[[Qwen3, int], dict[str, Tensor]]) -> Change:
     return apply
 
 
-def _next_layer(model: Qwen3, i: int) -> dict[str, Tensor]:
-    return {IN: get(model, (i + 1) % len(model.model.layers), IN).weight}
+def _layer_on(step: int, name: str) -> Change:
+    def pick(model: Qwen3, i: int) -> dict[str, Tensor]:
+        return {name: get(model, (i + step) % len(model.model.layers), name).weight}
+
+    return weights_from(pick)
 
 
 def _exchanged(model: Qwen3, i: int) -> dict[str, Tensor]:
@@ -153,7 +169,24 @@ BUGS = (
     Variant("norm-layernorm", "LayerNorm: the mean is subtracted first", (IN,), replaced(IN, layer_norm)),
     Variant("norm-l2", "divided by the length, not the root mean square", (POST,), replaced(POST, l2_norm)),
     Variant("norm-no-weight", "the weights are never applied", (POST,), replaced(POST, no_weight)),
-    Variant("norm-next-layer", "weights of the next layer", (IN,), weights_from(_next_layer)),
+    Variant("norm-next-layer", "weights of the next layer", (IN,), _layer_on(1, IN), step=1),
+    Variant("norm-previous-layer", "weights of the layer before", (POST,), _layer_on(-1, POST), step=-1),
+    Variant(
+        "norm-not-upcast",
+        "the norm computed in the dtype of the model",
+        (IN,),
+        replaced(IN, in_its_own_dtype),
+        kind="precision",
+        dtypes=("bfloat16",),
+    ),
+    Variant(
+        "norm-inverse-bf16",
+        "the inverse root mean square rounded to bfloat16",
+        (POST,),
+        replaced(POST, inverse_in_bf16),
+        kind="precision",
+    ),
+    Variant("norm-mean-size", "divided by the mean size, not the root mean square", (IN,), replaced(IN, mean_size)),
     Variant("norm-exchanged", "the two norms of a layer exchanged", (IN, POST), weights_from(_exchanged)),
     Variant("norm-skipped", "the first norm left out", (IN,), replaced(IN, skipped)),
     Variant(

@@ -59,15 +59,69 @@ def not_on_k(_self: Attention, which: str, x: Tensor, place: Place) -> Tensor:
     return x if which == "k" else rotate(x, place.cos, place.sin)
 
 
+def not_on_q(_self: Attention, which: str, x: Tensor, place: Place) -> Tensor:
+    return x if which == "q" else rotate(x, place.cos, place.sin)
+
+
+def nowhere(_self: Attention, _which: str, x: Tensor, _place: Place) -> Tensor:
+    return x
+
+
+def k_backwards(_self: Attention, which: str, x: Tensor, place: Place) -> Tensor:
+    return rotate(x, place.cos, -place.sin if which == "k" else place.sin)
+
+
 def sin_and_cos_swapped(_self: Attention, _which: str, x: Tensor, place: Place) -> Tensor:
     return rotate(x, place.sin, place.cos)
 
 
-def phases_in_bf16(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions[:, None].bfloat16() * (1.0 / theta**exponents).bfloat16()
-    angles = torch.cat([angles, angles], dim=-1).float()
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+def small_head(model: Qwen3, layers: Sequence[int]) -> None:
+    """Only the first half of each head is rotated, as a head of that size would be."""
+    theta = model.config.rope_theta
+
+    def turn(self: Attention, _which: str, x: Tensor, place: Place) -> Tensor:
+        size = 2 * (self.head_dim // 4)
+        cos, sin = rope_tables(place.positions, size, theta, x.dtype)
+        return torch.cat([rotate(x[..., :size], cos, sin), x[..., size:]], dim=-1)
+
+    turned(turn)(model, layers)
+
+
+def hidden_per_head(model: Qwen3, layers: Sequence[int]) -> None:
+    """Exponents over hidden / heads, the head_dim of other models."""
+    size = model.config.hidden_size // model.config.num_attention_heads
+
+    def make(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / size
+        angles = positions[:, None].float() * (1.0 / theta**exponents)
+        return tuple(torch.cat([f(angles)] * 2, dim=-1).to(dtype) for f in (torch.cos, torch.sin))  # type: ignore[return-value]
+
+    tables(make)(model, layers)
+
+
+def phases_in(low: torch.dtype) -> Callable[[Tensor, int, float, torch.dtype], tuple[Tensor, Tensor]]:
+    def make(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+        angles = positions[:, None].to(low) * (1.0 / theta**exponents).to(low)
+        angles = torch.cat([angles, angles], dim=-1).float()
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    return make
+
+
+def tables_in_bf16(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    cos, sin = rope_tables(positions, head_dim, theta, torch.bfloat16)
+    return cos.to(dtype), sin.to(dtype)
+
+
+def larger_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    cos, sin = rope_tables(positions, head_dim, theta, torch.float32)
+    return (1.25 * cos).to(dtype), (1.25 * sin).to(dtype)
+
+
+def last_at_zero(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    decoded = torch.cat([positions[:-1], torch.zeros_like(positions[:1])])
+    return rope_tables(decoded, head_dim, theta, dtype)
 
 
 def frequencies_in_bf16(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -153,12 +207,56 @@ BUGS = (
         note=_GROWS,
         min_tokens=2,
     ),
+    Variant(
+        "rope-not-on-q", "RoPE on the keys alone", ("self_attn.q_rope",), turned(not_on_q), note=_GROWS, min_tokens=2
+    ),
+    Variant("rope-nowhere", "no RoPE", ROPE, turned(nowhere), note=_GROWS, min_tokens=2),
+    Variant(
+        "rope-sign-k", "the keys turn backwards", ("self_attn.k_rope",), turned(k_backwards), note=_GROWS, min_tokens=2
+    ),
+    Variant("rope-small-head", "half of each head is rotated, as a head of that size", ROPE, small_head, min_tokens=2),
+    Variant(
+        "rope-hidden-per-head", "frequencies of a head of hidden / heads numbers", ROPE, hidden_per_head, min_tokens=2
+    ),
+    Variant("rope-tables-larger", "cosines and sines 25 % too large", ROPE, tables(larger_tables)),
+    Variant(
+        "rope-position-plus-1-k",
+        "positions of the keys start at 1, those of the queries at 0",
+        ("self_attn.k_rope",),
+        tables(_shifted, only="k"),
+    ),
+    Variant("rope-last-at-zero", "the last token has position 0", ROPE, tables(last_at_zero), min_tokens=2),
+    Variant(
+        "rope-restart-64",
+        "positions start anew after 64 tokens",
+        ROPE,
+        tables(lambda p, d, theta, dtype: rope_tables(p % 64, d, theta, dtype)),
+        min_tokens=65,
+    ),
+    Variant(
+        "rope-phase-fp16",
+        "angles computed in float16",
+        ROPE,
+        tables(phases_in(torch.float16)),
+        kind="precision",
+        dtypes=("float32",),
+        min_tokens=2,
+    ),
+    Variant(
+        "rope-tables-bf16",
+        "cosines and sines in bfloat16",
+        ROPE,
+        tables(tables_in_bf16),
+        kind="precision",
+        dtypes=("float32",),
+        min_tokens=2,
+    ),
     Variant("rope-sin-cos-swapped", "sine and cosine change places", ROPE, turned(sin_and_cos_swapped)),
     Variant(
         "rope-phase-bf16",
         "angles computed in bfloat16",
         ROPE,
-        tables(phases_in_bf16),
+        tables(phases_in(torch.bfloat16)),
         note="Invisible in the first tokens; by position 256 the angle is off by half a radian.",
         min_tokens=32,
     ),

@@ -101,6 +101,51 @@ def bf16_sums(self: nn.Linear, x: Tensor) -> Tensor:
     return (total if self.bias is None else total + self.bias.bfloat16()).to(x.dtype)
 
 
+def in_tf32(x: Tensor) -> Tensor:
+    bits = x.contiguous().view(torch.int32)
+    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+def tf32_product(self: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(in_tf32(x), in_tf32(self.weight), self.bias)
+
+
+def bf16_inputs(self: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x.bfloat16().to(x.dtype), self.weight.bfloat16().to(x.dtype), self.bias)
+
+
+def in_autocast(low: torch.dtype) -> Callable[..., Tensor]:
+    def forward(self: nn.Linear, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(low)
+        return F.linear(x.to(low), self.weight.to(low), bias).to(x.dtype)
+
+    return forward
+
+
+def times(factor: float) -> Callable[..., Tensor]:
+    return lambda self, x: (factor * F.linear(x.float(), self.weight.float())).to(x.dtype)
+
+
+def bias_twice(self: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, self.weight, self.bias) + self.bias
+
+
+def _around_final_norm(read: Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]) -> Change:
+    """The head reads `read(norm, input of the norm, its output)`."""
+
+    def apply(model: Qwen3, _layers: Sequence[int]) -> None:
+        norm, seen = model.model.norm.forward, {}
+
+        def remember(_self: nn.Module, x: Tensor) -> Tensor:
+            seen["x"] = x
+            return norm(x)
+
+        rebind(model.model.norm, remember)
+        rebind(model.lm_head, lambda self, x: F.linear(read(norm, seen.pop("x"), x), self.weight))
+
+    return apply
+
+
 def at_end(name: str, forward: Callable[..., Tensor]) -> Change:
     """Another forward for the embedding or the head."""
     return lambda model, _layers: rebind(model.get_submodule(name), forward)
@@ -139,6 +184,7 @@ _LAYERS = (
         (Q,),
         weight_from(Q, lambda m, i: get(m, (i + 1) % len(m.model.layers), Q).weight),
         min_tokens=2,
+        step=1,
     ),
     Variant("kv-weights-swapped", "k_proj and v_proj exchanged at loading", (K, V), _swapped(K, V)),
     Variant("gate-up-swapped", "gate_proj and up_proj exchanged at loading", (GATE, UP), _swapped(GATE, UP)),
@@ -170,10 +216,11 @@ _LAYERS = (
         note="Numbers of any size, as a rule some not finite; what comes after cannot be judged.",
     ),
     Variant("weight-nan", "a row of down_proj is NaN", (DOWN,), weight(DOWN, with_nan), kind="nonfinite"),
-    Variant("weight-1.01", "down_proj 1 % too large", (DOWN,), weight(DOWN, lambda w: w * 1.01)),
+    # Rounded once: a weight that is scaled and then rounded to bfloat16 has, as a whole, another factor than 1.01.
+    Variant("weight-1.01", "what down_proj returns 1 % too large", (DOWN,), replaced(DOWN, times(1.01))),
     Variant("channel-zero", "row 3 of down_proj is zero", (DOWN,), weight(DOWN, without_channel)),
     Variant("bias-added", "a bias on v_proj, which has none", (V,), bias(V, _ramp), needs="no bias"),
-    Variant("bias-dropped", "the bias of k_proj left out", (K,), bias(K, lambda _w: None), needs="bias"),
+    Variant("bias-dropped", "the bias of k_proj left out", (K,), bias(K, lambda _w: None), needs="wide"),
     Variant(
         "weights-int8",
         "all linear weights rounded to 8 bits, one step for each row",
@@ -187,6 +234,25 @@ _LAYERS = (
         LINEARS,
         _linear(bf16_sums),
         kind="precision",
+        dtypes=("bfloat16",),
+    ),
+    Variant(
+        "sums-bf16-in-fp32",
+        "the same in a float32 port",
+        LINEARS,
+        _linear(bf16_sums),
+        kind="precision",
+        dtypes=("float32",),
+    ),
+    Variant("bias-twice", "the bias of q_proj added twice", (Q,), replaced(Q, bias_twice), needs="wide"),
+    *(
+        Variant(id, about, LINEARS, _linear(forward), kind="precision", dtypes=("float32",))
+        for id, about, forward in (
+            ("products-tf32", "inputs and weights of matrix products rounded to 11 bits", tf32_product),
+            ("products-bf16-inputs", "inputs of matrix products rounded to bfloat16", bf16_inputs),
+            ("products-bf16", "matrix products in bfloat16", in_autocast(torch.bfloat16)),
+            ("products-fp16", "matrix products in float16", in_autocast(torch.float16)),
+        )
     ),
 )
 
@@ -198,11 +264,33 @@ _ENDS = (
         EMBED,
         at_end(EMBED, lambda self, ids: F.embedding((ids + 1) % self.num_embeddings, self.weight)),
     ),
+    _end(
+        "embed-larger",
+        "embeddings 1.5 times as large",
+        EMBED,
+        at_end(EMBED, lambda self, ids: 1.5 * F.embedding(ids, self.weight)),
+    ),
+    _end(
+        "embed-position-added",
+        "a sinusoid of the position added to the embeddings",
+        EMBED,
+        at_end(
+            EMBED,
+            lambda self, ids: (
+                F.embedding(ids, self.weight) + 0.01 * torch.arange(ids.shape[1])[:, None].sin().to(self.weight)
+            ),
+        ),
+    ),
+    _end(
+        "head-before-norm", "the head reads what the final norm read", HEAD, _around_final_norm(lambda norm, x, _y: x)
+    ),
+    _end("head-normed-twice", "the final norm twice", HEAD, _around_final_norm(lambda norm, _x, y: norm(y))),
+    _end("logits-logprobs", "log-probabilities in place of logits", HEAD, _logits(lambda y: y.log_softmax(-1))),
     _end("head-never-loaded", "lm_head holds random numbers", HEAD, _another_head),
     _end("head-tied-wrongly", "the embedding used for an untied lm_head", HEAD, _tied_head, needs="untied"),
     _end("head-row-plus-1", "logits of the next id", HEAD, _logits(lambda y: y.roll(1, -1))),
     _end("softcap-logits", "logits capped at 30 by tanh", HEAD, _logits(lambda y: 30 * torch.tanh(y / 30))),
-    _end("logits-scaled", "logits 2 % too large", HEAD, _logits(lambda y: y * 1.02)),
+    _end("logits-scaled", "logits 2 % too large", HEAD, at_end(HEAD, times(1.02))),
 )
 
 BUGS = (*_LAYERS, *_ENDS)
