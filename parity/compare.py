@@ -171,6 +171,8 @@ def _compare(
     working = model.dtype
     checks = [*reference_checks(model, question.ids), *checks]
     head_dim = model.head_dim
+    # In float32 one site on a narrower grid is an operation that computes there; all of them are a port that does.
+    stored = DTYPES[working_dtype(dump)] if working is torch.float32 else None
     measured: dict[str, _Measured] = {}
     watch = NextTokenWatch(question.checkpoint)
     pieces = len(model.pieces)
@@ -188,7 +190,8 @@ def _compare(
             for site in sites:
                 pair = pairs[site.site.name]
                 if isinstance(pair, Pair):
-                    measured[pair.site.name] = _measure(site, pair, dump.entries[pair.site.name], working, head_dim)
+                    entry = dump.entries[pair.site.name]
+                    measured[pair.site.name] = _measure(site, pair, entry, working, stored, head_dim)
                 if site is sites[-1] and done == pieces - 1:
                     watch.see(site)
     progress("judging", pieces, pieces)
@@ -196,22 +199,27 @@ def _compare(
     return _conclude(question, model, dump, pairs, measured, name, checks, watch, clock, bench, progress)
 
 
-def _measure(site: Replayed, pair: Pair, entry: Entry, working: torch.dtype, head_dim: int | None) -> _Measured:
+def _measure(
+    site: Replayed, pair: Pair, entry: Entry, working: torch.dtype, stored: torch.dtype | None, head_dim: int | None
+) -> _Measured:
     assert site.candidate is not None, "unreachable because pairs are read before the replay"
     metrics = measure(to_numpy(site.candidate), to_numpy(site.own))
-    local = local_error(site, working, _storage(site.candidate, working), head_dim)
+    local = local_error(site, working, _storage(site.candidate, working, stored), head_dim)
     # A masked score may be any large negative number: how far apart two of them are says nothing.
     telling = not local.bit_equal and not site.site.name.endswith(".scores")
     ulps = ulp_histogram(to_numpy(site.candidate), to_numpy(site.floor)) if telling else None
     return _Measured(pair, metrics, local, ulps, entry.dtype)
 
 
-def _storage(candidate: Tensor, working: torch.dtype) -> torch.dtype:
-    """The dtype whose grid the candidate's numbers lie on: its own, or a narrower one dumped in a wider."""
+def _storage(candidate: Tensor, working: torch.dtype, stored: torch.dtype | None) -> torch.dtype:
+    """The dtype whose grid the candidate's numbers lie on: its own, or a narrower one dumped in a wider.
+
+    `stored` is the dtype that all of the dump must be stored in for this to be no error; None if any will do.
+    """
     if candidate.dtype in (torch.bfloat16, torch.float16):
         return candidate.dtype
     narrow = [d for d in (torch.bfloat16, torch.float16) if torch.equal(candidate.to(d).to(candidate.dtype), candidate)]
-    return working if working in narrow or not narrow else narrow[0]
+    return narrow[0] if narrow and working not in narrow and stored in (None, narrow[0]) else working
 
 
 def _conclude(

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from impl.qwen3 import load
-from parity.compare import diff_dump, diff_module, working_dtype
+from parity.compare import _storage, diff_dump, diff_module, working_dtype
 from parity.dump import open_dump
 from parity.dump.names import parse_names
 from parity.errors import IncomparableError
-from parity.question import Question
+from parity.question import DTYPES, Question
 from parity.reference import pieces
 from parity.reference.checkpoint import find
 from parity.reference.replay import Reference
@@ -520,3 +520,25 @@ def test_stock_models_as_candidates(checkpoint: Callable[..., Path], model_type:
     wrong = live(question, model)
     assert (wrong.verdict, bad(wrong)) == ("diverged", {GUILTY_OF[model_type]})
     assert [f.layers for f in wrong.findings] == [(1,)]
+
+
+@pytest.mark.parametrize(
+    ("array", "working", "stored", "expected"),
+    [
+        ("bfloat16", "float32", None, "bfloat16"),  # a file of bfloat16 numbers
+        ("float32", "float32", "float32", "float32"),
+        ("float32 on bfloat16's grid", "bfloat16", None, "bfloat16"),
+        ("float32 on bfloat16's grid", "float32", "bfloat16", "bfloat16"),  # so is all of the dump
+        ("float32 on bfloat16's grid", "float32", "float32", "float32"),  # this operation alone: it is at fault
+    ],
+)
+def test_a_narrow_grid_is_storage_only_where_all_of_the_dump_has_it(
+    array: str, working: str, stored: str | None, expected: str
+) -> None:
+    values = torch.linspace(-3, 3, 999)
+    if "bfloat16" in array:
+        values = values.bfloat16()
+    if array.startswith("float32"):
+        values = values.float()
+    said = _storage(values, DTYPES[working], DTYPES[stored] if stored else None)
+    assert said is DTYPES[expected]

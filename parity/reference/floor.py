@@ -3,12 +3,13 @@
 With r = candidate − truth, row by row (a row is a token, or a head of a token):
 
     floor² = max(‖reference in the working dtype − truth‖, ‖truth rounded for storage − truth‖,
-                 0.3 u ‖truth‖, 2⁻²⁴ √(n / 6) ‖truth‖)²
+                 0.3 u ‖truth‖, 2⁻²⁴ √(n / 6) ‖truth‖, 2⁻²⁴ · 1.5 / √rows ‖truth‖)²
              + ‖truth on jittered inputs − truth‖²   (only where operations may have been fused)
 
-The last term in the maximum is what adding n products one after another in float32 costs, as a plain loop
-in C or Rust does: partial sums grow like a random walk, and each is rounded once. Libraries that add in
-blocks are better than that, and no port is wrong for not being a library.
+The n in the maximum: adding n products one after another in float32, as a plain loop in C or Rust does, costs that
+much. Partial sums grow like a random walk, and each is rounded once. Libraries that add in blocks are better than
+that, and no port is wrong for not being a library. The last one: a number that a whole row shares (the scale of a
+norm) is rounded once for each row, and of few rows the reference may have drawn the luckier ones.
 
 The ratio R is the larger of ‖r‖ / ‖floor‖ over the whole tensor and the median of the row ratios: the first
 sees an error anywhere, the second is not swallowed by one row of massive activations.
@@ -32,6 +33,8 @@ from parity.sites import FLATTENED, Dims
 
 # A correct rounding is rarely smaller than this share of the unit roundoff, so no floor is.
 _LEAST_SHARE = 0.3
+# What rounds a number that a whole row shares, in unit roundoffs of float32: a mean, its root, and their product.
+_SHARED = 1.5
 _PROFILE_BINS = 256
 _MASKED = -1e30
 _HIDDEN = -1e3
@@ -146,8 +149,10 @@ def _numpy(sums: Tensor) -> Floats:
 
 def _least(site: Replayed, working: torch.dtype) -> float:
     """The smallest floor that any operation of this kind has, squared, relative to the truth."""
-    summation = unit_roundoff(torch.float32) ** 2 * site.summands / 6 if site.summands > 1 else 0.0
-    return float(max((_LEAST_SHARE * unit_roundoff(working)) ** 2, summation))
+    rows = max(site.truth.numel() // max(site.truth.shape[-1], 1), 1)
+    summation = site.summands / 6 if site.summands > 1 else 0.0
+    in_float32 = unit_roundoff(torch.float32) ** 2 * max(summation, _SHARED**2 / rows)
+    return float(max((_LEAST_SHARE * unit_roundoff(working)) ** 2, in_float32))
 
 
 class _Values(NamedTuple):

@@ -14,7 +14,8 @@ _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 def dumps(comparison: Comparison) -> str:
     """The Comparison as JSON text, one line for each site; the same Comparison gives the same bytes."""
-    return "{\n" + ",\n".join(f" {_encode(key)}: {_lines(value)}" for key, value in to_json(comparison).items()) + "\n}\n"
+    items = (f" {_encode(key)}: {_lines(value)}" for key, value in to_json(comparison).items())
+    return "{\n" + ",\n".join(items) + "\n}\n"
 
 
 def _lines(value: Any) -> str:
