@@ -1,11 +1,13 @@
 """Time and memory of a full verdict on a model of the real Qwen3-0.6B shape, with random weights.
 
     python -m tests.bench.large_model [--tokens 256] [--limit-mb N] [--offline] [--layers 28] [--hidden 1024]
+                                      [--inject FAULT]
 
 Makes the checkpoint once (1.2 GB, in the system's folder for temporary files), times one plain forward of
 transformers in bfloat16, then runs `parity diff` in a process of its own and reads its peak memory from the
 kernel. `--offline` compares a dump that was recorded before, so that only parity's own memory counts;
-`--limit-mb` caps the address space of that process, as `ulimit -v` does.
+`--limit-mb` caps the address space of that process, as `ulimit -v` does. `--inject` compares the reference with
+a fault in it, to see what the diagnosis costs.
 """
 
 from __future__ import annotations
@@ -91,6 +93,7 @@ def main() -> None:
     options.add_argument("--tokens", type=int, default=256)
     options.add_argument("--limit-mb", type=int)
     options.add_argument("--offline", action="store_true")
+    options.add_argument("--inject", metavar="FAULT")
     options.add_argument("--layers", type=int, default=28)
     options.add_argument("--hidden", type=int, default=1024)
     given = options.parse_args()
@@ -108,13 +111,15 @@ def main() -> None:
         print(f"record: {seconds:.1f} s, peak {peak:.0f} MB {done.stderr.strip().splitlines()[:-1]}")
         arguments = ["diff", str(dump), "--json"]
     else:
-        arguments = ["diff", *ask, "--tokens", tokens, "--json"]
+        arguments = ["diff", *ask, "--tokens", tokens, "--json", *(["--inject", given.inject] if given.inject else [])]
     seconds, peak, done = measured(arguments, given.limit_mb)
     if done.returncode == 2 and not done.stdout:
         raise SystemExit(done.stderr)
     report = json.loads(done.stdout)
     limit = f" under a limit of {given.limit_mb} MB" if given.limit_mb else ""
     print(f"diff{limit}: {report['verdict']}, {report['coverage']}, peak {peak:.0f} MB")
+    for finding in report["findings"]:
+        print(f"  {finding['family']}: {(finding['fault'] or {'id': 'unknown'})['id']}")
     print(f"diff: {seconds:.1f} s = {seconds / plain:.1f}x the plain forward, of which")
     for what, spent in report["environment"]["seconds"].items():
         print(f"  {what:18} {spent:6.1f} s  {spent / plain:5.2f}x")
