@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from parity.faults import Fault, Scope, shows_at
+from parity.faults import Fault, Number, Scope, shows_at
+from parity.readings import Uncertainty, best_value, difference, energy, uncertainty
 from parity.reference import focus
 from parity.reference.floor import Local, local_error
 from parity.reference.focus import Focus
@@ -31,10 +32,9 @@ _CLEARLY_WORSE = 1.5
 # Faults that explain less than this of the error's energy are not worth a second pass.
 _PROMISING = 0.5
 _LAYERS_TRIED = 3
-_STEPS = 24
-# A number is refined only from a start that leaves less than this share of the error.
-_HOPEFUL = 0.9
 _NEAR = 16
+# Squares of numbers above this do not fit float32.
+_LARGE = 1e15
 
 Recorded = Callable[[Site], Tensor | None]
 
@@ -46,7 +46,7 @@ class Trial:
     fault: Fault
     value: float
     expected: float
-    stderr: float
+    unsure: Uncertainty
     explained: float
     ratio: float
 
@@ -163,7 +163,6 @@ def _at_site(
             return
         truth = bench.compute(at, [site], precise)[site]
         floor = bench.compute(at, [site], working)[site]
-        error = _energy(at.recorded[site], truth)
         for fault in catalogue:
             if known is not None and fault.id not in known:
                 continue
@@ -172,115 +171,96 @@ def _at_site(
             if not bench.applies(fault, at.piece):
                 excused[fault.id] = excused.get(fault.id, 0) + 1
                 continue
-            trial = _try(fault, site, at, bench, truth, floor, error)
+            trial = _try(fault, site, at, bench, truth, floor)
             if trial is not None and trial.ratio <= CONFIRMED:
                 yield trial
 
 
-def _try(fault: Fault, site: str, at: Focus, bench: Bench, truth: Tensor, floor: Tensor, error: float) -> Trial | None:
+def _try(fault: Fault, site: str, at: Focus, bench: Bench, truth: Tensor, floor: Tensor) -> Trial | None:
+    candidate, expected = at.recorded[site], bench.expected(fault, at.piece)
+
+    def curve(value: float) -> Tensor:
+        return bench.compute(at, [site], bench.reference.precise, fault, value)[site]
+
+    def rounded(value: float) -> Tensor:
+        return bench.compute(at, [site], bench.reference.working, fault, value)[site]
+
+    value = 0.0
     try:
-        value, remainder = _best_value(fault, site, at, bench, truth, floor, error)
+        if fault.number is not None:
+            starts = _starts(fault.number, expected, at, bench, truth, floor, site)
+            value = best_value(fault.number, expected, starts, curve, candidate, truth)
+        # What only rounds differently equals the reference in higher precision: its rounding has to be the candidate's.
+        faulty, predicted = curve(value), rounded(value) if fault.only_rounds else None
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError):
         # A fault that cannot be had in these shapes is not what happened.
         return None
-    explained = 1 - remainder / error if error else 0.0
-    rounds_only = fault.needs.startswith("bfloat16")
-    if not (explained > _PROMISING or rounds_only):
+    error = energy(candidate, truth)
+    explained = 1 - energy(candidate, faulty if predicted is None else predicted) / error if error else 0.0
+    if not explained > _PROMISING:
         return None
-    faulty = bench.compute(at, [site], bench.reference.precise, fault, value)[site]
-    own_floor = bench.compute(at, [site], bench.reference.working, fault, value)[site]
-    local = bench.local(at, site, faulty, own_floor)
-    if local.nonfinite:
+    own_floor = rounded(value) if predicted is None else predicted
+    local = _remainder(at, site, bench, faulty, own_floor)
+    if local is None:
         return None
-    stderr = _stderr(fault, value, site, at, bench, faulty, own_floor) if fault.number else 0.0
-    return Trial(fault, value, bench.expected(fault, at.piece), stderr, explained, local.ratio)
+    unsure = (
+        uncertainty(value, curve, candidate, own_floor, difference(floor, truth))
+        if _is_continuous(fault)
+        else Uncertainty()
+    )
+    return Trial(fault, value, expected, unsure, explained, local.ratio)
 
 
-def _best_value(
-    fault: Fault, site: str, at: Focus, bench: Bench, truth: Tensor, floor: Tensor, error: float
-) -> tuple[float, float]:
-    """The number with the smallest remainder, and that remainder's energy."""
+def _remainder(at: Focus, site: str, bench: Bench, faulty: Tensor, floor: Tensor) -> Local | None:
+    """What a fault leaves of the candidate; None if one of the two is not finite where the other is."""
+    candidate = at.recorded[site].to(floor.device)
+    lost = ~floor.isfinite()
+    masked = faulty <= torch.finfo(torch.float16).min
+    if not torch.equal(lost | masked, ~candidate.isfinite() | masked):
+        return None
+    # Where a sum is about as large as numbers get, its order decides whether it overflows.
+    doubtful = ~(faulty.isfinite() | lost | masked)
+    if int(doubtful.sum()) > int(lost.sum()):
+        return None
+    faulty, floor, candidate = (torch.where(lost | doubtful, 0, x) for x in (faulty, floor, candidate))
+    exact = faulty if float(faulty.abs().max()) < _LARGE else faulty.double()
+    local = bench.local(replace(at, recorded={site: candidate}), site, exact, floor)
+    return None if local.nonfinite else local
 
-    def remainder(value: float) -> float:
-        return _energy(at.recorded[site], bench.compute(at, [site], bench.reference.precise, fault, value)[site])
 
-    if fault.number is None:
-        return 0.0, remainder(0.0)
-    expected = bench.expected(fault, at.piece)
-    tried = {value: remainder(value) for value in _starts(fault, expected, at, bench, truth, floor, site)}
-    best = min(tried, key=lambda v: (math.isnan(tried[v]), tried[v]))
-    if fault.number.discrete or not tried[best] < _HOPEFUL * error:
-        return best, tried[best]
-    return _descend(best, expected, fault.number.log, remainder, tried[best])
+def _is_continuous(fault: Fault) -> bool:
+    return fault.number is not None and not fault.number.discrete
 
 
 def _starts(
-    fault: Fault, expected: float, at: Focus, bench: Bench, truth: Tensor, floor: Tensor, site: str
+    number: Number, expected: float, at: Focus, bench: Bench, truth: Tensor, floor: Tensor, site: str
 ) -> list[float]:
     """Numbers to start from: those seen in the wild, and what the residual or a coarse grid suggests."""
-    assert fault.number is not None, "unreachable because only faults with a number are searched"
-    starts = [value for value in fault.number.typical if value != expected]
-    if fault.number.discrete:
+    starts = [value for value in number.typical if value != expected]
+    if number.discrete:
         # A window ends shortly before the first token that is clearly wrong.
-        first = bench.local(at, site, truth, floor).structure.first_token if fault.number.name == "window" else None
+        first = bench.local(at, site, truth, floor).structure.first_token if number.name == "window" else None
         return starts + ([] if first is None else [float(w) for w in range(max(first - _NEAR, 1), first + 2)])
-    if fault.number.log and expected > 0:
-        return starts + [expected * factor for factor in (0.1, 0.5, 0.99, 1.01, 2.0, 10.0)]
+    if number.log and expected > 0:
+        return starts + [expected * factor for factor in (0.1, 0.5, 1.01, 2.0, 10.0)]
     return [*starts, expected - 1, expected + 1]
-
-
-def _descend(
-    start: float, expected: float, log: bool, remainder: Callable[[float], float], least: float
-) -> tuple[float, float]:
-    """Golden steps towards the smallest remainder, in the logarithm for numbers whose errors are ratios."""
-    log = log and start > 0 and expected > 0
-    at, step = (math.log(start), math.log(2.0)) if log else (start, max(abs(start - expected), 1e-3) / 2)
-    for _ in range(_STEPS):
-        for candidate in (at - step, at + step):
-            value = math.exp(candidate) if log else candidate
-            left = remainder(value)
-            if left < least:
-                at, least = candidate, left
-                break
-        else:
-            step /= 3
-    return (math.exp(at) if log else at), least
-
-
-def _stderr(fault: Fault, value: float, site: str, at: Focus, bench: Bench, faulty: Tensor, floor: Tensor) -> float:
-    """Standard error of the number by least squares, with errors clustered in rows.
-
-    The noise is what the fault leaves of the candidate, or the reference's own rounding if that is larger.
-    """
-    assert fault.number is not None, "unreachable because only faults with a number have an error"
-    if fault.number.discrete:
-        return 0.0
-    small = abs(value) * 1e-3 if value else 1e-3
-    moved = bench.compute(at, [site], bench.reference.precise, fault, value + small)[site]
-    slope = (moved - faulty) / small
-    # Rounding errors of one row are not independent (a norm's factor is shared), so rows are what is counted.
-    errors = [floor.to(faulty) - faulty, at.recorded[site].to(faulty) - faulty]
-    noise = max(float((slope * e).sum(-1).square().sum().sqrt()) for e in errors)
-    steep = float(slope.square().sum())
-    return noise / steep if steep else math.inf
-
-
-def _energy(candidate: Tensor, truth: Tensor) -> float:
-    difference = candidate.to(truth.device, truth.dtype) - truth
-    hidden = truth <= torch.finfo(torch.float16).min
-    return float(torch.where(hidden | difference.isnan(), torch.zeros_like(difference), difference).square().sum())
 
 
 def _combined(trials: list[Trial]) -> Trial:
     """One trial for several layers: the worst ratio, and the number's mean weighted by its errors."""
     worst = max(trials, key=lambda t: t.ratio)
     explained = min(t.explained for t in trials)
-    weights = [1 / t.stderr**2 if 0 < t.stderr < math.inf else 0.0 for t in trials]
+    weights = [1 / t.unsure.stderr**2 if 0 < t.unsure.stderr < math.inf else 0.0 for t in trials]
     total = sum(weights)
     if not total:
         return replace(worst, explained=explained)
-    value = sum(w * t.value for w, t in zip(weights, trials, strict=True)) / total
-    return replace(worst, explained=explained, value=value, stderr=total**-0.5)
+
+    def mean(of: Sequence[float]) -> float:
+        return sum(w * x for w, x in zip(weights, of, strict=True)) / total
+
+    with_fault, plain = zip(*(t.unsure.leans for t in trials), strict=True)
+    unsure = Uncertainty(total**-0.5, (mean(with_fault), mean(plain)))
+    return replace(worst, explained=explained, value=mean([t.value for t in trials]), unsure=unsure)
 
 
 # -- assigning -----------------------------------------------------------------------------------------------
@@ -348,7 +328,7 @@ def _rivals(best: Trial, group: Sequence[Finding], trials: dict[str, list[Trial]
 
 def _match(trial: Trial, rivals: Sequence[Trial]) -> FaultMatch:
     number = trial.fault.number
-    reads = {number.name: Reading(trial.value, trial.stderr, trial.expected)} if number else {}
+    reads = {number.name: Reading(trial.value, trial.unsure.total, trial.expected)} if number else {}
     return FaultMatch(
         id=trial.fault.id,
         title=trial.fault.title,

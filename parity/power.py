@@ -113,7 +113,7 @@ def _predicted(
 ) -> float:
     """The ratio that a candidate with this fault would have had, at the site where it is largest."""
     # What only rounds differently equals the reference in the precision of the truth.
-    model = bench.reference.working if fault.needs.startswith("bfloat16") else bench.reference.precise
+    model = bench.reference.working if fault.only_rounds else bench.reference.precise
     try:
         faulty = bench.compute(at, sites, model, fault, value)
     except (RuntimeError, ValueError, IndexError, TypeError, KeyError):

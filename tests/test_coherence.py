@@ -42,6 +42,16 @@ def test_an_eps_that_no_single_value_shows_is_found(model: Path) -> None:
     assert all(f.fault is not None and f.fault.reads["eps"].value > 1e-4 for f in guilty)
 
 
+def test_an_eps_below_the_rounding_is_read_where_the_reference_rounds_as_the_candidate_does(model: Path) -> None:
+    found = diff_injected(question(model, 80), parse("norm-eps=1e-3"))
+    reads = {
+        f.family: f.fault.reads["eps"] for f in found.findings if f.fault is not None and f.family in leaning(found)
+    }
+    assert len(reads) >= 3
+    assert all(abs(eps.value - 1e-3) <= 2 * eps.stderr for eps in reads.values()), reads
+    assert all(abs(eps.value - 1e-3) <= 5e-5 for eps in reads.values()), reads
+
+
 @pytest.mark.parametrize("tokens", [1, 33])
 @pytest.mark.parametrize("variant", ["stream-fp32", "norm-weight-fp32", "ops-fp32"])
 def test_a_legal_variant_is_not_accused(model: Path, variant: str, tokens: int) -> None:

@@ -21,6 +21,7 @@ from parity.dump.names import parse_names
 from parity.errors import IncomparableError
 from parity.question import DTYPES, Question
 from parity.reference import pieces
+from parity.reference.chain import Chain
 from parity.reference.checkpoint import find
 from parity.reference.replay import Reference
 from parity.results import Comparison
@@ -473,7 +474,7 @@ def test_a_model_that_cannot_be_cut_is_run_whole(small: Path, monkeypatch: pytes
     modules = [clean(question), planted(question, GELU, ("rope-interleaved", (0,)))]
     expected = [live(question, module) for module in modules]
     with monkeypatch.context() as patch:
-        patch.setattr(pieces._Chain, "is_whole", lambda _chain, _count: False)
+        patch.setattr(Chain, "is_whole", lambda _chain, _count: False)
         undivided = Reference(question.reference())
     assert not undivided.working.is_cut
     assert undivided.working.pieces == [pieces.HEAD]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from parity.errors import UsageError
 from parity.faults import CATALOGUE, Fault, Scope, by_id, load_user_faults, shows_at
 from parity.faults.fault import attribute, source_of
+from parity.faults.parts import rounded
 from parity.reference.checkpoint import find
 from parity.reference.pieces import Piece, PiecewiseModel
 from parity.reference.precision import promoted
@@ -133,7 +134,7 @@ every_fault = pytest.mark.parametrize("fault", CATALOGUE, ids=lambda fault: faul
 
 @every_fault
 def test_a_fault_shows_where_it_says_and_nowhere_else(fault: Fault, benches: dict[torch.dtype, Bench]) -> None:
-    bench = benches[torch.bfloat16 if fault.needs.startswith("bfloat16") else torch.float64]
+    bench = benches[torch.bfloat16 if fault.only_rounds else torch.float64]
     if not applicable(fault, bench):
         pytest.skip("does not apply to Qwen3")
     for recorded in (lambda _s: True, lambda s: not s.endswith(INNER)):
@@ -177,6 +178,14 @@ def test_the_right_number_is_no_fault(fault: Fault, benches: dict[torch.dtype, B
             fresh = bench.replay(piece, bench.clean[piece])
         for site, value in fresh.items():
             assert torch.allclose(value, bench.clean[piece][site], rtol=1e-12, atol=1e-14), site
+
+
+def test_tf32_rounds_ties_away_from_zero() -> None:
+    bits = torch.tensor([0x3F801000, 0x3F803000, 0x3F800FFF, 0x3F801001, 0x3FFFF000, 0x00000000], dtype=torch.int32)
+    x = torch.cat([bits.view(torch.float32), -bits.view(torch.float32)])
+    wanted = torch.tensor([1 + 2**-10, 1 + 2**-9, 1.0, 1 + 2**-10, 2.0, 0.0])
+    for dtype in (torch.float32, torch.float64):
+        assert rounded(x.to(dtype), 11).tolist() == torch.cat([wanted, -wanted]).tolist()
 
 
 def test_words() -> None:

@@ -15,16 +15,20 @@ import pytest
 
 from parity.compare import diff_dump, diff_module
 from parity.dump import ArchiveWriter, open_dump
+from parity.faults import CATALOGUE, parse
+from parity.inject import diff_injected
 from parity.question import Question
 from parity.record.arrays import to_numpy
 from parity.reference.checkpoint import find
 from parity.reference.replay import Reference
 from parity.results import Comparison
+from tests import checkpoints
 from tests.bench.localization import summary
 from tests.bench.localization_run import Outcome, Plant, Run, run_one
 from tests.bench.localization_runs import TINY, bug_runs, clean_runs, material
 from tests.planted import BUGS, CAUSES, CLEAN, Variant, build, observe, threads
 from tests.planted.kinds import KINDS
+from tests.planted.kinds import checkpoint as kind_of_checkpoint
 
 TOKENS = tuple((97 * i * i + 31 * i + 168) % 301 for i in range(24))
 LAYER = 2
@@ -171,6 +175,9 @@ def outcome(path: Path, dtype: str, *plants: Plant) -> Outcome:
         ("mask-window-32", "bfloat16", "first"),
         ("residual-half-branches", "bfloat16", "first"),
         ("file-previous-layer", "bfloat16", "first"),
+        ("weight-byte-swapped", "bfloat16", "first"),
+        ("weight-byte-swapped", "float32", "first"),
+        ("products-tf32", "float32", "first"),
         ("act-elu", "float32", "unknown"),
         ("heads-rolled", "bfloat16", "unknown"),
         ("file-int4", "bfloat16", "unknown"),
@@ -182,6 +189,33 @@ def test_a_bug_gets_its_name_or_none(checkpoint: Callable[..., Path], bug: str, 
     assert (named.naming, found.is_exact) == (naming, True), named.causes
     assert (naming == "unknown") == (not CAUSES[bug].faults)
     assert (named.right, named.constants > 0) == (named.constants, CAUSES[bug].number is not None)
+
+
+def test_a_gain_far_from_those_seen_in_the_wild_is_read_off(checkpoint: Callable[..., Path]) -> None:
+    found = outcome(checkpoint("qwen3"), "float32", Plant("embed-larger"))
+    assert [(n.naming, n.right, n.constants) for n in found.named] == [("first", 1, 1)]
+
+
+@pytest.mark.parametrize("bug", ["rope-theta-default", "rope-tables-larger"])
+def test_a_number_is_no_surer_than_tables_that_all_heads_share(checkpoint: Callable[..., Path], bug: str) -> None:
+    tokens = tuple((89 * i * i + 18 * i + 31) % 301 for i in range(61))
+    found = run_one(Run(str(checkpoint("qwen3")), "bfloat16", tokens, (Plant(bug, (1,)),)))
+    assert not found.error
+    assert [(n.naming, n.right, n.constants) for n in found.named] == [("first", 1, 1)], found.named
+
+
+def test_rounding_of_the_same_size_is_not_the_same_rounding(tmp_path: Path) -> None:
+    """Errors as large as those of a wrong way of rounding are no reason to name it; the same errors are."""
+    path = kind_of_checkpoint("wide", tmp_path, layers=3)
+    tokens = tuple((97 * i * i + 31 * i + 560) % 301 for i in range(80))
+    run = run_one(Run(str(path), "bfloat16", tokens, (Plant("file-q8-0"),)))
+    assert (run.error, [n.causes for n in run.named]) == ("", ["unknown"])
+    long_sums = checkpoints.qwen3(tmp_path / "long", layers=2, intermediate_size=2048)
+    question = Question(find(str(long_sums)), (TOKENS,), "bfloat16", faults=CATALOGUE, power=False)
+    (finding,) = diff_injected(question, parse("sums-low@1")).findings
+    assert finding.family.endswith("down_proj")
+    assert finding.fault is not None
+    assert (finding.fault.id, finding.fault.explained) == ("sums-low", pytest.approx(1.0, abs=1e-3))
 
 
 def test_three_bugs_at_once_are_three_names(checkpoint: Callable[..., Path]) -> None:

@@ -80,6 +80,11 @@ class Fault:
     applies: Callable[[Scope], bool] = lambda _scope: True
     number: Number | None = None
 
+    @property
+    def only_rounds(self) -> bool:
+        """Whether the formula is the reference's own, so that in higher precision nothing is left of the fault."""
+        return self.needs.startswith("bfloat16")
+
 
 @contextmanager
 def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:

@@ -174,10 +174,14 @@ def truncated(x: Tensor) -> Tensor:
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
-    """`x` rounded to `bits` significant bits, the implicit one included, in its own dtype."""
+    """`x` rounded to `bits` significant bits, the implicit one included, in its own dtype; ties away from zero.
+
+    So does the instruction that makes TF32 of float32 (cvt.rna).
+    """
     with as_written():
         mantissa, exponent = torch.frexp(x.to(torch.float64))
-        return torch.ldexp(torch.round(mantissa * 2.0**bits), exponent - bits).to(x.dtype)
+        away = torch.trunc(mantissa * 2.0**bits + torch.copysign(torch.full_like(mantissa, 0.5), mantissa))
+        return torch.ldexp(away, exponent - bits).to(x.dtype)
 
 
 def elsewhere(scope: Scope, parameter: str, step: int) -> Tensor | None:

@@ -21,6 +21,7 @@ from parity.errors import ModelError, ParityError
 from parity.record.attention import register
 from parity.record.discover import discover
 from parity.record.tap import Tap, first_tensor, quiet_torch, tapping
+from parity.reference.chain import find_layers, watch_chain
 from parity.reference.checkpoint import Checkpoint
 from parity.sites import Site
 
@@ -64,12 +65,12 @@ class PiecewiseModel:
         self.attention = attention
         self.model = _build(checkpoint, dtype, attention)
         self.config = self.model.config.get_text_config()
-        self.layers = _find_layers(self.model)
+        self.layers = find_layers(self.model)
         self.sites: tuple[Site, ...] = original.sites if original else ()
         self.is_cut: bool = original.is_cut if original else False
         if original is None:
             # The meta kernel of the default grouped product takes bfloat16 alone.
-            with self._experts("batched_mm"), _watch_chain(self.layers) as chain:
+            with self._experts("batched_mm"), watch_chain(self.layers) as chain:
                 self.sites = discover(self.model, self.layers, inner=inner)
             self.is_cut = bool(self.layers) and chain.is_whole(len(self.layers))
         if not self.is_cut:
@@ -135,11 +136,12 @@ class PiecewiseModel:
     def _load(self, pieces: list[Piece], source: PiecewiseModel | None) -> None:
         if source is None:
             self._read(pieces)
+        copies: dict[Tensor, nn.Parameter] = {}
         for piece in pieces:
             modules = self._modules(piece)
             if source is not None:
                 for mine, theirs in zip(modules, source._modules(piece), strict=True):
-                    _copy_weights(mine, theirs)
+                    _copy_weights(mine, theirs, copies)
             if not isinstance(piece, int):
                 self.model.tie_weights()
             for module in modules:
@@ -329,46 +331,6 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> Any:
     return model.eval()
 
 
-def _find_layers(model: Any) -> list[nn.Module]:
-    """The decoder layers: the longest list of modules that the backbone holds, if it holds any."""
-    lists = [list(m) for m in model.base_model.children() if isinstance(m, nn.ModuleList)]
-    return max(lists, key=len, default=[])
-
-
-@dataclass
-class _Chain:
-    """Which layers were called, each with the hidden states it took and gave."""
-
-    calls: list[tuple[int, Tensor | None, Tensor | None]]
-    shares_state: bool = False
-
-    def is_whole(self, count: int) -> bool:
-        """Whether each layer was called once, in order, on what the one before it gave, and shares nothing else."""
-        links = zip(self.calls, self.calls[1:], strict=False)
-        in_order = [number for number, _, _ in self.calls] == list(range(count))
-        return in_order and not self.shares_state and all(gave is took for (_, _, gave), (_, took, _) in links)
-
-
-@contextmanager
-def _watch_chain(layers: list[nn.Module]) -> Iterator[_Chain]:
-    """Watch how the layers are called: a model can be cut where they are a plain chain."""
-    chain = _Chain([])
-
-    def hook_of(number: int) -> Callable[..., None]:
-        def hook(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            took = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-            chain.calls.append((number, took, first_tensor(output)))
-            # What a layer can write into, a later one may read from.
-            chain.shares_state |= any(isinstance(v, (dict, list)) and bool(v) for v in (*args, *kwargs.values()))
-
-        return hook
-
-    with ExitStack() as stack:
-        for number, layer in enumerate(layers):
-            stack.callback(layer.register_forward_hook(hook_of(number), with_kwargs=True).remove)
-        yield chain
-
-
 _LAYER_KEY = re.compile(r"(?:^|\.)(\d+)\.")
 
 
@@ -387,12 +349,15 @@ def _full_name(model: nn.Module, module: nn.Module, name: str) -> str:
     return f"{owner}.{name}"
 
 
-def _copy_weights(mine: nn.Module, theirs: nn.Module) -> None:
-    """Weights of `theirs` in the dtype of `mine`; exact when that dtype is the wider one."""
+def _copy_weights(mine: nn.Module, theirs: nn.Module, copies: dict[Tensor, nn.Parameter]) -> None:
+    """Weights of `theirs` in the dtype of `mine`; exact when that dtype is the wider one. Tied ones are copied once."""
     for own, other in zip(mine.modules(), theirs.modules(), strict=True):
         for name, parameter in other._parameters.items():
-            if parameter is not None:
+            if parameter is None:
+                continue
+            if parameter not in copies:
                 wide = parameter.detach().to(own._parameters[name].dtype)  # type: ignore[union-attr]
-                own._parameters[name] = nn.Parameter(wide, requires_grad=False)
+                copies[parameter] = nn.Parameter(wide, requires_grad=False)
                 # transformers' initializer, which fills the buffers, would otherwise draw this weight anew.
-                own._parameters[name]._is_hf_initialized = True  # type: ignore[union-attr]
+                copies[parameter]._is_hf_initialized = True  # type: ignore[attr-defined]
+            own._parameters[name] = copies[parameter]
