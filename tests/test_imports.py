@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,15 @@ KINDS: dict[str, tuple[Load, type[ParityError]]] = {
 
 
 @pytest.fixture(autouse=True)
-def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In a folder of its own, with what is imported from there forgotten afterwards."""
+def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """In a folder of its own; modules that others called the same are forgotten before, those from there afterwards."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "modules", sys.modules.copy())
     monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("mine", None)
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
 
 
 GOOD = "def load(*arguments): ...\nFAULTS = ()\n"

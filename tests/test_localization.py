@@ -47,6 +47,8 @@ FAST_CLEAN = ("plain", "sdpa", "online-softmax", "ops-fp32", "sequential", "swig
 # Those that only a longer prompt, an earlier layer or a wider dtype tells from rounding.
 _OTHERS = (
     "norm-eps-1e-3",
+    "norm-not-upcast",
+    "rope-restart-64",
     "softmax-bf16",
     "kv-fp8",
     "rope-inv-freq-bf16",

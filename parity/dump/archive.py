@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -51,6 +51,7 @@ class ArchiveWriter:
             temporary = stack.enter_context(whole_or_nothing(self.path))
             with writing(self.path):
                 self._outlet = stack.enter_context(Outlet(temporary, "w+"))
+            with self._writing():
                 self._file = h5py.File(self._outlet, "w", alignment_interval=ALIGNMENT)
                 stack.push(self._finish)
                 self._file.attrs["parity_format"] = FORMAT
@@ -78,12 +79,22 @@ class ArchiveWriter:
                 f"{self.path}: {site!r} names no site — empty, only dots or with '/' — take a module's name"
             )
         entry = Entry(site, dims, array.shape, dtype_name(array.dtype, f"{self.path}: site {site!r}"))
-        with writing(self.path):
+        with self._writing():
             _write(self._sites, entry, array)
             self._entries[site] = entry
             self._outlet.check()
             if len(self._entries) % SITES_PER_FLUSH == 0:
                 self._flush()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """As `writing`; where the file has refused something, that is why HDF5 then finds its own work wanting."""
+        with writing(self.path):
+            try:
+                yield
+            except (OSError, RuntimeError):
+                self._outlet.check()
+                raise
 
     def _flush(self) -> None:
         """Make what is written so far a file that can be opened, should the run be killed."""
@@ -95,7 +106,7 @@ class ArchiveWriter:
             site: {"dims": entry.dims, "shape": entry.shape, "dtype": entry.dtype}
             for site, entry in self._entries.items()
         }
-        with writing(self.path):
+        with self._writing():
             if kind is None:
                 self._file["index"] = json.dumps(index)
             self._file.close()
