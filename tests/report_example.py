@@ -225,7 +225,7 @@ def hostile() -> Comparison:
 def large(layers: int, families: int = 20, tokens: int = 4096) -> Comparison:
     """As many sites as a big model has, each with a full profile of numbers that do not compress to one digit."""
     wide = tuple(1.0 + math.sin(i) / 3 for i in range(256))
-    shape = Structure(0.1, 0.2, wide, wide[:64], 7, 0.1, None, 10**6)
+    shape = Structure(0.1, 0.2, wide, wide[:64], 7, 0.1, None, 10**6, math.ceil(tokens / len(wide)))
     ulps = tuple(10**7 + 7 * place for place in range(13))
     sites = tuple(
         measurement(

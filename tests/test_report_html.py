@@ -235,7 +235,7 @@ def _seconds(run: Comparison) -> float:
 
 def test_profiles_are_pooled_by_their_largest() -> None:
     profile = tuple(float(i == 200) * 99 + 1 for i in range(256))
-    shape = dataclasses.replace(report_example.structure(1.0), by_token=profile)
+    shape = dataclasses.replace(report_example.structure(1.0), by_token=profile, pooled=4)
     run = dataclasses.replace(
         matching(),
         sites=(measurement("lm_head", "rounding", 1.0, structure=shape),),

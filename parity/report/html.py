@@ -154,18 +154,17 @@ def _site(m: Measurement, verdict: int, number_of: _Numbered, comparison: Compar
         list(m.shape),
         [number_of(step) for step in m.steps],
         None if m.ulps is None else list(m.ulps),
-        _structure(m.structure, comparison.environment.tokens) if m.structure else 0,
+        _structure(m.structure) if m.structure else 0,
     ]
 
 
-def _structure(s: Structure, tokens: int) -> list[Any]:
+def _structure(s: Structure) -> list[Any]:
     """Profiles at most `_BINS` wide, each bin the largest of its neighbours; and how many tokens a bin holds."""
     width = math.ceil(len(s.by_token) / _BINS) or 1
-    recorded = math.ceil(tokens / max(len(s.by_token), 1))
     pooled = [_largest(s.by_token[i : i + width]) for i in range(0, len(s.by_token), width)]
     return [
         [_rounded(v, 3) for v in pooled],
-        width * recorded,
+        width * s.pooled,
         [_rounded(v, 3) for v in s.by_head],
         _rounded(s.gain, 4),
         _rounded(s.cosine, 3),

@@ -106,17 +106,7 @@ def _head(comparison: Comparison) -> Iterator[str]:
 
 
 def _answers(comparison: Comparison) -> Iterator[str]:
-    token = comparison.next_token
-    if token is not None and token.reference and token.candidate:
-        ours, theirs = token.reference[0], token.candidate[0]
-        yield (
-            f"next token: reference {code(text.quoted(ours.text))} ({text.number(ours.logit, '.2f')}), "
-            f"candidate {code(text.quoted(theirs.text))} ({text.number(theirs.logit, '.2f')})"
-        )
-        if token.flips:
-            yield text.flips(token)
-    if comparison.answer:
-        yield escape(comparison.answer)
+    yield from text.ending(comparison, token=lambda said: code(text.quoted(said)), prose=escape)
     for check in comparison.checks:
         if not check.ok:
             yield f"**check failed:** {escape(check.name)}: {escape(check.detail)}"

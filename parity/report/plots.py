@@ -235,7 +235,7 @@ def _profile(title: str, structure: Structure, tokens: int) -> Figure:
     """The ratio by token, and by head where the site has heads."""
     panels = 1 + (len(structure.by_head) > 1)
     figure, axes = _figure(9.0, 2.6, 1, panels)
-    _by_token(axes[0], structure, tokens)
+    _bars(axes[0], structure.by_token, structure.pooled)
     axes[0].set_xlabel("token")
     axes[0].set_ylabel("local error / floor")
     axes[0].set_title(title)
@@ -255,7 +255,7 @@ def _residual(title: str, structure: Structure, residual: Residual, tokens: int)
     wide, high = math.ceil(tokens / rows), math.ceil(residual.size / columns)
     worst = [max(row) for row in residual.ratios]
     if all(map(math.isfinite, worst)):
-        _by_token(axes[0], structure, tokens)
+        _bars(axes[0], structure.by_token, structure.pooled)
     else:  # the structure is that of the finite numbers alone
         _bars(axes[0], worst, wide)
     axes[0].set_ylabel("local error / floor")
@@ -280,10 +280,6 @@ def _residual(title: str, structure: Structure, residual: Residual, tokens: int)
     bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=35, format=_powers("x"))
     bar.minorticks_off()
     return figure
-
-
-def _by_token(axes: Axes, structure: Structure, tokens: int) -> None:
-    _bars(axes, structure.by_token, math.ceil(tokens / max(len(structure.by_token), 1)))
 
 
 def _bars(axes: Axes, values: Sequence[float], width: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -12,9 +12,9 @@ from parity.report.gather import invisible
 from parity.report.layers import LayerRow, rows
 from parity.report.text import (
     count_layers,
+    ending,
     explanation,
     families,
-    flips,
     number,
     quoted,
     ranges,
@@ -54,7 +54,7 @@ def show(comparison: Comparison, console: Console, *, verbose: bool = False) -> 
         _finding(position, finding, layers, console)
     if comparison.findings:
         console.print()
-    for sentence in _ending(comparison):
+    for sentence in ending(comparison, token=quoted, prose=visible):
         line(console, Text(sentence))
     for check in comparison.checks:
         if not check.ok:
@@ -99,21 +99,6 @@ def _finding(position: int, finding: Finding, layers: int, console: Console) -> 
         line(console, Text(visible(sentence), style="dim" if fault else ""), 4)
     if finding.span:
         line(console, Text(span(finding)), 4)
-
-
-def _ending(comparison: Comparison) -> Iterator[str]:
-    """What both sides would say next, and what the whole run amounts to."""
-    token = comparison.next_token
-    if token is not None and token.reference and token.candidate:
-        ours, theirs = token.reference[0], token.candidate[0]
-        yield (
-            f"next token: reference {quoted(ours.text)} ({number(ours.logit, '.2f')}), "
-            f"candidate {quoted(theirs.text)} ({number(theirs.logit, '.2f')})"
-        )
-        if token.flips:
-            yield flips(token)
-    if comparison.answer:
-        yield visible(comparison.answer)
 
 
 def _power(comparison: Comparison, console: Console, *, verbose: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 
 from parity.results import ULP_BINS, Comparison, FaultMatch, Finding, NextToken, Reading
@@ -154,6 +154,24 @@ def flips(token: NextToken) -> str:
         else "all explained by rounding"
     )
     return f"top token differs at {token.flips} of {plural(token.positions, 'position')}, {explained}"
+
+
+def ending(comparison: Comparison, *, token: Callable[[str], str], prose: Callable[[str], str]) -> Iterator[str]:
+    """What both sides would say next, and what the whole run amounts to.
+
+    `token` and `prose` make a token and a sentence safe to show.
+    """
+    said = comparison.next_token
+    if said is not None and said.reference and said.candidate:
+        ours, theirs = said.reference[0], said.candidate[0]
+        yield (
+            f"next token: reference {token(ours.text)} ({number(ours.logit, '.2f')}), "
+            f"candidate {token(theirs.text)} ({number(theirs.logit, '.2f')})"
+        )
+        if said.flips:
+            yield flips(said)
+    if comparison.answer:
+        yield prose(comparison.answer)
 
 
 def first_words(text: str, most: int) -> str:
