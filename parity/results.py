@@ -66,8 +66,8 @@ class Measurement:
     floor_rel      ‖floor‖ / ‖truth‖
     total_ratio    distance from the exact run, in units of the reference's own distance from it
     mse … ulp_max  candidate against the reference's plain run
-    ulps           histogram of the local error (see parity.metrics.ulp_histogram): candidate against the reference's
-                   operation in the working dtype on the candidate's inputs; None where all values are equal
+    ulps           histogram of the local error (parity.compare.metrics.ulp_histogram): candidate against the
+                   reference's operation in the working dtype on the candidate's inputs; None where all are equal
     """
 
     site: str

@@ -17,7 +17,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Installed, the plugin is found by itself; naming it twice would be an error.
-pytest_plugins = ["pytester", *([] if entry_points(group="pytest11", name="parity") else ["parity.pytest_plugin"])]
+pytest_plugins = ["pytester", *([] if entry_points(group="pytest11", name="parity") else ["parity.testing.plugin"])]
 
 ROOT = Path(__file__).parent.parent
 

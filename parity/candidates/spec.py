@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from parity.errors import CandidateError
-from parity.imports import Kind, load
+from parity.load_object import Kind, load
 
 Factory = Callable[..., Any]
 

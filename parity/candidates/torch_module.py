@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from parity.candidates.spec import load_factory
 from parity.dump import ArchiveWriter, NameMap, RunInfo, sites_of
 from parity.errors import CandidateError
-from parity.imports import describe
+from parity.load_object import describe
 from parity.record.arrays import to_numpy
 from parity.record.tap import first_tensor, quiet_torch, tapping
 from parity.sites import Site

@@ -24,7 +24,7 @@ from parity.faults import (
 )
 from parity.faults.fault import Fault, Number, Scope
 from parity.faults.parts import shows_at
-from parity.imports import Kind, load
+from parity.load_object import Kind, load
 
 __all__ = ["CATALOGUE", "Fault", "Injection", "Number", "Scope", "by_id", "load_user_faults", "parse", "shows_at"]
 

@@ -13,7 +13,8 @@ from jinja2 import Environment as Templates
 from jinja2 import FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from parity.report import gather, text
+from parity.report import summaries as gather
+from parity.report import text
 from parity.report.chart import chart
 from parity.report.grid import grid, legend
 from parity.report.layers import rows

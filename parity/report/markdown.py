@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from parity.errors import UsageError
-from parity.report import gather, text
+from parity.report import summaries as gather
+from parity.report import text
 from parity.report.layers import rows
 from parity.results import Comparison, Finding
 

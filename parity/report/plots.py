@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parity.errors import UsageError
-from parity.report import gather
+from parity.report import summaries as gather
 from parity.report.grid import STEPS, Cell, grid
 from parity.report.text import quoted, visible
 from parity.results import Comparison, LogitSample, Measurement, NextToken, Residual, Structure, Token

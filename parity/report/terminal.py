@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from parity.report.gather import invisible
 from parity.report.layers import LayerRow, rows
+from parity.report.summaries import invisible
 from parity.report.text import (
     count_layers,
     ending,

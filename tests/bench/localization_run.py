@@ -14,12 +14,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from impl.qwen3 import Config
-from parity import compare
 from parity.candidates import torch_module
+from parity.compare.inject import power_of
+from parity.compare import pipeline as compare
+from parity.compare.run_spec import Question
 from parity.dump import ArchiveWriter, open_dump
 from parity.faults import CATALOGUE, by_id
-from parity.inject import power_of
-from parity.question import Question
 from parity.reference.checkpoint import find
 from parity.reference.replay import Reference
 from parity.results import Comparison, Finding

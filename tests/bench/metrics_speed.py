@@ -1,4 +1,4 @@
-"""How fast `parity.metrics` reads a pair of arrays: `python -m tests.bench.metrics_speed`.
+"""How fast `parity.compare.metrics` reads a pair of arrays: `python -m tests.bench.metrics_speed`.
 
 Rates count the bytes of both inputs per second of processor time, over all threads, so that they hold for one
 core and depend little on what else runs. The yardstick is float64 numpy on the whole arrays, in the same run;
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 
-from parity.metrics import Array, measure
+from parity.compare.metrics import Array, measure
 
 ELEMENTS = 1 << 22
 REPEATS = 7

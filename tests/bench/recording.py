@@ -19,8 +19,8 @@ import torch
 
 from impl.qwen3 import load
 from parity.candidates import torch_module
+from parity.compare.run_spec import Question
 from parity.dump import open_dump
-from parity.question import Question
 from parity.reference.checkpoint import find
 from tests.bench.large_model import make_checkpoint
 

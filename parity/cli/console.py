@@ -1,0 +1,91 @@
+"""What the commands put out: reports, files, a progress bar."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parity.errors import UsageError
+
+if TYPE_CHECKING:
+    from parity.compare.pipeline import Progress
+    from parity.faults import Fault
+    from parity.results import Comparison
+
+
+def writable(folder: Path) -> None:
+    """Make a folder that can be written to. Raises UsageError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be made ({error.strerror}). Choose another place with --out.") from error
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{folder}: not writable. Choose another place with --out.")
+
+
+def write_report(comparison: Comparison, folder: Path | None, *, json: bool, verbose: bool, plots: bool) -> None:
+    """Write the report's files, if it has a folder, and print it: as JSON alone, or as text.
+
+    In a workflow of GitHub it goes to the summary of the step too.
+    """
+    from rich.console import Console
+
+    from parity.report import json as report_json
+    from parity.report.files import write_all
+    from parity.report.markdown import append_step_summary
+    from parity.report.terminal import show
+
+    written = write_all(comparison, folder, plots=plots) if folder is not None else {}
+    if json:
+        sys.stdout.write(report_json.dumps(comparison))
+    else:
+        show(comparison, Console(highlight=False), verbose=verbose)
+        if written:
+            print(f"report: {written['index.html']}")
+    append_step_summary(comparison)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as indented JSON."""
+    import json
+
+    print(json.dumps(value, indent=1))
+
+
+@contextmanager
+def progress_bar(*, quiet: bool) -> Iterator[Progress]:
+    """A bar with the current piece and an estimate; silent where nobody watches."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda _what, _done, _total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
+def explain(fault: Fault) -> str:
+    """A fault in a few lines."""
+    number = (
+        f"number   {fault.number.name}; seen: {', '.join(f'{v:g}' for v in fault.number.typical)}"
+        if fault.number
+        else ""
+    )
+    lines = [
+        fault.id,
+        f"what     {fault.title}",
+        f"shows    at {', '.join(site or 'the output of a layer' for site in fault.sites)}",
+        f"fix      {fault.fix}",
+        number,
+        f"needs    {fault.needs}" if fault.needs else "",
+        f"seen in  {fault.source}" if fault.source else "",
+    ]
+    return "\n".join(line for line in lines if line)

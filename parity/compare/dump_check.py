@@ -1,0 +1,53 @@
+"""Is a dump well-formed and complete, and what does each missing site cost? Runs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from parity.compare.align import AmbiguousLayoutError, Gap, align
+from parity.dump import Dump
+from parity.record.discover import with_sizes
+from parity.reference.pieces import PiecewiseModel
+from parity.results import DumpCheck, FamilyCheck, SiteState
+from parity.sites import Site, branch, family, layer_of
+
+
+def check(dump: Dump, model: PiecewiseModel, batch: int, token: int) -> DumpCheck:
+    """Compare a dump's names and shapes with what a run of (batch, token) ids of the model has."""
+    sites = with_sizes(model.sites, batch, token)
+    head_dim = model.head_dim
+    states = {site.name: _state(dump, site, head_dim, token) for site in sites}
+    groups: dict[tuple[str, SiteState, str], list[Site]] = {}
+    for position, site in enumerate(sites):
+        state, detail = states[site.name]
+        if state == "missing":
+            detail = _cost(position, sites, states)
+        groups.setdefault((family(site.name), state, detail), []).append(site)
+    families = tuple(
+        FamilyCheck(name, state, tuple(n for s in group if (n := layer_of(s.name)) is not None), len(group), detail)
+        for (name, state, detail), group in groups.items()
+    )
+    known = {site.name for site in sites}
+    unknown = tuple(name for name in dump.entries if name not in known)
+    return DumpCheck(families, unknown)
+
+
+def _state(dump: Dump, site: Site, head_dim: int | None, token: int) -> tuple[SiteState, str]:
+    entry = dump.entries.get(site.name)
+    if entry is None:
+        return "missing", ""
+    try:
+        found = align(entry, site, head_dim, token)
+    except AmbiguousLayoutError as error:
+        return "ambiguous", str(error).split(": ", 1)[1].replace(site.name, family(site.name))
+    return ("misshapen", found.reason) if isinstance(found, Gap) else ("present", " ".join(found.steps))
+
+
+def _cost(position: int, sites: Sequence[Site], states: dict[str, tuple[SiteState, str]]) -> str:
+    """What is lost: a missing site's operation is judged together with the next one that was recorded."""
+    own = branch(sites[position].name)
+    readers = (s for s in sites[position + 1 :] if branch(s.name) in (own, "") or not own)
+    later = next((s for s in readers if states[s.name][0] == "present"), None)
+    if later is None:
+        return "nothing after it is recorded, so its operation is not judged at all"
+    return f"its operation is judged only through {family(later.name)}"

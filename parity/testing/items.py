@@ -1,0 +1,266 @@
+"""A port's comparison as test items: one for each prompt and layer, and for each of the ends.
+
+    import parity.testing
+
+    test_my_port = parity.testing.cases(candidate="my_port.py:load", model="Qwen/Qwen3-0.6B", prompts=["The sky is"])
+
+This module says what the items are and what they hold; `parity.testing.plugin` runs them. Paths are relative to
+the folder of the test file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import CodeType
+from typing import TYPE_CHECKING, Any
+
+from parity.candidates.spec import is_dump
+from parity.compare.options import Ask
+from parity.errors import ModelError, UsageError
+from parity.reference.checkpoint import EMBEDDED, find
+from parity.settings import NEXT_TOKEN, Settings, parse
+from parity.testing.acceptance import EMBEDDING, FINAL_NORM, LOGITS
+
+if TYPE_CHECKING:
+    from parity.results import Comparison
+
+_LONGEST_SLUG = 24
+_LAYERS_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Port:
+    """What `cases` was asked for."""
+
+    candidate: str
+    model: str
+    prompts: tuple[Prompt, ...]
+    dtype: str | None
+    settings: Settings
+    missing: str
+    device: str
+    attention: str
+    inner: bool
+    names: str | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One comparison, which all items of a prompt share. `id` is the prompt's part of their names."""
+
+    id: str
+    ask: Ask
+    candidate: str
+    names: str | None
+
+    @property
+    def key(self) -> str:
+        """Short text that is equal where the comparison would be."""
+        what = json.dumps([asdict(self.ask), self.candidate, self.names], default=str, sort_keys=True)
+        return hashlib.sha256(what.encode()).hexdigest()[:12]
+
+    @property
+    def command(self) -> list[str]:
+        """The same comparison as a command line."""
+        ask = self.ask
+        options = {
+            "--candidate": self.candidate,
+            "--names": self.names,
+            "--model": ask.model,
+            "--prompt": ask.prompt,
+            "--prompt-file": ask.prompt_file,
+            "--tokens": ask.tokens,
+            "--dtype": ask.dtype,
+            "--device": None if ask.device == "cpu" else ask.device,
+            "--attention": None if ask.attention == "eager" else ask.attention,
+        }
+        given = [str(part) for option, value in options.items() if value is not None for part in (option, value)]
+        return ["parity", "diff", *given, *["--inner"] * ask.inner]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test item: a part of a run (`layers.3`, `logits`, …) and what it must hold.
+
+    `candidate` is as `cases` was given it.
+    """
+
+    run: Run
+    candidate: str
+    part: str
+    parts: tuple[str, ...]
+    settings: Settings
+    skip_missing: bool
+
+
+def cases(
+    *,
+    candidate: str,
+    prompts: Sequence[Prompt],
+    model: str = EMBEDDED,
+    dtype: str | None = None,
+    thresholds: Mapping[str, Mapping[str, float]] | None = None,
+    allow_unmeasured: Sequence[str] = (),
+    missing: str = "error",
+    device: str = "cpu",
+    attention: str = "eager",
+    inner: bool = False,
+    names: str | None = None,
+) -> Callable[..., None]:
+    """A test with one item for each prompt and layer, the embedding, final norm, logits and next token.
+
+    It stands in a module or in a class, but not in a unittest.TestCase: there pytest makes no items of one test.
+
+    candidate         module:factory, file.py:factory, or a dump (then with exactly the prompt it was made of)
+    prompts           texts, "@file" for a text file, or tuples of token ids
+    thresholds        as `[tool.parity.thresholds]`, looked at after it: {"*.mlp.*": {"ratio": 4}}; the verdict
+                      decides where there are no numbers. ratio is of the site's own error to the reference's
+                      rounding; mse, cosine and max_abs compare with the reference's own run; kl is the largest of
+                      all positions, in nats
+    allow_unmeasured  globs of sites that the candidate need not have
+    missing           "error" or "skip" where the model is not to be had
+    names             a name map (JSON), for a candidate whose modules are not named as the checkpoint's
+
+    Raises UsageError where an argument cannot be meant; what needs a file is said at collection.
+    """
+    if missing not in ("error", "skip"):
+        raise UsageError(f"cases(missing={missing!r}): not known. Give 'error' or 'skip'.")
+    if isinstance(prompts, str) or not prompts:
+        raise UsageError(f"cases(prompts={prompts!r}): a list of prompts is expected, of one or more.")
+    settings = parse(thresholds or {}, allow_unmeasured, "cases()")
+    port = Port(candidate, model, tuple(prompts), dtype, settings, missing, device, attention, inner, names)
+
+    # In a class, pytest hands over the instance first and expects it to be no fixture.
+    def test(_self: object = None, /, *, parity_case: Case, parity_check: Callable[[Case], None]) -> None:
+        parity_check(parity_case)
+
+    caller = sys._getframe(1)
+    test.__code__ = _placed(test.__code__, caller.f_code.co_filename, caller.f_lineno)
+    test.__dict__["parity_port"] = port
+    return test
+
+
+def _placed(code: CodeType, file: str, line: int) -> CodeType:
+    """The code as if it stood where `cases` was called: that is where pytest says a test is."""
+    return code.replace(co_filename=file, co_firstlineno=line)
+
+
+# -- what the items are --------------------------------------------------------------------------------------
+
+
+def expand(port: Port, folder: Path, settings: Settings) -> list[Case]:
+    """The items of a port whose test file lies in `folder`. Raises UsageError and ModelError."""
+    model = _beside(folder, port.model) if (folder / port.model).is_dir() else port.model
+    parts = (EMBEDDING, *(f"layers.{i}" for i in range(_layers(model))), FINAL_NORM, LOGITS, NEXT_TOKEN)
+    skip = port.missing == "skip"
+    return [
+        Case(run, port.candidate, part, parts, settings.and_then(port.settings), skip)
+        for run in _runs(port, model, folder)
+        for part in parts
+    ]
+
+
+def _runs(port: Port, model: str, folder: Path) -> Iterator[Run]:
+    candidate, beside = port.candidate, _beside(folder, port.candidate)
+    file = candidate.rpartition(":")[0]
+    if is_dump(beside):
+        candidate = beside
+    elif file.endswith(".py"):
+        candidate = f"{_existing(folder, file, f'candidate {candidate!r}')}{candidate.removeprefix(file)}"
+    names = str(_existing(folder, port.names, f"names {port.names!r}")) if port.names else None
+    seen: dict[str, int] = {}
+    for prompt in port.prompts:
+        slug, what = _prompt(prompt, folder)
+        seen[slug] = seen.get(slug, 0) + 1
+        ask = Ask(model=model, dtype=port.dtype, device=port.device, attention=port.attention, inner=port.inner, **what)
+        yield Run(slug if seen[slug] == 1 else f"{slug}-{seen[slug]}", ask, candidate, names)
+
+
+def _prompt(prompt: Prompt, folder: Path) -> tuple[str, dict[str, Any]]:
+    """The slug of a prompt, and the option of Ask that says it."""
+    if not isinstance(prompt, str):
+        ids = tuple(prompt)
+        if not ids or not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
+            raise UsageError(f"prompt {prompt!r}: neither text nor token ids. Give a string or a tuple of integers.")
+        return f"{len(ids)}-tokens", {"tokens": " ".join(map(str, ids))}
+    if not prompt:
+        raise UsageError("prompt '': no token to run. Give some text, or a tuple of token ids.")
+    if not prompt.startswith("@"):
+        return _slug(prompt), {"prompt": prompt}
+    path = _existing(folder, prompt[1:], f"prompt {prompt!r}")
+    return _slug(path.stem), {"prompt_file": path}
+
+
+def _existing(folder: Path, file: str, what: str) -> Path:
+    if not (folder / file).is_file():
+        raise UsageError(f"{what}: no file {folder / file}. Give its path from the folder of the test file.")
+    return folder / file
+
+
+def _slug(text: str) -> str:
+    """The first words, as they can stand in the name of a test."""
+    slug = "-".join(re.findall(r"[a-z0-9]+", text[:200].lower()))
+    if len(slug) > _LONGEST_SLUG:
+        slug = slug[: _LONGEST_SLUG + 1].rpartition("-")[0] or slug[:_LONGEST_SLUG]
+    return slug or "prompt"
+
+
+def _beside(folder: Path, path: str) -> str:
+    return str(folder / path)
+
+
+def _layers(model: str) -> int:
+    """How many layers config.json says the model has. Raises ModelError."""
+    path = _config(model)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not readable as JSON ({error}). Download the checkpoint again.") from error
+    for table in (config, config.get("text_config") or {}):
+        for key in _LAYERS_KEYS:
+            if isinstance(table.get(key), int):
+                return int(table[key])
+    raise ModelError(f"{path}: does not say how many layers there are (num_hidden_layers). Is it a decoder?")
+
+
+def _config(model: str) -> Path:
+    """Where config.json is. Of a model on the hub nothing else is downloaded before a test runs."""
+    if model == EMBEDDED or model.count("/") != 1 or model.startswith((".", "/", "~")) or Path(model).is_dir():
+        return find(model).path / "config.json"
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, "config.json"))
+    except Exception as error:
+        # The hub client's error classes differ by version and by transport; each means: not to be had from here.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"model {model!r}: no directory, and the hub did not deliver its config.json: {reason[:200].rstrip('.')}. "
+            "Check the name, go online, or give cases(..., missing='skip')."
+        ) from error
+
+
+# -- comparing -----------------------------------------------------------------------------------------------
+
+
+def compare(run: Run) -> Comparison:
+    """Make the comparison. Raises ParityError."""
+    from parity.compare.pipeline import diff_dump, diff_live, reference_for, working_dtype
+    from parity.dump import load_names, open_dump
+
+    if not is_dump(run.candidate):
+        question = replace(run.ask.question(), command=shlex.join(run.command))
+        return diff_live(question, run.candidate, names=load_names(run.names) if run.names else None)
+    with open_dump(Path(run.candidate), run.names) as dump:
+        asked = replace(run.ask, dtype=run.ask.dtype or working_dtype(dump)).question()
+        question = replace(asked, command=shlex.join(run.command))
+        return diff_dump(question, dump, reference_for(question))

@@ -1,0 +1,62 @@
+"""Constants below the rounding: found where they are wrong, and nobody accused where they are right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from parity.compare.inject import diff_injected
+from parity.compare.pipeline import diff_module, reference_for
+from parity.compare.run_spec import Question
+from parity.faults import CATALOGUE, parse
+from parity.reference.checkpoint import find
+from parity.results import Comparison
+from tests import checkpoints
+from tests.planted import CLEAN, build
+
+NUMBERS = tuple(fault for fault in CATALOGUE if fault.number)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.qwen3(tmp_path_factory.mktemp("coherence") / "model", layers=3)
+
+
+def question(model: Path, tokens: int, dtype: str = "bfloat16") -> Question:
+    ids = tuple((97 * i * i + 31 * i) % 301 for i in range(tokens))
+    return Question(find(str(model)), (ids,), dtype, faults=NUMBERS)
+
+
+def leaning(comparison: Comparison) -> list[str]:
+    return [f.family for f in comparison.findings if any("always in the same direction" in line for line in f.evidence)]
+
+
+def test_an_eps_that_no_single_value_shows_is_found(model: Path) -> None:
+    found = diff_injected(question(model, 61), parse("norm-eps=2e-3@2"))
+    assert found.verdict == "diverged"
+    guilty = [f for f in found.findings if f.fault is not None and f.fault.id == "norm-eps"]
+    assert guilty
+    assert leaning(found), "the ratio alone would have let it pass"
+    assert all(f.layers == (2,) for f in guilty)
+    assert all(f.fault is not None and f.fault.reads["eps"].value > 1e-4 for f in guilty)
+
+
+def test_an_eps_below_the_rounding_is_read_where_the_reference_rounds_as_the_candidate_does(model: Path) -> None:
+    found = diff_injected(question(model, 80), parse("norm-eps=1e-3"))
+    reads = {
+        f.family: f.fault.reads["eps"] for f in found.findings if f.fault is not None and f.family in leaning(found)
+    }
+    assert len(reads) >= 3
+    assert all(abs(eps.value - 1e-3) <= 2 * eps.stderr for eps in reads.values()), reads
+    assert all(abs(eps.value - 1e-3) <= 5e-5 for eps in reads.values()), reads
+
+
+@pytest.mark.parametrize("tokens", [1, 33])
+@pytest.mark.parametrize("variant", ["stream-fp32", "norm-weight-fp32", "ops-fp32"])
+def test_a_legal_variant_is_not_accused(model: Path, variant: str, tokens: int) -> None:
+    asked = question(model, tokens, "float16")
+    chosen = next(v for v in CLEAN if v.id == variant)
+    found = diff_module(asked, build(chosen, model, "float16"), variant, reference_for(asked))
+    assert found.findings == ()
+    assert found.verdict == "match"

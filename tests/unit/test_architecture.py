@@ -1,0 +1,229 @@
+"""Rules of the house that no single module can hold: who imports whom, what is light, how long things get."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, environment
+
+# From the ground up; each floor may import what is named beside it, and nothing else of parity.
+FLOORS: dict[str, set[str]] = {
+    "errors": set(),
+    "observer": set(),
+    "load_object": {"errors"},
+    "sites": set(),
+    "settings": {"errors"},
+    "results": set(),
+    "dump": {"errors"},
+    "record": {"errors", "sites"},
+    "reference": {"errors", "sites", "results", "record"},
+    "candidates": {"errors", "load_object", "sites", "dump", "record"},
+    "faults": {"errors", "load_object", "sites", "results", "record", "reference"},
+    "diagnose": {"errors", "sites", "results", "record", "reference", "faults"},
+    "compare": {
+        "errors",
+        "observer",
+        "sites",
+        "settings",
+        "results",
+        "dump",
+        "record",
+        "reference",
+        "candidates",
+        "faults",
+        "diagnose",
+    },
+    "report": {"errors", "sites", "results"},
+    "cli": {
+        "errors",
+        "sites",
+        "settings",
+        "results",
+        "dump",
+        "reference",
+        "candidates",
+        "faults",
+        "compare",
+        "report",
+    },
+    "testing": {
+        "errors",
+        "sites",
+        "settings",
+        "results",
+        "dump",
+        "reference",
+        "candidates",
+        "compare",
+        "report",
+    },
+}
+OUTSIDE = {"models"}  # programs that make data; nobody imports them
+HEAVY = {"torch", "transformers", "numpy", "h5py", "safetensors", "matplotlib"}
+LONGEST_FILE, LONGEST_FUNCTION = 400, 60
+
+
+def sources(folder: str) -> list[Path]:
+    return [path for path in sorted((ROOT / folder).rglob("*.py")) if path.name != "make_tiny_qwen3.py"]
+
+
+def imported(source: str, package: str = "parity") -> set[str]:
+    """Full names of all that a module imports, wherever in it. `package` is what its relative imports start from."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")
+            base = parents[: len(parents) - node.level + 1] if node.level else []
+            start = ".".join([*base, *([node.module] if node.module else [])])
+            # `from parity import x` may mean the module parity.x.
+            names |= {f"{start}.{alias.name}" for alias in node.names}
+    return names
+
+
+def floor_of(name: str) -> str | None:
+    parts = name.split(".")
+    return parts[1] if parts[0] == "parity" and len(parts) > 1 else None
+
+
+def forbidden(floor: str, source: str, package: str = "parity") -> set[str]:
+    """Floors of parity that a source on `floor` imports against the rule."""
+    wanted = {found for name in imported(source, package) if (found := floor_of(name)) is not None}
+    return wanted - FLOORS[floor] - {floor}
+
+
+def test_the_floors_themselves_stand_on_each_other() -> None:
+    below: set[str] = set()
+    for floor, allowed in FLOORS.items():
+        assert allowed <= below, f"{floor} rests on something above it: {allowed - below}"
+        below.add(floor)
+
+
+@pytest.mark.parametrize("path", sources("parity"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_nobody_imports_from_above(path: Path) -> None:
+    relative = path.relative_to(ROOT / "parity")
+    floor = relative.parts[0].removesuffix(".py")
+    if floor in OUTSIDE:
+        return
+    package = ".".join(["parity", *relative.parts[:-1]])
+    if floor == "__init__":
+        assert not [name for name in imported(path.read_text(), package) if name.split(".")[0] in HEAVY]
+        return
+    assert floor in FLOORS, f"{relative} is on no floor: give it one in FLOORS"
+    assert not forbidden(floor, path.read_text(), package)
+
+
+@pytest.mark.parametrize(
+    ("package", "source"),
+    [
+        ("parity", "import parity.cli.commands"),
+        ("parity", "from parity.cli import main"),
+        ("parity", "from parity import cli"),
+        ("parity.report", "from .. import cli"),
+        ("parity.report", "from ..cli import main"),
+        ("parity", "def f():\n    from parity.cli import main"),
+        ("parity", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import parity.cli.commands as c"),
+    ],
+)
+def test_an_import_from_above_is_found(package: str, source: str) -> None:
+    assert forbidden("report", source, package) == {"cli"}
+
+
+def test_reports_see_nothing_but_results() -> None:
+    assert FLOORS["report"] == {"errors", "sites", "results"}
+    assert forbidden("report", "from parity.dump import open_dump") == {"dump"}
+
+
+@pytest.mark.parametrize("path", sources("impl"), ids=lambda p: p.name)
+def test_the_worked_example_knows_nothing_of_parity_or_transformers(path: Path) -> None:
+    assert not strangers(path.read_text())
+
+
+def test_a_worked_example_that_peeks_is_found() -> None:
+    assert strangers("import torch\ndef f():\n    from transformers.models import qwen3") == {"transformers"}
+    assert strangers("from parity.record.tap import tapping") == {"parity"}
+
+
+def strangers(source: str) -> set[str]:
+    return {name.split(".")[0] for name in imported(source, "impl")} & {"parity", "transformers"}
+
+
+# -- light ---------------------------------------------------------------------------------------------------
+
+_HELP = """
+import sys
+sys.argv = ["parity", *{arguments!r}]
+from parity.cli import main
+try:
+    main()
+except SystemExit as stop:
+    assert not stop.code, stop.code
+"""
+
+
+def loaded_by(code: str) -> set[str]:
+    """Heavy libraries that a fresh interpreter has loaded after running `code`."""
+    report = "\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code + report], env=environment(), capture_output=True, text=True, check=True
+    )
+    return {name.split(".")[0] for name in json.loads(done.stdout.splitlines()[-1])} & HEAVY
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import parity",
+        _HELP.format(arguments=["--help"]),
+        _HELP.format(arguments=["--version"]),
+        _HELP.format(arguments=["diff", "--help"]),
+        _HELP.format(arguments=["record", "--help"]),
+        _HELP.format(arguments=["sites", "--help"]),
+    ],
+    ids=["import", "--help", "--version", "diff --help", "record --help", "sites --help"],
+)
+def test_nothing_heavy_is_loaded(code: str) -> None:
+    assert loaded_by(code) == set()
+
+
+def test_something_heavy_would_be_noticed() -> None:
+    assert loaded_by("import parity, numpy.linalg") == {"numpy"}
+
+
+# -- length --------------------------------------------------------------------------------------------------
+
+
+def too_long(source: str) -> Iterator[str]:
+    """What in a source is longer than its budget."""
+    lines = len(source.splitlines())
+    if lines > LONGEST_FILE:
+        yield f"{lines} lines"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            length = node.end_lineno - node.lineno + 1
+            if length > LONGEST_FUNCTION:
+                yield f"{node.name}: {length} lines"
+
+
+@pytest.mark.parametrize("path", [*sources("parity"), *sources("impl")], ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_stay_within_their_budget(path: Path) -> None:
+    assert not list(too_long(path.read_text()))
+
+
+def test_what_exceeds_its_budget_is_found() -> None:
+    function = "def f():\n" + "    x = 1\n" * LONGEST_FUNCTION
+    assert list(too_long(function)) == [f"f: {LONGEST_FUNCTION + 1} lines"]
+    assert list(too_long("class C:\n" + "".join("    " + line + "\n" for line in function.splitlines()))) == [
+        f"f: {LONGEST_FUNCTION + 1} lines"
+    ]
+    assert list(too_long("x = 1\n" * (LONGEST_FILE + 1))) == [f"{LONGEST_FILE + 1} lines"]
+    assert not list(too_long("x = 1\n" * LONGEST_FILE))
