@@ -15,8 +15,8 @@ import torch
 
 from impl.qwen3 import Config
 from parity.candidates import torch_module
-from parity.compare.inject import power_of
 from parity.compare import pipeline as compare
+from parity.compare.inject import power_of
 from parity.compare.run_spec import Question
 from parity.dump import ArchiveWriter, open_dump
 from parity.faults import CATALOGUE, by_id
