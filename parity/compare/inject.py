@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-
-from torch import Tensor
 
 from parity.compare.pipeline import Progress, diff_dump, record_reference, reference_for, silent
 from parity.compare.run_spec import Question
@@ -14,10 +13,8 @@ from parity.diagnose.power import power
 from parity.dump import open_dump
 from parity.errors import UsageError
 from parity.faults import Injection, shows_at
-from parity.faults.fault import attribute
 from parity.record.arrays import to_torch
-from parity.record.tap import Tap
-from parity.reference.pieces import EMBED, Piece
+from parity.reference.pieces import Piece
 from parity.reference.replay import Reference
 from parity.results import Comparison, Power
 
@@ -39,9 +36,6 @@ def power_of(question: Question, progress: Progress = silent) -> Power:
         path = Path(folder) / "reference.h5"
         record_reference(question, path, progress, reference.working)
         with open_dump(path) as dump:
-            # The layers' arguments are prepared in passing; the precise twin needs its own.
-            with reference.precise.loaded(EMBED):
-                reference.precise.embed(question.ids, lambda _site, value: value)
             bench = Bench(reference, question.ids, lambda site: to_torch(dump.read(site.name)))
             return power(bench, question.faults, lambda done, total: progress("trying faults", done, total))
 
@@ -52,19 +46,18 @@ def _record_injected(
     """Record the reference with a fault in a layer or in all (or in the ends, if that is where it shows)."""
     model, fault = reference.working, inject.fault
     bench = Bench(reference, question.ids, lambda _site: None)
-    plain, planted = model.run, list[Piece]()
+    planted = list[Piece]()
 
-    def run(piece: Piece, input_ids: Tensor, hidden: Tensor | None, tap: Tap) -> Tensor:
+    def plant(piece: Piece) -> AbstractContextManager[None]:
         wanted = not isinstance(piece, int) or inject.layer in (None, piece)
         shows = any(shows_at(fault, site.name) for site in model.sites_of(piece))
         if not (wanted and shows and bench.applies(fault, piece)):
-            return plain(piece, input_ids, hidden, tap)
+            return nullcontext()
         planted.append(piece)
-        with fault.patch(bench.scope(model, piece), inject.value):
-            return plain(piece, input_ids, hidden, tap)
+        return fault.patch(bench.scope(model, piece), inject.value)
 
     # The plain run is recorded, of a model whose pieces run with the fault in them.
-    with attribute(model, "run", run):
-        record_reference(question, path, progress, model)
+    model.prepare(question.ids)
+    record_reference(question, path, progress, model, plant)
     if not planted:
         raise UsageError(f"fault {fault.id!r} does not apply to {question.checkpoint.name} in the layers asked for.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -33,7 +34,7 @@ from parity.record.arrays import to_numpy, to_torch
 from parity.record.discover import with_sizes
 from parity.reference.floor import Local, local_error
 from parity.reference.integrity import reference_checks, weight_check
-from parity.reference.pieces import PiecewiseModel
+from parity.reference.pieces import Piece, PiecewiseModel
 from parity.reference.precision import unit_roundoff
 from parity.reference.replay import Reference, Replayed
 from parity.results import Check, Comparison, Environment, Finding, Measurement
@@ -46,10 +47,21 @@ def silent(_what: str, _done: int, _total: int) -> None:
     """Progress that nobody watches."""
 
 
+def _as_it_is(_piece: Piece) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 def record_reference(
-    question: Question, path: Path, progress: Progress = silent, model: PiecewiseModel | None = None
+    question: Question,
+    path: Path,
+    progress: Progress = silent,
+    model: PiecewiseModel | None = None,
+    during: Callable[[Piece], AbstractContextManager[None]] = _as_it_is,
 ) -> list[Site]:
-    """Record the reference's plain run to an HDF5 dump, piece by piece. Returns the sites recorded."""
+    """Record the reference's plain run to an HDF5 dump, piece by piece. Returns the sites recorded.
+
+    Each loaded piece is run inside `during(piece)`, which may change it.
+    """
     model = model or question.reference()
     sites = {site.name: site for site in _sites(model, question)}
     pieces = model.pieces
@@ -62,7 +74,7 @@ def record_reference(
         hidden = None
         for done, piece in enumerate(pieces):
             progress(f"recording {_piece_name(piece)}", done, len(pieces))
-            with model.loaded(piece):
+            with model.loaded(piece), during(piece):
                 hidden = model.run(piece, question.ids, hidden, tap)
     return list(sites.values())
 

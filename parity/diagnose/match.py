@@ -74,7 +74,8 @@ class Bench:
         if piece == HEAD and tokens is not None and hidden is not None:
             # Final norm and head treat every token alike, and a vocabulary is large.
             hidden, inside = hidden[:, -tokens:], {name: value[:, -tokens:] for name, value in inside.items()}
-        with working.loaded(piece), self.reference.precise.loaded(piece, source=working):
+        with working.loaded(piece), self.reference.precise.loaded(piece):
+            self.reference.prepare(self.input_ids)
             yield Focus(piece, self.input_ids, hidden, inside)
 
     def scope(self, model: PiecewiseModel, piece: Piece) -> Scope:

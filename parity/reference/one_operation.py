@@ -15,7 +15,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from parity.reference.pieces import EMBED, Piece, PiecewiseModel
-from parity.reference.precision import promoted
 
 Patch = Callable[[PiecewiseModel], AbstractContextManager[None]]
 
@@ -55,7 +54,7 @@ def run(model: PiecewiseModel, focus: Focus, wanted: Collection[str], patch: Pat
         return focus.recorded[site].to(fresh.device, fresh.dtype)
 
     hidden = None if focus.hidden is None else focus.hidden.to(model.device, model.dtype)
-    with patch(model), _answered(model, focus, wanted), promoted(model.dtype), suppress(_SeenAllError):
+    with patch(model), _answered(model, focus, wanted), suppress(_SeenAllError):
         model.run(focus.piece, focus.input_ids, hidden, tap)
     return values
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from parity.record.discover import discover
 from parity.record.tap import Tap, first_tensor, quiet_torch, tapping
 from parity.reference.chain import find_layers, watch_chain
 from parity.reference.checkpoint import Checkpoint
+from parity.reference.precision import promoted
 from parity.sites import Site
 
 EMBED, HEAD = "embed", "head"
@@ -77,6 +78,9 @@ class PiecewiseModel:
             self.layers = []
         self._sites = self._sort_sites()
         self._calls: list[_Call] = []
+        self._prepared: Tensor | None = None  # the token ids that the calls were captured for
+        self._held: set[Piece] = set()
+        self._original = original
         self._mapping: list[Any] | None = None
         self._is_small = checkpoint.size <= SMALL
         self._is_whole = False  # all weights of a small model are in memory
@@ -114,33 +118,38 @@ class PiecewiseModel:
     # -- weights ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def loaded(self, piece: Piece, source: PiecewiseModel | None = None) -> Iterator[None]:
-        """Weights of a piece in memory during the block, from the checkpoint or cast from `source`.
+    def loaded(self, piece: Piece) -> Iterator[None]:
+        """Weights of a piece in memory during the block, from the checkpoint or, for a twin, cast from its original.
 
+        Blocks may be nested: what is in memory is not loaded again.
         Raises ModelError when the checkpoint lacks a weight or holds one of another shape.
         """
-        if self._is_whole:
+        key = piece if isinstance(piece, int) else HEAD  # embedding and head are loaded together
+        if self._is_whole or key in self._held:
             yield
             return
         pieces = self.pieces if self._is_small else [piece]
         try:
-            self._load(pieces, source)
-            self._is_whole = self._is_small
-            yield
+            with nullcontext() if self._original is None else self._original.loaded(piece):
+                self._load(pieces)
+                self._is_whole = self._is_small
+                self._held.add(key)
+                yield
         finally:
+            self._held.discard(key)
             if not self._is_whole:
                 for one in pieces:
                     for module in self._modules(one):
                         module.to("meta")
 
-    def _load(self, pieces: list[Piece], source: PiecewiseModel | None) -> None:
-        if source is None:
+    def _load(self, pieces: list[Piece]) -> None:
+        if self._original is None:
             self._read(pieces)
         copies: dict[Tensor, nn.Parameter] = {}
         for piece in pieces:
             modules = self._modules(piece)
-            if source is not None:
-                for mine, theirs in zip(modules, source._modules(piece), strict=True):
+            if self._original is not None:
+                for mine, theirs in zip(modules, self._original._modules(piece), strict=True):
                     _copy_weights(mine, theirs, copies)
             if not isinstance(piece, int):
                 self.model.tie_weights()
@@ -204,9 +213,29 @@ class PiecewiseModel:
 
     # -- running ---------------------------------------------------------------------------------------------
 
-    def embed(self, input_ids: Tensor, tap: Tap) -> Tensor:
-        """Hidden states (b, t, hidden) before the first layer; also prepares the layers' arguments."""
+    @contextmanager
+    def _running(self, piece: Piece, tap: Tap) -> Iterator[None]:
+        with quiet_torch(), promoted(self.dtype), tapping(self.model, self._sites[piece], tap):
+            yield
+
+    def prepare(self, input_ids: Tensor) -> None:
+        """Capture what transformers hands to each layer beside hidden states, for token ids (b, t).
+
+        Done once for the same ids; the embedding is loaded for it.
+        """
+        ids = input_ids.cpu()
+        if not self.is_cut or (self._prepared is not None and torch.equal(self._prepared, ids)):
+            return
         calls: list[_Call] = []
+        with self.loaded(EMBED):
+            self._embed(ids, lambda _site, value: value, calls)
+        self._calls, self._prepared = calls, ids.clone()
+
+    def embed(self, input_ids: Tensor, tap: Tap) -> Tensor:
+        """Hidden states (b, t, hidden) that the first layer takes, from token ids (b, t)."""
+        return self._embed(input_ids, tap, [])
+
+    def _embed(self, input_ids: Tensor, tap: Tap, calls: list[_Call]) -> Tensor:
         captured: list[Tensor] = []
 
         def capture(index: int, hidden: Tensor, call: _Call) -> Tensor:
@@ -216,41 +245,44 @@ class PiecewiseModel:
                 raise _StopPassError
             return hidden
 
-        with quiet_torch(), self._stubbed(capture), tapping(self.model, self._sites[EMBED], tap):
+        with self._stubbed(capture), self._running(EMBED, tap):
             try:
                 self.model(input_ids=input_ids.to(self.device), use_cache=False)
             except _StopPassError:
-                self._calls = calls
                 return captured[0]
         raise AssertionError("unreachable because the last stub stops the pass")
 
     def layer(self, index: int, hidden: Tensor, tap: Tap) -> Tensor:
-        """Output (b, t, hidden) of one loaded layer on hidden states (b, t, hidden)."""
+        """Output (b, t, hidden) of one loaded layer on hidden states (b, t, hidden), for the prepared token ids."""
         call = self._calls[index]
-        with quiet_torch(), tapping(self.model, self._sites[index], tap):
+        with self._running(index, tap):
             out = first_tensor(self.layers[index](hidden, *call.args, **call.kwargs))
         assert out is not None, "unreachable because discovery saw this layer return a tensor"
         return out
 
     def head(self, input_ids: Tensor, hidden: Tensor | None, tap: Tap) -> Tensor:
-        """Logits (b, t, vocab) from the hidden states (b, t, hidden) after the last layer; None if not cut."""
+        """Logits (b, t, vocab) from the hidden states (b, t, hidden) after the last layer.
+
+        Where the model is not cut, `hidden` is None and the head is all of it.
+        """
         last = len(self.layers) - 1
 
         def resume(index: int, stubbed: Tensor, _call: _Call) -> Tensor:
             return hidden if index == last and hidden is not None else stubbed
 
-        with quiet_torch(), self._stubbed(resume), tapping(self.model, self._sites[HEAD], tap):
+        with self._stubbed(resume), self._running(HEAD, tap):
             logits: Tensor = self.model(input_ids=input_ids.to(self.device), use_cache=False).logits
         return logits
 
     def run(self, piece: Piece, input_ids: Tensor, hidden: Tensor | None, tap: Tap) -> Tensor:
-        """Run any loaded piece: token ids (b, t) and the hidden states before it in, its output out."""
+        """Run any loaded piece: token ids (b, t) and the hidden states (b, t, hidden) before it in, its output out."""
+        if isinstance(piece, int):
+            assert hidden is not None, "unreachable because the embedding comes before the layers"
+            self.prepare(input_ids)
+            return self.layer(piece, hidden, tap)
         if piece == EMBED:
             return self.embed(input_ids, tap)
-        if piece == HEAD:
-            return self.head(input_ids, hidden, tap)
-        assert hidden is not None, "unreachable because the embedding comes before the layers"
-        return self.layer(int(piece), hidden, tap)
+        return self.head(input_ids, hidden, tap)
 
     @property
     def pieces(self) -> list[Piece]:
@@ -262,7 +294,7 @@ class PiecewiseModel:
         return next(piece for piece, sites in self._sites.items() if any(s.name == site for s in sites))
 
     def arguments(self, layer: int) -> dict[str, Any]:
-        """What the next call of a layer gets beside hidden states; changing it changes that call."""
+        """What a layer gets beside hidden states, for the prepared token ids; changing it changes that call."""
         return self._calls[layer].kwargs
 
     def sites_of(self, piece: Piece) -> list[Site]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from parity.record.tap import Tap
 from parity.reference.pieces import Piece, PiecewiseModel
-from parity.reference.precision import jittered, promoted, stochastically_rounded, truth_dtype
+from parity.reference.precision import jittered, stochastically_rounded, truth_dtype
 from parity.sites import Site
 
 _JITTER_SEED = 20240
@@ -55,6 +55,11 @@ class Reference:
         self.working = working
         self.precise = working.twin(truth_dtype(working.dtype))
 
+    def prepare(self, input_ids: Tensor) -> None:
+        """Capture what the layers of both models get beside hidden states, for token ids (b, t)."""
+        self.working.prepare(input_ids)
+        self.precise.prepare(input_ids)
+
     def replay(
         self, input_ids: Tensor, candidate: Callable[[Site], Tensor | None], noise: int = 0
     ) -> Iterator[tuple[Piece, list[Replayed]]]:
@@ -70,7 +75,7 @@ class Reference:
             sites = self.working.sites_of(piece)
             recorded.clear()
             recorded.update({s.name: v for s in sites if (v := candidate(s)) is not None})
-            with self.working.loaded(piece), self.precise.loaded(piece, source=self.working):
+            with self.working.loaded(piece), self.precise.loaded(piece):
                 for one in (*passes.values(), *noisy):
                     one.run(piece, input_ids)
             yield (
@@ -119,8 +124,7 @@ class _Pass:
     def run(self, piece: Piece, input_ids: Tensor) -> None:
         """Compute a loaded piece from where this pass stands."""
         self.values.clear()
-        with promoted(self.model.dtype):
-            self.hidden = self.model.run(piece, input_ids, self.hidden, self._tap)
+        self.hidden = self.model.run(piece, input_ids, self.hidden, self._tap)
 
     def _tap(self, site: str, fresh: Tensor) -> Tensor:
         # Nothing follows the last site, and it is the largest.

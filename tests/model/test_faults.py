@@ -21,7 +21,6 @@ from parity.faults.fault import attribute, source_of
 from parity.faults.parts import rounded
 from parity.reference.checkpoint import find
 from parity.reference.pieces import Piece, PiecewiseModel
-from parity.reference.precision import promoted
 from tests import checkpoints
 
 TOKENS = 12
@@ -54,9 +53,9 @@ class Bench:
         for piece in ("embed", MIDDLE):
             self.loaded.enter_context(self.model.loaded(piece))
         self.clean: dict[Piece, dict[str, Tensor]] = {}
-        with promoted(dtype):
-            self.hidden[MIDDLE] = self.model.embed(self.ids, lambda _site, fresh: fresh) * 20
-            self.hidden["head"] = self.model.layer(MIDDLE, self.hidden[MIDDLE], lambda _site, fresh: fresh)
+        self.model.prepare(self.ids)
+        self.hidden[MIDDLE] = self.model.embed(self.ids, lambda _site, fresh: fresh) * 20
+        self.hidden["head"] = self.model.layer(MIDDLE, self.hidden[MIDDLE], lambda _site, fresh: fresh)
         for piece in ("embed", MIDDLE, "head"):
             self.clean[piece] = self.replay(piece, {})
 
@@ -69,8 +68,7 @@ class Bench:
             return recorded.get(site, value)
 
         hidden = self.hidden[piece]
-        with promoted(self.model.dtype):
-            self.model.run(piece, self.ids, None if hidden is None else hidden.clone(), tap)
+        self.model.run(piece, self.ids, None if hidden is None else hidden.clone(), tap)
         return fresh
 
     def scope(self, piece: Piece) -> Scope:

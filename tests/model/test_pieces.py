@@ -117,6 +117,31 @@ def test_every_site_belongs_to_one_piece(checkpoint: Callable[..., Path], model_
     assert all(model.sites_of(piece) for piece in model.pieces)
 
 
+@pytest.mark.parametrize("model_type", ["mistral", "gemma3_text"])
+def test_layers_need_no_pass_before_them(checkpoint: Callable[..., Path], model_type: str) -> None:
+    path = checkpoint(model_type)
+    sites, _ = run(piecewise(path, torch.bfloat16))
+    model = piecewise(path, torch.bfloat16)
+    model.prepare(IDS)
+    for index in (2, 0):  # any layer, in any order
+        source = f"model.layers.{index - 1}" if index else model.sites_of(EMBED)[-1].name
+        with model.loaded(index):
+            out = model.layer(index, sites[source], lambda _site, value: value)
+        assert torch.equal(out, sites[f"model.layers.{index}"])
+    twin = model.twin(torch.float32)
+    with twin.loaded(0):
+        out = twin.run(0, IDS, sites[model.sites_of(EMBED)[-1].name].float(), lambda _site, value: value)
+    assert torch.dist(out, sites["model.layers.0"]) < 0.03 * out.norm()
+
+
+def test_other_token_ids_are_prepared_anew(checkpoint: Callable[..., Path]) -> None:
+    path = checkpoint("qwen3", layers=2)
+    model, short = piecewise(path), IDS[:, :3]
+    expected = run(piecewise(path), short)[1]
+    model.prepare(IDS)
+    assert torch.equal(run(model, short)[1], expected)
+
+
 # -- memory and cleaning up ----------------------------------------------------------------------------------
 
 
@@ -134,6 +159,9 @@ def test_only_one_piece_is_in_memory(checkpoint: Callable[..., Path]) -> None:
         assert all(name.startswith("model.layers.2.") for name in names)
     assert held(model) == set()
     with model.loaded(EMBED):
+        assert held(model) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+        with model.loaded(HEAD):  # they are loaded together, and not twice
+            pass
         assert held(model) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
     assert held(model) == set()
 
@@ -198,9 +226,10 @@ def test_two_models_do_not_hear_each_other(small: Path) -> None:
 @pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text", "qwen3_moe", "gpt_neox"])
 def test_weights_of_the_truth_are_those_of_the_working_model(checkpoint: Callable[..., Path], model_type: str) -> None:
     path = checkpoint(model_type, dtype="float32")
-    working, precise = piecewise(path, torch.bfloat16), piecewise(path, torch.float64)
+    working = piecewise(path, torch.bfloat16)
+    precise = working.twin(torch.float64)
     for piece in working.pieces:
-        with working.loaded(piece), precise.loaded(piece, source=working):
+        with working.loaded(piece), precise.loaded(piece):
             mine, theirs = (dict(m.model.named_parameters()) for m in (precise, working))
             loaded = [name for name, p in theirs.items() if not p.is_meta]
             assert loaded

@@ -15,7 +15,6 @@ from parity.compare.run_spec import Question
 from parity.diagnose.match import Bench
 from parity.faults import CATALOGUE, by_id
 from parity.reference.checkpoint import find
-from parity.reference.pieces import EMBED
 from tests.planted import BUGS, CAUSES, CLEAN, UNPLANTED, Variant, build, observe, threads
 from tests.planted.kinds import KINDS, checkpoint
 
@@ -157,10 +156,9 @@ def _applicable(path: Path) -> set[str]:
     reference = reference_for(question)
     bench = Bench(reference, question.ids, lambda _site: None)
     found = set()
+    reference.prepare(question.ids)
     for piece in reference.working.pieces:
         with reference.working.loaded(piece):
-            if piece == EMBED:
-                reference.working.embed(question.ids, lambda _site, value: value)
             found |= {fault.id for fault in CATALOGUE if bench.applies(fault, piece)}
     return found
 
