@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,21 +48,14 @@ def silent(_what: str, _done: int, _total: int) -> None:
     """Progress that nobody watches."""
 
 
-def _as_it_is(_piece: Piece) -> AbstractContextManager[None]:
-    return nullcontext()
-
-
 def record_reference(
     question: Question,
     path: Path,
     progress: Progress = silent,
     model: PiecewiseModel | None = None,
-    during: Callable[[Piece], AbstractContextManager[None]] = _as_it_is,
+    during: Callable[[Piece], AbstractContextManager[Any]] = nullcontext,
 ) -> list[Site]:
-    """Record the reference's plain run to an HDF5 dump, piece by piece. Returns the sites recorded.
-
-    Each loaded piece is run inside `during(piece)`, which may change it.
-    """
+    """Record the reference's plain run to an HDF5 dump, each piece inside `during(piece)`. Returns the sites."""
     model = model or question.reference()
     sites = {site.name: site for site in _sites(model, question)}
     pieces = model.pieces
