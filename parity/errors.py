@@ -12,6 +12,16 @@ Errors end a run; what is wrong with a single site is a value (`Gap`, verdict), 
 """
 
 
+def printable(text: str, keep: str = "") -> str:
+    """The text with all that a terminal obeys or cannot show spelt out: escape sequences, directions, lone surrogates.
+
+    `keep` holds the characters that pass as they are, such as a newline.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
 class ParityError(Exception):
     """Base of all errors that the CLI turns into one line and exit code 2."""
 

@@ -1,5 +1,5 @@
-"""The command line: `parity.cli.commands` has the commands, `parity.cli.console` what they say."""
+"""The command line: `commands` has the commands, `process` what surrounds one, `console` what they say."""
 
-from parity.cli.commands import main
+from parity.cli.process import main
 
 __all__ = ["main"]

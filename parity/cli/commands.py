@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import sys
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +10,7 @@ import typer
 
 from parity.cli.console import explain, print_json, progress_bar, writable, write_report
 from parity.compare.options import EMBEDDED, Ask
-from parity.errors import ParityError, UsageError
+from parity.errors import UsageError
 
 if TYPE_CHECKING:
     from parity.compare.pipeline import Progress
@@ -160,6 +158,7 @@ def record(
     from parity.compare.pipeline import record_candidate, record_reference
     from parity.dump import write_tokens
 
+    out.parent.mkdir(parents=True, exist_ok=True)
     with progress_bar(quiet=False) as progress:
         if candidate:
             missing = record_candidate(question, candidate, out)
@@ -345,29 +344,3 @@ def _same_model(dump: Any, checkpoint: Any) -> None:
             f"{dump.path}: records model {dump.info.model!r} (fingerprint {theirs}), but {checkpoint.name!r} "
             f"has fingerprint {checkpoint.fingerprint()}. Give --model the checkpoint that was recorded."
         )
-
-
-def main() -> None:
-    """Entry point: errors become one line and exit code 2; `--debug` shows where they came from."""
-    debug = "--debug" in sys.argv
-    # Libraries make a million objects that stay; to look for garbage after every 700 takes a tenth of the run.
-    gc.set_threshold(50_000)
-    try:
-        app([argument for argument in sys.argv[1:] if argument != "--debug"], prog_name="parity")
-    except ParityError as error:
-        if debug:
-            raise
-        print(f"parity: {error}", file=sys.stderr)
-    except Exception as error:
-        if debug:
-            raise
-        reason = " ".join(str(error).split())
-        print(
-            f"parity: internal error: {type(error).__name__}: {reason[:300]}. --debug shows where.",
-            file=sys.stderr,
-        )
-    sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

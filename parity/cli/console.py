@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,18 @@ if TYPE_CHECKING:
 
 
 def writable(folder: Path) -> None:
-    """Make a folder that can be written to. Raises UsageError."""
+    """Make sure that a folder can be made and written to, and leave none behind. Raises UsageError."""
+    absent = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise UsageError(f"{folder}: not writable. Choose another place with --out.")
     except OSError as error:
         raise UsageError(f"{folder}: cannot be made ({error.strerror}). Choose another place with --out.") from error
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"{folder}: not writable. Choose another place with --out.")
+    finally:
+        for path in absent:
+            with suppress(OSError):
+                path.rmdir()
 
 
 def write_report(comparison: Comparison, folder: Path | None, *, json: bool, verbose: bool, plots: bool) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,12 +21,13 @@ from typing import Any, Self, TypeVar
 
 import h5py
 import numpy as np
-from h5py import h5d, h5s, h5t
+from h5py import h5d, h5l, h5s, h5t
 
-from parity.dump.files import Outlet, map_file, reading, require_file, whole_or_nothing, writing
+from parity.dump.files import Outlet, map_file, reading, require_file, require_stored, whole_or_nothing, writing
 from parity.dump.records import DTYPES, Array, Dump, Entry, RunInfo, dtype_name
 from parity.dump.tokens import token_rows
 from parity.errors import DumpError
+from parity.untrusted import parse_json
 
 T = TypeVar("T")
 
@@ -122,7 +124,7 @@ def open_archive(path: Path | str) -> Dump:
         _check_format(path, file)
         info = _parse(path, file, "run", _info)
         entries = _parse(path, file, "index", _entries)
-        sites = file["sites"]
+        sites = _sites(path, file)
         lost = entries.keys() - set(sites)
         if lost:
             raise DumpError(f"{path}: has lost {len(lost)} sites — {min(lost)!r} is in the index only — record again")
@@ -163,17 +165,19 @@ def _write(sites: h5py.Group, entry: Entry, array: Array) -> None:
 def _read(path: Path, sites: h5py.Group, mapped: Array, entry: Entry) -> Array:
     kind, bits = _storage(entry.dtype)
     with reading(path):
+        _check_place(path, sites, entry.site)
         dataset = h5d.open(sites.id, entry.site.encode())
         if dataset.shape != entry.shape or not dataset.get_type().equal(kind):
             raise DumpError(
                 f"{path}: site {entry.site!r} is not the {entry.dtype} {entry.shape} of the index — "
                 f"found {dataset.dtype} {dataset.shape} — the file was edited: record again"
             )
+        size = math.prod(entry.shape) * bits.itemsize
         start = dataset.get_offset()  # None if nothing is stored, or stored in chunks by another tool
         if start is not None:
-            size = int(np.prod(entry.shape, dtype=np.int64)) * bits.itemsize
             raw = mapped[start : start + size].view(bits)
             return raw.reshape(entry.shape).view(DTYPES[entry.dtype])
+        require_stored(f"{path}: site {entry.site!r}", size, dataset.get_storage_size())
         values = np.empty(entry.shape, bits)
         dataset.read(h5s.ALL, h5s.ALL, values, mtype=kind)
         return values.view(DTYPES[entry.dtype])
@@ -196,7 +200,7 @@ def _open_file(path: Path) -> h5py.File:
 
 
 def _check_format(path: Path, file: h5py.File) -> None:
-    found = file.attrs.get("parity_format")
+    found = _format(file)
     if found is None:
         names = ", ".join(repr(name) for name in list(file)[:3]) or "nothing"
         raise DumpError(
@@ -205,27 +209,61 @@ def _check_format(path: Path, file: h5py.File) -> None:
         )
     if found != FORMAT:
         raise DumpError(f"{path}: has format {found} — this parity reads format {FORMAT} — update parity")
-    if "index" not in file:
-        count = len(file["sites"]) if "sites" in file else 0
+    if not file.id.links.exists(b"index"):
+        count = len(_sites(path, file)) if file.id.links.exists(b"sites") else 0
         raise DumpError(f"{path}: is incomplete — the run ended after {count} sites or more — record again")
 
 
 def _parse(path: Path, file: h5py.File, name: str, parse: Callable[[Any], T]) -> T:
     try:
-        return parse(json.loads(file[name][()]))
-    except (KeyError, ValueError, TypeError, AttributeError, OSError) as error:
+        _check_place(path, file, name)
+        text = file[name]
+        kind = h5py.check_string_dtype(text.dtype)
+        if text.shape != () or kind is None or kind.length is not None:  # such a text cannot outgrow its file
+            raise DumpError(f"{path}: its {name!r} is no text — found {text.dtype} {text.shape} — record again")
+        return parse(parse_json(text[()]))
+    except (KeyError, ValueError, TypeError, AttributeError, OSError, RuntimeError) as error:
         raise DumpError(f"{path}: its {name!r} is damaged — {error!r:.80} — record again") from error
+
+
+def _sites(path: Path, file: h5py.File) -> h5py.Group:
+    try:
+        _check_place(path, file, "sites")
+        group = file["sites"]
+    except (KeyError, OSError, RuntimeError) as error:
+        raise DumpError(f"{path}: its 'sites' are damaged — {error!r:.80} — record again") from error
+    if not isinstance(group, h5py.Group):
+        raise DumpError(f"{path}: its 'sites' are no group — found {type(group).__name__} — record again")
+    return group
+
+
+def _check_place(path: Path, group: h5py.Group, name: str) -> None:
+    """Raise DumpError unless what lies under a name lies in this file: HDF5 would open any other file it names."""
+    kind = group.id.links.get_info(name.encode()).type  # h5py itself looks where a link leads
+    where = f"{path}: {name!r} of {group.name!r}"
+    if kind != h5l.TYPE_HARD:
+        found = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "a link into another file"}.get(
+            kind, "one of a plugin"
+        )
+        raise DumpError(f"{where} is a link — found {found} — parity follows none; copy what it points to")
+    place = group[name]
+    if isinstance(place, h5py.Dataset) and (place.external or place.is_virtual):
+        found = "a virtual dataset" if place.is_virtual else "external storage"
+        raise DumpError(f"{where} holds none of its values — found {found} — parity opens no other file; copy them")
+
+
+def _format(file: h5py.File) -> Any:
+    """The number of the format, None without one; as text if it is no number."""
+    if "parity_format" not in file.attrs:
+        return None
+    kind = file.attrs.get_id("parity_format")
+    return int(file.attrs["parity_format"]) if kind.shape == () and kind.dtype.kind in "iu" else str(kind.dtype)
 
 
 def _info(run: dict[str, Any]) -> RunInfo:
     tokens = run["token_ids"]
-    return RunInfo(
-        **{
-            **run,
-            "token_ids": None if tokens is None else token_rows(tokens),
-            "notes": tuple(run["notes"]),
-        }
-    )
+    rows = None if tokens is None else token_rows(tokens)
+    return RunInfo(**{**run, "token_ids": rows, "notes": tuple(run["notes"])})
 
 
 def _entries(index: dict[str, Any]) -> dict[str, Entry]:

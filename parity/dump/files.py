@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,19 +17,26 @@ import numpy as np
 import numpy.typing as npt
 
 from parity.errors import DumpError
+from parity.untrusted import what_is_no_file
+
+_HOST = f"@{socket.gethostname()}"  # others, on a shared disk, have processes of their own
+
+UNQUESTIONED = 1 << 26  # bytes that an array may need however few are stored
+MOST_COMPRESSED = 100  # times
 
 
 @contextmanager
 def whole_or_nothing(path: Path) -> Iterator[Path]:
     """Give a temporary name in the same directory; rename it if the block succeeds, remove it if not.
 
-    A killed process leaves at most the temporary file, whose name says what it is.
+    A killed process leaves at most the temporary file, whose name says what it is; the next one removes it.
     """
     if path.is_dir():
         raise DumpError(f"{path}: cannot be written — it is a directory — give the name of a file in it")
     if not path.parent.is_dir():
         raise DumpError(f"{path}: cannot be written — there is no directory {path.parent} — create it first")
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}{_HOST}")
+    _remove_stale(path)
     try:
         yield temporary
         with writing(path):
@@ -36,6 +44,27 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
     except BaseException:  # KeyboardInterrupt too must leave nothing that looks whole
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove what processes of this machine that are no more have left of this file."""
+    beginning = f".{path.name}.partial-"
+    with writing(path):
+        left = [file for file in path.parent.iterdir() if file.name.startswith(beginning) and file.name.endswith(_HOST)]
+        for file in left:
+            pid = file.name[len(beginning) : -len(_HOST)]
+            if pid.isdecimal() and not _lives(int(pid)):
+                file.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 @contextmanager
@@ -59,19 +88,21 @@ def reading(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Raise KeyboardInterrupt at the end of the block only: HDF5 cannot close a file whose opening was cut short."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):  # nothing interrupts us
+    """Let Ctrl-C and SIGTERM act at the end of the block: HDF5 cannot close a file whose opening was cut short."""
+    if threading.current_thread() is not threading.main_thread():  # nothing interrupts us
         yield
         return
+    handlers = {s: h for s in (signal.SIGINT, signal.SIGTERM) if callable(h := signal.getsignal(s))}
     pending: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda *signalled: pending.append(signalled))
+    for signalled in handlers:
+        signal.signal(signalled, lambda *arguments: pending.append(arguments))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for signalled, handler in handlers.items():
+            signal.signal(signalled, handler)
         if pending:
-            handler(*pending[0])
+            handlers[signal.Signals(pending[0][0])](*pending[0])
 
 
 class Outlet(io.FileIO):
@@ -112,10 +143,21 @@ def require_file(path: Path) -> None:
     with reading(path):
         if not path.exists():
             raise DumpError(f"{path}: does not exist — no such file — check the name, or record the run first")
-        if path.is_dir():
-            raise DumpError(f"{path}: is a directory — expected a file — name the dump inside it")
+        if what := what_is_no_file(path):
+            raise DumpError(f"{path}: is {what} — expected a file — name a file that holds the dump")
         if path.stat().st_size == 0:
             raise DumpError(f"{path}: is an empty file — 0 bytes — record the run again")
+
+
+def require_stored(what: str, needed: int, stored: int) -> None:
+    """Raise DumpError if an array needs far more bytes than the file stores for it: it would fill the memory.
+
+    Activations hardly compress; what shrinks a hundredfold, or is not stored at all, was made to do harm.
+    """
+    if needed > max(UNQUESTIONED, MOST_COMPRESSED * stored):
+        raise DumpError(
+            f"{what} needs {needed} bytes of memory — the file stores {stored} for it — write its values uncompressed"
+        )
 
 
 def map_file(path: Path) -> npt.NDArray[np.uint8]:

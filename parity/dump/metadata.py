@@ -6,7 +6,7 @@ one string, a folder of .npy in parity.json.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,9 @@ import numpy as np
 
 from parity.dump.names import lookup, parse_names, rename
 from parity.dump.records import Array, Dump, Entry, RunInfo
-from parity.dump.tokens import TokenIds, token_rows
+from parity.dump.tokens import MOST, TokenIds, token_rows
 from parity.errors import DumpError
+from parity.untrusted import parse_json
 
 PREFIX = "parity."
 TOKEN_IDS = "token_ids"
@@ -64,12 +65,14 @@ def _values(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in metadata.items():
         if key not in TEXTS + OBJECTS:
             known = ", ".join(TEXTS + OBJECTS)
-            raise DumpError(f"{path}: unknown metadata 'parity.{key}' — parity knows {known} — rename or remove it")
+            raise DumpError(
+                f"{path}: unknown metadata {'parity.' + key!r:.60} — parity knows {known} — rename or remove it"
+            )
         if key in TEXTS and not isinstance(value, str):
             raise DumpError(f"{path}: 'parity.{key}' is not text — found {value!r:.60} — write a string")
         if key in OBJECTS and isinstance(value, str):
             try:
-                values[key] = json.loads(value)
+                values[key] = parse_json(value)
             except ValueError as error:
                 raise DumpError(f"{path}: 'parity.{key}' is not JSON — {error} — see dumps/README.md") from error
     return values
@@ -79,13 +82,13 @@ def _token_ids(path: Path, tensors: Tensors, declared: Any) -> TokenIds | None:
     """Token ids from the metadata or from the tensor `token_ids`; if from both, they must agree."""
     found = []
     if TOKEN_IDS in tensors.kinds:
-        array = tensors.load(TOKEN_IDS)
-        if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
+        dtype, shape = tensors.kinds[TOKEN_IDS]
+        if "int" not in dtype or len(shape) not in (1, 2) or math.prod(shape) > MOST:
             raise DumpError(
-                f"{path}: 'token_ids' is {array.dtype.name} {array.shape} — expected integers, "
-                "of shape (tokens) or (batch, tokens) — write them as int64"
+                f"{path}: 'token_ids' is {dtype} {shape} — expected integers, "
+                f"of shape (tokens) or (batch, tokens), at most {MOST} — write them as int64"
             )
-        found.append(token_rows(np.atleast_2d(array).tolist()))
+        found.append(token_rows(np.atleast_2d(tensors.load(TOKEN_IDS)).tolist()))
     if declared is not None:
         try:
             found.append(token_rows(declared))

@@ -6,14 +6,13 @@
                                   "model.layers.*.self_attn.v_proj"],
                         "sizes": [2048, 1024, 1024], "dim": -1}}
 
-`*` stands for a number, and for the same number on both sides. An exact name wins over a pattern, and an
+`*` stands for a whole number, and for the same number on both sides. An exact name wins over a pattern, and an
 earlier pattern over a later one. Names that the map does not mention stay as they are.
 A fused tensor is split along `dim` (the last if absent) into `sizes` (equal parts if absent).
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from typing import Any, TypeVar
 from parity.dump.files import reading, require_file
 from parity.dump.records import Array, Dump, Entry
 from parity.errors import DumpError
+from parity.untrusted import parse_json
 
 T = TypeVar("T")
 
@@ -35,6 +35,8 @@ class Target:
     sizes: tuple[int, ...] | None = None
     dim: int = -1
 
+
+_NUMBER = "([0-9]++)"  # all digits that there are, none given back: 20 stars in a row would try each way to share them
 
 NameMap = Mapping[str, Target]
 """From the name or pattern of a tensor to its Target."""
@@ -56,7 +58,7 @@ def load_names(path: Path | str) -> NameMap:
     with reading(path):
         text = path.read_bytes()
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError as error:
         raise DumpError(f"{path}: is no name map — not JSON: {error} — see dumps/README.md for an example") from error
     return parse_names(value, str(path))
@@ -107,7 +109,7 @@ def lookup(table: Mapping[str, T], name: str) -> tuple[T, tuple[str, ...]] | Non
         return table[name], ()
     for pattern, value in table.items():
         if "*" in pattern:
-            match = re.fullmatch(r"(\d+)".join(map(re.escape, pattern.split("*"))), name)
+            match = re.fullmatch(_NUMBER.join(map(re.escape, pattern.split("*"))), name)
             if match:
                 return value, match.groups()
     return None

@@ -6,23 +6,28 @@ write their bits as uint16. Such tensors are read as the dtype that `parity.dtyp
 
 from __future__ import annotations
 
-import json
+import lzma
+import math
+import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
 
-from parity.dump.files import reading, require_file
+from parity.dump.files import reading, require_file, require_stored
 from parity.dump.metadata import PREFIX, Tensors, foreign_dump, parity_keys
 from parity.dump.records import DTYPES, Array, Dump, dtype_name
 from parity.errors import DumpError
+from parity.untrusted import parse_json
 
 Header = tuple[np.dtype[Any], tuple[int, ...]]
 
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 SUFFIX = ".npy"
+LONGEST_TEXT = 1 << 27  # bytes of metadata: a long prompt and its token ids are a thousandth
 
 
 def open_npz(path: Path | str) -> Dump:
@@ -30,24 +35,25 @@ def open_npz(path: Path | str) -> Dump:
     path = Path(path)
     require_file(path)
     try:
-        archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as error:
+        with reading(path):
+            archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, ValueError) as error:
         raise DumpError(f"{path}: is not a whole npz — {error} — copy it again, or write it again") from error
-    members = {name.removesuffix(SUFFIX): name for name in archive.namelist() if name.endswith(SUFFIX)}
 
     def load(name: str) -> Array:
         with reading(path), archive.open(members[name]) as file:
             try:
                 return np.lib.format.read_array(file, allow_pickle=False)
-            except (zipfile.BadZipFile, ValueError) as error:
+            except (zipfile.BadZipFile, ValueError, EOFError, zlib.error, lzma.LZMAError) as error:
                 raise DumpError(f"{path}: {name!r} is damaged — {error} — write it again") from error
 
     try:
-        metadata = {name: load(name).tolist() for name in members if name.startswith(PREFIX)}
+        members = _members(path, archive)
+        metadata = {name: _text(path, name, members[name], load) for name in members if name.startswith(PREFIX)}
         headers = {}
         for name in members.keys() - metadata.keys():
             with reading(path), archive.open(members[name]) as file:
-                headers[name] = _header(f"{path}: {name!r}", file)
+                headers[name] = _header(f"{path}: {name!r}", file, members[name].file_size)
         ordered = {name: headers[name] for name in members if name in headers}
         return _dump(path, ordered, load, parity_keys(metadata), archive.close)
     except BaseException:
@@ -65,7 +71,7 @@ def open_npy_folder(path: Path | str) -> Dump:
     for name, file in files.items():
         require_file(file)
         with reading(file), file.open("rb") as stream:
-            headers[name] = _header(str(file), stream)
+            headers[name] = _header(str(file), stream, file.stat().st_size)
 
     def load(name: str) -> Array:
         file = files[name]
@@ -83,10 +89,11 @@ def open_npy_folder(path: Path | str) -> Dump:
 def _folder_metadata(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
+    require_file(path)
     with reading(path):
         text = path.read_bytes()
     try:
-        metadata = json.loads(text)
+        metadata = parse_json(text)
     except ValueError as error:
         raise DumpError(f"{path}: is not JSON — {error} — see dumps/README.md for its keys") from error
     if not isinstance(metadata, dict):
@@ -94,16 +101,48 @@ def _folder_metadata(path: Path) -> dict[str, Any]:
     return metadata
 
 
-def _header(what: str, file: IO[bytes]) -> Header:
-    """Dtype and shape of an array in the npy format, without reading it."""
+def _members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The arrays of an npz by name."""
+    members: dict[str, zipfile.ZipInfo] = {}
+    for member in archive.infolist():
+        name = member.filename.removesuffix(SUFFIX)
+        if name == member.filename:
+            continue
+        if name in members:
+            raise DumpError(f"{path}: {name!r} is there twice — each array has a name of its own — write it again")
+        require_stored(f"{path}: {name!r}", member.file_size, member.compress_size)
+        members[name] = member
+    return members
+
+
+def _text(path: Path, name: str, member: zipfile.ZipInfo, load: Callable[[str], Array]) -> Any:
+    if member.file_size > LONGEST_TEXT:
+        raise DumpError(f"{path}: {name!r} is {member.file_size} bytes long — at most {LONGEST_TEXT} — shorten it")
+    return load(name).tolist()
+
+
+def _header(what: str, file: IO[bytes], size: int) -> Header:
+    """Dtype and shape of an array in the npy format of `size` bytes, without reading it."""
     try:
-        shape, _, dtype = HEADERS[np.lib.format.read_magic(file)](file)
-    except (ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DumpError(f"{what} is not a whole npy array — {error} — write it again with numpy.save") from error
+        with warnings.catch_warnings(action="ignore"):  # numpy warns of headers that it could yet make out
+            shape, _, dtype = HEADERS[np.lib.format.read_magic(file)](file)
+        start = file.tell()
+    except OSError:
+        raise
+    except Exception as error:  # numpy reads the header as Python: there is no end to what can be wrong with one
+        reason = " ".join(str(error).split())
+        raise DumpError(f"{what} is not a whole npy array — {reason:.160} — write it again with numpy.save") from error
     if dtype.hasobject:
         raise DumpError(
             f"{what} holds pickled Python objects — parity runs no code from a dump — save arrays of numbers"
         )
+    if dtype.byteorder == ">":
+        raise DumpError(
+            f"{what} is big-endian — found {dtype.str} — save array.astype({dtype.newbyteorder('<').str!r})"
+        )
+    needed = start + math.prod(shape) * dtype.itemsize
+    if needed > size or min(shape, default=0) < 0:
+        raise DumpError(f"{what} is truncated — {dtype} {shape} ends at byte {needed} of {size} — write it again")
     return dtype, shape
 
 

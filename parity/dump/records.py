@@ -17,6 +17,8 @@ from parity.errors import DumpError
 
 Array = npt.NDArray[Any]
 
+MOST_AXES = 16
+LONGEST_AXIS = 1 << 40
 UNNAMED = "_"
 """The name of an axis that nothing aligns on."""
 
@@ -52,6 +54,11 @@ class RunInfo:
     def __post_init__(self) -> None:
         if self.token_ids is not None:
             token_rows(self.token_ids)  # a ragged batch is no batch
+        texts = {name: value for name, value in vars(self).items() if name not in ("token_ids", "versions", "notes")}
+        texts |= {f"notes[{i}]": note for i, note in enumerate(self.notes)}
+        for name, value in texts.items():
+            if not isinstance(value, str | None):
+                raise DumpError(f"the run's {name} is not text — found {value!r:.60} — write a string")
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,11 @@ class Entry:
     """A key of DTYPES."""
 
     def __post_init__(self) -> None:
+        check_kind(f"site {self.site!r}", self.dtype, self.shape)
         if self.dims is None:
             return
+        if not all(isinstance(dim, str) for dim in self.dims):
+            raise DumpError(f"site {self.site!r} has dims {self.dims!r:.60} — not all are text — name every axis")
         if len(self.dims) != len(self.shape):
             raise DumpError(
                 f"site {self.site!r} has dims '{' '.join(self.dims)}' but shape {self.shape} — "
@@ -131,6 +141,17 @@ class Dump:
 
     def __repr__(self) -> str:
         return f"Dump({str(self.path)!r}, {len(self.entries)} sites)"
+
+
+def check_kind(what: str, dtype: Any, shape: tuple[Any, ...]) -> None:
+    """Raise DumpError unless an array can have this dtype and shape; `what` begins the message."""
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise DumpError(f"{what} has dtype {dtype!s:.40} — a dump holds {', '.join(DTYPES)} — cast it first")
+    if len(shape) > MOST_AXES or not all(type(size) is int and 0 <= size <= LONGEST_AXIS for size in shape):
+        raise DumpError(
+            f"{what} has the shape {shape!s:.80} — sizes are 0 to {LONGEST_AXIS}, on at most {MOST_AXES} axes — "
+            "correct its shape"
+        )
 
 
 def dtype_name(dtype: np.dtype[Any], what: str) -> str:

@@ -17,8 +17,9 @@ import numpy as np
 
 from parity.dump.files import map_file, require_file, whole_or_nothing, writing
 from parity.dump.metadata import Tensors, foreign_dump, parity_keys
-from parity.dump.records import DTYPES, Array, Dump, dtype_name
+from parity.dump.records import DTYPES, Array, Dump, check_kind, dtype_name
 from parity.errors import DumpError
+from parity.untrusted import parse_json
 
 CODES = {
     "BF16": "bfloat16",
@@ -90,7 +91,7 @@ def _header(path: Path, mapped: Array) -> tuple[dict[str, Any], Array]:
             "copy it again, or write it again"
         )
     try:
-        header = json.loads(mapped[LENGTH : LENGTH + length].tobytes(), object_pairs_hook=_unique)
+        header = parse_json(mapped[LENGTH : LENGTH + length].tobytes())
     except ValueError as error:
         raise _malformed(path, f"a header that is not JSON: {error}") from error
     if not isinstance(header, dict):
@@ -98,27 +99,20 @@ def _header(path: Path, mapped: Array) -> tuple[dict[str, Any], Array]:
     return header, mapped[LENGTH + length :]
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON lets a key stand twice, and the last one wins: here it would hide a tensor."""
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return table
-
-
 def _place(path: Path, name: str, item: Any, size: int) -> tuple[int, int]:
     """Where a tensor's bytes begin and end, once its entry in the header is known to make sense."""
     try:
         dtype, shape, (begin, end) = item["dtype"], item["shape"], item["data_offsets"]
         numbers = [*shape, begin, end]
-        valid = isinstance(dtype, str) and all(type(number) is int and number >= 0 for number in numbers)
+        valid = isinstance(dtype, str) and isinstance(shape, list)
+        valid = valid and all(type(number) is int and number >= 0 for number in numbers)
     except (KeyError, TypeError, ValueError):
         valid = False
     if not valid:
         raise _malformed(path, f"{name!r} as {item!r:.80}")
     if dtype not in CODES:
-        raise DumpError(f"{path}: {name!r} has dtype {dtype} — parity reads {', '.join(CODES)} — cast it first")
+        raise DumpError(f"{path}: {name!r} has dtype {dtype:.40} — parity reads {', '.join(CODES)} — cast it first")
+    check_kind(f"{path}: {name!r}", CODES[dtype], tuple(shape))
     needed = math.prod(shape) * DTYPES[CODES[dtype]].itemsize
     if end - begin != needed:
         raise DumpError(

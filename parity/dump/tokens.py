@@ -11,6 +11,8 @@ from parity.errors import DumpError
 
 TokenIds = tuple[tuple[int, ...], ...]
 
+MOST = 1 << 22  # ids: no model reads as many
+
 
 def token_rows(value: Any) -> TokenIds:
     """A batch of token ids, from a list of rows or one bare row. Raises DumpError if it is ragged."""
@@ -20,6 +22,8 @@ def token_rows(value: Any) -> TokenIds:
     for row in rows:
         if not isinstance(row, Sequence) or not all(type(token) is int for token in row):
             raise DumpError(f"token ids are not integers — found {row!r:.60} — give [[1, 2, 3]], one list for each row")
+    if (count := sum(map(len, rows))) > MOST:
+        raise DumpError(f"token ids are too many — found {count}, at most {MOST} — record a part of the run")
     lengths = sorted({len(row) for row in rows})
     if len(lengths) > 1:
         raise DumpError(

@@ -76,7 +76,7 @@ def measured(arguments: list[str], limit_mb: int | None) -> tuple[float, float, 
             resource.setrlimit(resource.RLIMIT_AS, (limit_mb << 20, limit_mb << 20))
 
     watch = "import resource, runpy, sys\n"
-    watch += "try: runpy.run_module('parity.cli.commands', run_name='__main__', alter_sys=True)\n"
+    watch += "try: runpy.run_module('parity.cli', run_name='__main__', alter_sys=True)\n"
     watch += "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
     start = time.perf_counter()
     done = subprocess.run(

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -195,7 +196,7 @@ def test_an_exception_leaves_nothing(tmp_path: Path, error: type[BaseException])
     def run() -> None:
         with ArchiveWriter(tmp_path / "a.h5", INFO) as writer:
             writer.add("site", np.zeros(3), ("_",))
-            assert leftovers(tmp_path) == [f".a.h5.partial-{os.getpid()}"]
+            assert leftovers(tmp_path) == [f".a.h5.partial-{os.getpid()}@{socket.gethostname()}"]
             raise error("stop")
 
     with pytest.raises(error, match="stop"):
@@ -204,13 +205,16 @@ def test_an_exception_leaves_nothing(tmp_path: Path, error: type[BaseException])
 
 
 @pytest.mark.parametrize("nth", [0, 1, 2, 5])
-def test_ctrl_c_waits_until_hdf5_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_until_hdf5_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int, number: signal.Signals
+) -> None:
     """HDF5 writes while it opens, adds and flushes; an interrupt in any of its calls must not break it."""
     done: list[int] = []
 
     def write(self: Outlet, data: Any, /) -> int:
         if len(done) == nth:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         done.append(size := original(self, data))
         return size
 
@@ -221,12 +225,15 @@ def test_ctrl_c_waits_until_hdf5_is_done(tmp_path: Path, monkeypatch: pytest.Mon
 
     original = Outlet.write
     monkeypatch.setattr(Outlet, "write", write)
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        run()
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
     assert len(done) > nth
     assert leftovers(tmp_path) == []
-    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_an_exception_leaves_the_previous_dump(tmp_path: Path) -> None:
@@ -262,6 +269,18 @@ def test_a_killed_run_leaves_a_visibly_incomplete_file(tmp_path: Path) -> None:
         assert file["sites"]["model.layers.50"][0] == 50
     with pytest.raises(DumpError, match=r"is incomplete — the run ended after \d+ sites or more"):
         open_dump(tmp_path / name)
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    """But not what a living process writes, another machine's process, or another recording's."""
+    host, dead = socket.gethostname(), 2**22 + 1  # no Linux gives so high a number
+    kept = {f".a.h5.partial-{os.getppid()}@{host}", f".a.h5.partial-{dead}@far", f".b.h5.partial-{dead}@{host}"}
+    kept |= {f".a.h5.partial-1@{host}", f".a.h5.partial-x@{host}"}
+    for name in kept | {f".a.h5.partial-{dead}@{host}", f".a.h5.partial-{dead + 10**30}@{host}"}:
+        (tmp_path / name).touch()
+    with ArchiveWriter(tmp_path / "a.h5", INFO):
+        pass
+    assert set(leftovers(tmp_path)) == kept | {"a.h5"}
 
 
 FULL = """
