@@ -18,6 +18,10 @@ Dims = tuple[str, ...]
 FLATTENED = "*"
 
 
+# A module that is called again in one forward pass has a site for each call: `qk_norm`, `qk_norm#1`.
+_CALL = "#"
+
+
 @dataclass(frozen=True)
 class Site:
     """A named place in the forward pass.
@@ -33,6 +37,16 @@ class Site:
     dtype: str
     module: str
     where: str = "output"
+
+
+def numbered(name: str, call: int) -> str:
+    """The site of a module's call: its plain name for the first (0), `name#1` for the next."""
+    return f"{name}{_CALL}{call}" if call else name
+
+
+def without_call(site: str) -> str:
+    """The site's name without the number of its call."""
+    return site.partition(_CALL)[0]
 
 
 def family(site: str) -> str:

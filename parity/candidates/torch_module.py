@@ -54,10 +54,8 @@ def record(
         seen: set[str] = set()
 
         def tap(site: str, value: Tensor) -> Tensor:
-            # A module that is called twice in one pass is recorded once, as the reference calls it once.
-            if site not in seen:
-                seen.add(site)
-                writer.add(site, to_numpy(value), None)
+            seen.add(site)
+            writer.add(site, to_numpy(value), None)
             return value
 
         logits = _run(module, input_ids, own_sites(module, sites, names), tap)
@@ -111,7 +109,7 @@ def _shapes(module: nn.Module, input_ids: Tensor, sites: Sequence[Site]) -> dict
     shapes: dict[str, tuple[int, ...]] = {}
 
     def tap(site: str, value: Tensor) -> Tensor:
-        shapes.setdefault(site, tuple(value.shape))
+        shapes[site] = tuple(value.shape)
         return value
 
     _run(module, input_ids, sites, tap)
@@ -120,7 +118,7 @@ def _shapes(module: nn.Module, input_ids: Tensor, sites: Sequence[Site]) -> dict
 
 def _run(module: nn.Module, input_ids: Tensor, sites: Sequence[Site], tap: Callable[[str, Tensor], Tensor]) -> Tensor:
     try:
-        with quiet_torch(), redirect_stdout(sys.stderr), tapping(module, sites, tap):
+        with quiet_torch(), redirect_stdout(sys.stderr), tapping(module, sites, tap, every_call=True):
             output: Any = module(input_ids)
     except (Exception, SystemExit) as error:
         raise CandidateError(f"the candidate failed in its forward pass with {describe(error)}") from error

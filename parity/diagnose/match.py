@@ -23,7 +23,7 @@ from parity.reference.one_operation import Focus
 from parity.reference.pieces import HEAD, Piece, PiecewiseModel
 from parity.reference.replay import Reference, Replayed
 from parity.results import FaultMatch, Finding, Reading
-from parity.sites import Site, layer_of
+from parity.sites import Site, layer_of, without_call
 
 # A remainder up to this ratio is the fault's own rounding.
 CONFIRMED = 1.6
@@ -301,6 +301,7 @@ def _widest(
 
 def shows_at_end(site: str, end: str) -> bool:
     """Whether a site's name ends in `end` at a dot; the empty end is a layer's own output."""
+    site = without_call(site)
     return site == end or site.endswith(f".{end}") if end else site.rsplit(".", 1)[-1].isdigit()
 
 

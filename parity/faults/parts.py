@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from parity.faults.fault import Fault, Patch, Scope, attribute
+from parity.sites import without_call
 
 ATTENTION_NAMES = ("self_attn", "attention", "attn")
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
@@ -25,6 +26,7 @@ def shows_at(fault: Fault, site: str) -> bool:
 
     The empty end stands for the output of a layer.
     """
+    site = without_call(site)
     is_layer = re.search(r"\.\d+$", site) is not None
     return any(is_layer if not end else site == end or site.endswith(f".{end}") for end in fault.sites)
 

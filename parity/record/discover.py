@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from parity.record.attention import INSIDE, attention_taps
 from parity.record.tap import first_tensor, quiet_torch
-from parity.sites import Dims, Site
+from parity.sites import Dims, Site, numbered, without_call
 
 # Sites whose last axis is heads and head_dim flattened into one, where they are three-dimensional.
 _PER_HEAD = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
@@ -54,7 +55,7 @@ class _Watch:
         """Name the axes of a value by their sizes, which the probe has chosen to be unmistakable."""
         own = {self.batch: "batch", self.token: "token", self.batch * self.token: "batch*token"}
         rest = [size for size in shape if size not in own]
-        last = "head*head_dim" if len(rest) == 1 and name.rsplit(".", 1)[-1] in _PER_HEAD else "feature"
+        last = "head*head_dim" if len(rest) == 1 and without_call(name).rsplit(".", 1)[-1] in _PER_HEAD else "feature"
         names = iter(["head", "head_dim"] if len(rest) == 2 else [last] * len(rest))
         return tuple(own[size] if size in own else next(names) for size in shape)
 
@@ -169,15 +170,19 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
 
 
 def _hooks(name: str, watch: _Watch) -> tuple[Any, Any]:
+    calls = {"input": count(), "output": count()}
+
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         value = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+        call = next(calls["input"]) if value is not None else 0
         if value is not None and value.is_floating_point() and watch.is_new(value):
-            watch.note(_name_of_input(name), value, name, "input")
+            watch.note(numbered(_name_of_input(name), call), value, name, "input")
 
     def after(_module: nn.Module, _args: Any, output: Any) -> None:
         value = first_tensor(output)
+        call = next(calls["output"]) if value is not None else 0
         if value is not None and watch.is_new(value):
-            watch.note(name, value, name, "output")
+            watch.note(numbered(name, call), value, name, "output")
 
     return before, after
 

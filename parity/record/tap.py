@@ -9,38 +9,58 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from parity.record.attention import attention_taps
-from parity.sites import Site
+from parity.sites import Site, numbered, without_call
 
 Tap = Callable[[str, Tensor], Tensor]
 
 
 @contextmanager
-def tapping(model: nn.Module, sites: Iterable[Site], tap: Tap) -> Iterator[None]:
-    """Bring `tap` to the sites of `model` for the duration of the block.
+def tapping(model: nn.Module, sites: Iterable[Site], tap: Tap, *, every_call: bool = False) -> Iterator[None]:
+    """Bring `tap` to the sites of `model` for the duration of the block, which is one forward pass.
 
     Outputs are tapped by forward hooks, inputs by forward pre-hooks, values inside attention by the
-    attention function of `parity.record.attention` (the model must have been built with it).
+    attention function of `parity.record.attention` (the model must have been built with it). Further calls of a
+    module are tapped where they are among the sites, or with `every_call` in any case, under their numbers.
     """
+    sites = list(sites)
+    known = {site.name for site in sites}
+    hooked: set[tuple[str, str]] = set()
     inside_attention: dict[nn.Module, dict[str, str]] = {}
     with ExitStack() as stack:
         for site in sites:
             module = model.get_submodule(site.module)
-            if site.where == "output":
-                handle = module.register_forward_hook(_output_hook(site.name, tap))
-            elif site.where == "input":
-                handle = module.register_forward_pre_hook(_input_hook(site.name, tap), with_kwargs=True)
-            else:
+            if site.where == "attention":
                 inside_attention.setdefault(module, {})[site.name.rsplit(".", 1)[-1]] = site.name
-                continue
-            stack.callback(handle.remove)
+            elif (name := without_call(site.name), site.where) not in hooked:
+                hooked.add((name, site.where))
+                stack.callback(_hook(module, name, site.where, _numbering(tap, None if every_call else known)))
         stack.enter_context(attention_taps(inside_attention, tap))
         yield
+
+
+def _numbering(tap: Tap, known: set[str] | None) -> Tap:
+    """A tap for one module: each call goes to the site of its number, if that is known (None: all are)."""
+    calls = count()
+
+    def tapped(name: str, value: Tensor) -> Tensor:
+        site = numbered(name, next(calls))
+        return tap(site, value) if known is None or site in known else value
+
+    return tapped
+
+
+def _hook(module: nn.Module, site: str, where: str, tap: Tap) -> Callable[[], None]:
+    """Tap a module's input or output; returns what takes the tap away."""
+    if where == "input":
+        return module.register_forward_pre_hook(_input_hook(site, tap), with_kwargs=True).remove
+    return module.register_forward_hook(_output_hook(site, tap)).remove
 
 
 def first_tensor(output: Any) -> Tensor | None:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from parity.reference.pieces import EMBED, Piece, PiecewiseModel
+from parity.sites import without_call
 
 Patch = Callable[[PiecewiseModel], AbstractContextManager[None]]
 
@@ -62,9 +63,12 @@ def run(model: PiecewiseModel, focus: Focus, wanted: Collection[str], patch: Pat
 @contextmanager
 def _answered(model: PiecewiseModel, focus: Focus, wanted: Collection[str]) -> Iterator[None]:
     """Matrix products that nobody asks for answer with what the candidate recorded."""
+    sites = model.sites_of(focus.piece)
+    # One that is called again has more than one answer.
+    again = {site.module for site in sites if site.name != without_call(site.name)}
     with ExitStack() as stack:
-        for site in model.sites_of(focus.piece):
-            if site.where != "output" or site.name in wanted or site.name not in focus.recorded:
+        for site in sites:
+            if site.module in again or site.where != "output" or site.name in wanted or site.name not in focus.recorded:
                 continue
             module = model.model.get_submodule(site.module)
             # A patched product is part of the question.
