@@ -240,7 +240,7 @@ def _starts(
     starts = [value for value in number.typical if value != expected]
     if number.discrete:
         # A window ends shortly before the first token that is clearly wrong.
-        first = bench.local(at, site, truth, floor).structure.first_token if number.name == "window" else None
+        first = bench.local(at, site, truth, floor).structure.first_token if number.method == "first-token" else None
         return starts + ([] if first is None else [float(w) for w in range(max(first - _NEAR, 1), first + 2)])
     if number.log and expected > 0:
         return starts + [expected * factor for factor in (0.1, 0.5, 1.01, 2.0, 10.0)]

@@ -119,7 +119,7 @@ def _regress(
 def _step(fault: Fault, expected: float) -> float:
     """A change of the number along which the response is still a straight line."""
     assert fault.number is not None, "unreachable because only faults with a number are regressed"
-    if fault.number.name == "eps":
+    if fault.number.method == "typical-step":
         return next(value for value in fault.number.typical if value > expected) - expected
     return expected * 0.01 if expected else 0.01
 

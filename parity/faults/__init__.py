@@ -10,36 +10,56 @@ from dataclasses import dataclass
 from parity.errors import UsageError
 from parity.faults import (
     attention,
-    ends,
+    cache,
+    embedding_and_head,
     mask,
     mlp,
     norm,
+    norm_precision,
     positions,
     precision,
     qk_norm,
     residual,
     rope,
+    rope_precision,
+    router,
     softmax,
+    weight_numbers,
     weights,
 )
-from parity.faults.fault import Fault, Number, Scope
-from parity.faults.parts import shows_at
+from parity.faults.fault import Fault, Number, Scope, shows_at
 from parity.load_object import Kind, load
 
-__all__ = ["CATALOGUE", "Fault", "Injection", "Number", "Scope", "by_id", "load_user_faults", "parse", "shows_at"]
+__all__ = [
+    "CATALOGUE",
+    "Fault",
+    "Injection",
+    "Number",
+    "Scope",
+    "by_id",
+    "fault",
+    "load_user_faults",
+    "parse",
+    "shows_at",
+]
 
 CATALOGUE: tuple[Fault, ...] = (
     *rope.FAULTS,
+    *rope_precision.FAULTS,
     *positions.FAULTS,
     *qk_norm.FAULTS,
     *norm.FAULTS,
+    *norm_precision.FAULTS,
     *attention.FAULTS,
     *softmax.FAULTS,
+    *cache.FAULTS,
     *mask.FAULTS,
     *mlp.FAULTS,
+    *router.FAULTS,
     *residual.FAULTS,
-    *ends.FAULTS,
+    *embedding_and_head.FAULTS,
     *weights.FAULTS,
+    *weight_numbers.FAULTS,
     *precision.FAULTS,
 )
 

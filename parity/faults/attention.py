@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from parity.faults.attend import (
-    has_attention,
-    reading,
-    scale_of,
-    with_options,
+from parity.faults.fault import TWO_TOKENS, Change, Fault, Number, Scope, attribute, fault, source_of
+from parity.faults.patches.attention import INSIDE, has_attention, reading, scale_of, with_options
+from parity.faults.patches.modules import attention_of, forward, head_dim_of, kv_heads_of, linear, together
+from parity.faults.patches.norm import head_axis, heads_of, per_head_norms
+from parity.faults.patches.rope import has_rope, original_rotation, with_rotation
+
+
+@fault(
+    id="attention-scale",
+    title="scores are multiplied by another factor than the reference's",
+    sites=INSIDE,
+    fix="multiply q·k by head_dim ** -0.5, or by what the config says in its place",
+    source="emmy#412",
+    needs=TWO_TOKENS,
+    applies=has_attention,
+    number=Number(name="scale", expected=scale_of, typical=(1.0, 0.125, 128**-0.5, 0.0625)),
 )
-from parity.faults.fault import Fault, Number, Scope, attribute, source_of
-from parity.faults.parts import (
-    attention_of,
-    forward,
-    head_dim_of,
-    kv_heads_of,
-    linear,
-    plain,
-    together,
-)
-from parity.faults.qk_norm import head_axis, heads_of, per_head_norms
-from parity.faults.tables import has_rope, original_rotation, with_rotation
-
-INSIDE = ("scores", "context")
-TWO_TOKENS = "two tokens or more"
-Change = AbstractContextManager[None]
-
-
-def _scaled(value: Callable[[Scope], float]) -> Callable[[Scope], Change]:
-    return lambda scope: with_options(scope, scaling=value(scope))
+def attention_scale(scope: Scope, scale: float) -> Change:
+    return with_options(scope, scaling=scale)
 
 
 def _scale_is_not(value: Callable[[Scope], float]) -> Callable[[Scope], bool]:
@@ -46,8 +38,58 @@ def _by_hidden(scope: Scope) -> float:
     return float((scope.config.hidden_size / scope.config.num_attention_heads) ** -0.5)
 
 
+@fault(
+    id="attention-scale-hidden",
+    title="scores are scaled by (hidden / heads) ** -0.5; the reference uses another head_dim",
+    sites=INSIDE,
+    fix="take head_dim from config.json, not hidden_size / num_attention_heads",
+    source="marin#2098",
+    needs=TWO_TOKENS,
+    applies=_scale_is_not(_by_hidden),
+)
+def attention_scale_hidden(scope: Scope) -> Change:
+    return with_options(scope, scaling=_by_hidden(scope))
+
+
 def _by_head_dim(scope: Scope) -> float:
     return float(head_dim_of(scope) ** -0.5)
+
+
+@fault(
+    id="attention-scale-head-dim",
+    title="scores are scaled by head_dim ** -0.5; the reference takes the scale from the config",
+    sites=INSIDE,
+    fix="use query_pre_attn_scalar or attention_multiplier of config.json",
+    source="llama.cpp#8197",
+    needs=TWO_TOKENS,
+    applies=_scale_is_not(_by_head_dim),
+)
+def attention_scale_head_dim(scope: Scope) -> Change:
+    return with_options(scope, scaling=_by_head_dim(scope))
+
+
+@fault(
+    id="attention-scale-missing",
+    title="scores are not scaled",
+    sites=INSIDE,
+    fix="multiply q·k by head_dim ** -0.5",
+    needs=TWO_TOKENS,
+    applies=_scale_is_not(lambda _s: 1.0),
+)
+def attention_scale_missing(scope: Scope) -> Change:
+    return with_options(scope, scaling=1.0)
+
+
+@fault(
+    id="attention-scale-twice",
+    title="scores are scaled twice, as when q is scaled beforehand and the attention function scales again",
+    sites=INSIDE,
+    fix="scale either q or the scores",
+    needs=TWO_TOKENS,
+    applies=_scale_is_not(lambda s: scale_of(s) ** 2),
+)
+def attention_scale_twice(scope: Scope) -> Change:
+    return with_options(scope, scaling=scale_of(scope) ** 2)
 
 
 # -- heads ---------------------------------------------------------------------------------------------------
@@ -59,24 +101,103 @@ def _is_grouped(scope: Scope) -> bool:
     return grouped and hasattr(source_of(attention), "repeat_kv")
 
 
+@fault(
+    id="gqa-tile",
+    title="query head h reads key/value head h % kv_heads; in the reference it reads h // (heads / kv_heads)",
+    sites=INSIDE,
+    fix="repeat each key/value head in place (repeat_interleave), not the row of heads (tile)",
+    source="onnx#7274",
+    applies=_is_grouped,
+)
+def gqa_tile(scope: Scope) -> Change:
+    return attribute(source_of(attention_of(scope)), "repeat_kv", lambda x, group: x.repeat(1, group, 1, 1))
+
+
 def _several_kv(scope: Scope) -> bool:
     return has_attention(scope) and kv_heads_of(scope) > 1
 
 
-def _tiled(scope: Scope) -> Change:
-    return attribute(source_of(attention_of(scope)), "repeat_kv", lambda x, group: x.repeat(1, group, 1, 1))
+@fault(
+    id="kv-heads-reversed",
+    title="key/value heads are in reverse order",
+    sites=INSIDE,
+    fix="keep the order of heads when splitting them over devices",
+    source="GenerelSchwerz/llama.cpp#48",
+    applies=_several_kv,
+)
+def kv_heads_reversed(scope: Scope) -> Change:
+    return reading(scope, lambda q, k, v: (q, k.flip(1), v.flip(1)))
+
+
+@fault(
+    id="v-head-shifted",
+    title="each query head reads the values of the next key/value head",
+    sites=("context",),
+    fix="use the same index for keys and values",
+    applies=_several_kv,
+)
+def v_head_shifted(scope: Scope) -> Change:
+    return reading(scope, lambda q, k, v: (q, k, v.roll(-1, dims=1)))
 
 
 def _first_from_second(v: Tensor) -> Tensor:
     return torch.cat([v[:, 1:2], v[:, 1:]], dim=1)
 
 
-def _values_turned(scope: Scope) -> Change:
+@fault(
+    id="v-first-head",
+    title="the first value head holds the values of the second",
+    sites=("context",),
+    fix="check the offset at which the first head is read",
+    applies=_several_kv,
+)
+def v_first_head(scope: Scope) -> Change:
+    return reading(scope, lambda q, k, v: (q, k, _first_from_second(v)))
+
+
+@fault(
+    id="kv-exchanged",
+    title="keys and values change places in attention",
+    sites=INSIDE,
+    fix="hand over keys before values",
+    applies=has_attention,
+)
+def kv_exchanged(scope: Scope) -> Change:
+    return reading(scope, lambda q, k, v: (q, v, k))
+
+
+@fault(
+    id="v-is-k",
+    title="the keys are used as values",
+    sites=("context",),
+    fix="give the cache of values a buffer of its own",
+    applies=has_attention,
+)
+def v_is_k(scope: Scope) -> Change:
+    return reading(scope, lambda q, k, v: (q, k, k))
+
+
+@fault(
+    id="v-rope",
+    title="RoPE turns the values as well",
+    sites=("context",),
+    fix="rotate queries and keys only",
+    needs=TWO_TOKENS,
+    applies=lambda s: has_attention(s) and has_rope(s),
+)
+def v_rope(scope: Scope) -> Change:
     rotate = original_rotation(scope)
     return reading(scope, lambda q, k, v: (q, k, rotate(v, v, *scope.kwargs["position_embeddings"])[0]))
 
 
-def _heads_permuted(scope: Scope) -> Change:
+@fault(
+    id="heads-split-wrong",
+    title="the outputs of q_proj and k_proj are split as (head_dim, heads); in the reference heads come first",
+    sites=("q_norm", "k_norm", "q_rope", "k_rope"),
+    fix="view the last axis as (heads, head_dim)",
+    applies=lambda s: linear(s, "q_proj") is not None and has_rope(s),
+)
+def heads_split_wrong(scope: Scope) -> Change:
     """q's and k's projections split as (head_dim, heads), where a per-head norm or else RoPE takes them."""
 
     def split(x: Tensor) -> Tensor:
@@ -103,7 +224,14 @@ def _heads_permuted(scope: Scope) -> Change:
     return with_rotation(scope, turned)
 
 
-def _merged_wrong(scope: Scope) -> Change:
+@fault(
+    id="heads-merged-wrong",
+    title="the heads are merged as (head_dim, heads) before o_proj; in the reference heads come first",
+    sites=("o_proj",),
+    fix="move the heads behind the tokens before flattening them",
+    applies=lambda s: linear(s, "o_proj") is not None,
+)
+def heads_merged_wrong(scope: Scope) -> Change:
     out = linear(scope, "o_proj")
     assert out is not None, "unreachable because the fault applies only where there is one"
     before, size = out.forward, head_dim_of(scope)
@@ -111,145 +239,18 @@ def _merged_wrong(scope: Scope) -> Change:
 
 
 FAULTS: tuple[Fault, ...] = (
-    Fault(
-        "attention-scale",
-        "scores are multiplied by another factor than the reference's",
-        INSIDE,
-        "multiply q·k by head_dim ** -0.5, or by what the config says in its place",
-        "emmy#412",
-        TWO_TOKENS,
-        lambda scope, scale: with_options(scope, scaling=scale),
-        has_attention,
-        Number("scale", scale_of, (1.0, 0.125, 128**-0.5, 0.0625)),
-    ),
-    Fault(
-        "attention-scale-hidden",
-        "scores are scaled by (hidden / heads) ** -0.5; the reference uses another head_dim",
-        INSIDE,
-        "take head_dim from config.json, not hidden_size / num_attention_heads",
-        "marin#2098",
-        TWO_TOKENS,
-        plain(_scaled(_by_hidden)),
-        _scale_is_not(_by_hidden),
-    ),
-    Fault(
-        "attention-scale-head-dim",
-        "scores are scaled by head_dim ** -0.5; the reference takes the scale from the config",
-        INSIDE,
-        "use query_pre_attn_scalar or attention_multiplier of config.json",
-        "llama.cpp#8197",
-        TWO_TOKENS,
-        plain(_scaled(_by_head_dim)),
-        _scale_is_not(_by_head_dim),
-    ),
-    Fault(
-        "attention-scale-missing",
-        "scores are not scaled",
-        INSIDE,
-        "multiply q·k by head_dim ** -0.5",
-        "",
-        TWO_TOKENS,
-        plain(_scaled(lambda _s: 1.0)),
-        _scale_is_not(lambda _s: 1.0),
-    ),
-    Fault(
-        "attention-scale-twice",
-        "scores are scaled twice, as when q is scaled beforehand and the attention function scales again",
-        INSIDE,
-        "scale either q or the scores",
-        "",
-        TWO_TOKENS,
-        plain(_scaled(lambda s: scale_of(s) ** 2)),
-        _scale_is_not(lambda s: scale_of(s) ** 2),
-    ),
-    Fault(
-        "gqa-tile",
-        "query head h reads key/value head h % kv_heads; in the reference it reads h // (heads / kv_heads)",
-        INSIDE,
-        "repeat each key/value head in place (repeat_interleave), not the row of heads (tile)",
-        "onnx#7274",
-        "",
-        plain(_tiled),
-        _is_grouped,
-    ),
-    Fault(
-        "kv-heads-reversed",
-        "key/value heads are in reverse order",
-        INSIDE,
-        "keep the order of heads when splitting them over devices",
-        "GenerelSchwerz/llama.cpp#48",
-        "",
-        plain(lambda s: reading(s, lambda q, k, v: (q, k.flip(1), v.flip(1)))),
-        _several_kv,
-    ),
-    Fault(
-        "v-head-shifted",
-        "each query head reads the values of the next key/value head",
-        ("context",),
-        "use the same index for keys and values",
-        "",
-        "",
-        plain(lambda s: reading(s, lambda q, k, v: (q, k, v.roll(-1, dims=1)))),
-        _several_kv,
-    ),
-    Fault(
-        "v-first-head",
-        "the first value head holds the values of the second",
-        ("context",),
-        "check the offset at which the first head is read",
-        "",
-        "",
-        plain(lambda s: reading(s, lambda q, k, v: (q, k, _first_from_second(v)))),
-        _several_kv,
-    ),
-    Fault(
-        "kv-exchanged",
-        "keys and values change places in attention",
-        INSIDE,
-        "hand over keys before values",
-        "",
-        "",
-        plain(lambda s: reading(s, lambda q, k, v: (q, v, k))),
-        has_attention,
-    ),
-    Fault(
-        "v-is-k",
-        "the keys are used as values",
-        ("context",),
-        "give the cache of values a buffer of its own",
-        "",
-        "",
-        plain(lambda s: reading(s, lambda q, k, v: (q, k, k))),
-        has_attention,
-    ),
-    Fault(
-        "v-rope",
-        "RoPE turns the values as well",
-        ("context",),
-        "rotate queries and keys only",
-        "",
-        TWO_TOKENS,
-        plain(_values_turned),
-        lambda s: has_attention(s) and has_rope(s),
-    ),
-    Fault(
-        "heads-split-wrong",
-        "the outputs of q_proj and k_proj are split as (head_dim, heads); in the reference heads come first",
-        ("q_norm", "k_norm", "q_rope", "k_rope"),
-        "view the last axis as (heads, head_dim)",
-        "",
-        "",
-        plain(_heads_permuted),
-        lambda s: linear(s, "q_proj") is not None and has_rope(s),
-    ),
-    Fault(
-        "heads-merged-wrong",
-        "the heads are merged as (head_dim, heads) before o_proj; in the reference heads come first",
-        ("o_proj",),
-        "move the heads behind the tokens before flattening them",
-        "",
-        "",
-        plain(_merged_wrong),
-        lambda s: linear(s, "o_proj") is not None,
-    ),
+    attention_scale,
+    attention_scale_hidden,
+    attention_scale_head_dim,
+    attention_scale_missing,
+    attention_scale_twice,
+    gqa_tile,
+    kv_heads_reversed,
+    v_head_shifted,
+    v_first_head,
+    kv_exchanged,
+    v_is_k,
+    v_rope,
+    heads_split_wrong,
+    heads_merged_wrong,
 )

@@ -7,13 +7,24 @@ that reproduces the candidate is the answer.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict, Unpack
 
 from torch import Tensor, nn
+
+from parity.sites import without_call
+
+TWO_TOKENS = "two tokens or more"
+
+# How a wrong number is found that is none of the typical ones:
+#   slope         by the response to a step of 1 %, or of 0.01 where the right number is 0
+#   typical-step  by the response to a step to the next larger typical number: 1 % of an eps would drown
+#   first-token   from the first token that is clearly wrong: a window ends shortly before it
+Method = Literal["slope", "typical-step", "first-token"]
 
 
 @dataclass(frozen=True)
@@ -40,9 +51,12 @@ class Scope:
 class Number:
     """The number in a fault, where it has one: eps, theta, scale, offset.
 
-    `expected` reads the right value off the scope; `typical` are wrong values seen in the wild, the first being
-    the commonest; `log` says that errors are ratios rather than differences; `discrete` that between two values
-    there may be none, so that only the typical ones can be tried.
+    name      what it is called in a report
+    expected  reads the right value off the scope
+    typical   wrong values seen in the wild, the commonest first
+    log       whether errors are ratios rather than differences
+    discrete  whether there may be no value between two others, so that only the typical ones can be tried
+    method    how other values than the typical ones are found
     """
 
     name: str
@@ -50,40 +64,82 @@ class Number:
     typical: tuple[float, ...]
     log: bool = True
     discrete: bool = False
+    method: Method = "slope"
 
 
-# A patch changes the scope's modules for the duration of a `with` block. The second argument is the wrong
-# number for faults that have one, and is ignored by the others.
-Patch = Callable[[Scope, float], AbstractContextManager[None]]
+# A patch changes the scope's modules for the duration of a `with` block.
+Change = AbstractContextManager[None]
+# The second argument is the wrong number for faults that have one, and is ignored by the others.
+Patch = Callable[[Scope, float], Change]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fault:
     """A known porting bug.
 
-    id      short and stable, for example `rope-interleaved`
-    title   what the candidate does and what the reference does, in one sentence
-    sites   where it first shows, as ends of site names: `self_attn.q_rope`, `input_layernorm`, `lm_head`
-    fix     what to change in a port
-    source  a public thread where it really happened
-    needs   what a run must have for the fault to show
-    applies whether the model has what the fault gets wrong (QK-norm, biases, a window, …)
+    id           short and stable, for example `rope-interleaved`
+    title        what the candidate does and what the reference does, in one sentence
+    sites        where it first shows, as ends of site names: `self_attn.q_rope`, `input_layernorm`, `lm_head`
+    fix          what to change in a port
+    patch        makes the reference compute as the bug does
+    source       a public thread where it really happened
+    needs        what a run must have for the fault to show
+    applies      whether the model has what the fault gets wrong (QK-norm, biases, a window, …)
+    number       the number that is wrong, if the fault is one of a number
+    only_rounds  whether the formula is the reference's own, so that in higher precision nothing is left of the fault
     """
 
     id: str
     title: str
     sites: tuple[str, ...]
     fix: str
-    source: str
-    needs: str
     patch: Patch
+    source: str = ""
+    needs: str = ""
     applies: Callable[[Scope], bool] = lambda _scope: True
     number: Number | None = None
+    only_rounds: bool = False
 
-    @property
-    def only_rounds(self) -> bool:
-        """Whether the formula is the reference's own, so that in higher precision nothing is left of the fault."""
-        return self.needs.startswith("bfloat16")
+
+class _Row(TypedDict):
+    """The fields of a Fault, without its patch."""
+
+    id: str
+    title: str
+    sites: tuple[str, ...]
+    fix: str
+    source: NotRequired[str]
+    needs: NotRequired[str]
+    applies: NotRequired[Callable[[Scope], bool]]
+    number: NotRequired[Number]
+    only_rounds: NotRequired[bool]
+
+
+def fault(**row: Unpack[_Row]) -> Callable[[Callable[..., Change]], Fault]:
+    """Make a Fault of the patch below: `patch(scope, number)` if the row has a number, else `patch(scope)`."""
+
+    def made(patch: Callable[..., Change]) -> Fault:
+        return Fault(**row, patch=patch if "number" in row else plain(patch))
+
+    return made
+
+
+def plain(change: Callable[[Scope], Change]) -> Patch:
+    """The patch of a fault that has no number."""
+    return lambda scope, _number: change(scope)
+
+
+def shows_at(fault: Fault, site: str) -> bool:
+    """Whether a fault shows first at a site: one of its `sites` is the end of the name, at a dot.
+
+    The empty end stands for the output of a layer.
+    """
+    site = without_call(site)
+    is_layer = re.search(r"\.\d+$", site) is not None
+    return any(is_layer if not end else site == end or site.endswith(f".{end}") for end in fault.sites)
+
+
+# -- changing a model for the length of a block --------------------------------------------------------------
 
 
 @contextmanager

@@ -2,41 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-
 import torch
 from torch import Tensor
 
-from parity.faults.fault import Fault, Number, Scope
-from parity.faults.parts import plain
-from parity.faults.tables import each_by, frequencies, has_rope, positions_of, tables, with_tables
-
-BOTH = ("q_rope", "k_rope")
-Change = AbstractContextManager[None]
+from parity.faults.fault import Change, Fault, Number, Scope, fault
+from parity.faults.patches.attention import shown
+from parity.faults.patches.rope import ROTATED, each_by, frequencies, has_rope, positions_of, tables, with_tables
 
 
 def _at(scope: Scope, positions: Tensor) -> tuple[Tensor, Tensor]:
     return tables(scope, *frequencies(scope), positions=positions)
 
 
-def _shifted(q: bool, k: bool) -> Callable[[Scope, float], Change]:
-    def patch(scope: Scope, offset: float) -> Change:
-        new = _at(scope, positions_of(scope).to(torch.float64) + offset)
-        return with_tables(scope, new) if q and k else each_by(scope, new if q else None, new if k else None)
-
-    return patch
+def _shifted(scope: Scope, offset: float) -> tuple[Tensor, Tensor]:
+    return _at(scope, positions_of(scope).to(torch.float64) + offset)
 
 
-def _anew(scope: Scope, chunk: float) -> Change:
+@fault(
+    id="position-offset",
+    title="positions of queries and keys are shifted; RoPE is relative, so the logits hardly change",
+    sites=ROTATED,
+    fix="count positions from 0, and from the length of the cache in decoding",
+    source="fla#766",
+    applies=has_rope,
+    number=Number(name="offset", expected=lambda _s: 0.0, typical=(1.0, -1.0), log=False),
+)
+def position_offset(scope: Scope, offset: float) -> Change:
+    return with_tables(scope, _shifted(scope, offset))
+
+
+@fault(
+    id="position-offset-q",
+    title="positions of the queries are shifted against those of the keys",
+    sites=("q_rope",),
+    fix="use the same positions for queries and keys of the same tokens",
+    applies=has_rope,
+    number=Number(name="offset", expected=lambda _s: 0.0, typical=(1.0, -1.0), log=False),
+)
+def position_offset_q(scope: Scope, offset: float) -> Change:
+    return each_by(scope, q=_shifted(scope, offset), k=None)
+
+
+@fault(
+    id="position-offset-k",
+    title="positions of the keys are shifted against those of the queries",
+    sites=("k_rope",),
+    fix="rotate each key by its own position, once, before it enters the cache",
+    applies=has_rope,
+    number=Number(name="offset", expected=lambda _s: 0.0, typical=(1.0, -1.0), log=False),
+)
+def position_offset_k(scope: Scope, offset: float) -> Change:
+    return each_by(scope, q=None, k=_shifted(scope, offset))
+
+
+@fault(
+    id="position-decode-zero",
+    title="the last token has position 0, as when every decoded token is taken for a prompt of its own",
+    sites=ROTATED,
+    fix="pass the number of cached tokens as the position of a decoded one",
+    source="mlx-vlm#1983",
+    needs="two tokens or more",
+    applies=has_rope,
+)
+def position_decode_zero(scope: Scope) -> Change:
+    positions = positions_of(scope).clone()
+    positions[..., -1] = 0
+    return with_tables(scope, _at(scope, positions))
+
+
+@fault(
+    id="position-chunk-restart",
+    title="positions start anew with every chunk of a long prompt",
+    sites=ROTATED,
+    fix="carry the position over from one chunk of prefill to the next",
+    needs="a prompt longer than the chunk",
+    applies=has_rope,
+    number=Number(
+        name="chunk",
+        expected=lambda _s: float("inf"),
+        typical=(512.0, 256.0, 128.0, 64.0, 1024.0, 2048.0),
+        discrete=True,
+    ),
+)
+def position_chunk_restart(scope: Scope, chunk: float) -> Change:
     positions = positions_of(scope)
     return with_tables(scope, _at(scope, positions if chunk == float("inf") else positions % int(chunk)))
 
 
-def _last_at_zero(scope: Scope) -> Change:
-    positions = positions_of(scope).clone()
-    positions[..., -1] = 0
-    return with_tables(scope, _at(scope, positions))
+def _is_plain_count(scope: Scope) -> bool:
+    """Whether the reference numbers the tokens 0, 1, 2, … in every row."""
+    positions = positions_of(scope)
+    return bool((positions == torch.arange(positions.shape[-1], device=positions.device)).all())
+
+
+@fault(
+    id="position-ignores-padding",
+    title="positions count the padding on the left; the reference counts text tokens only",
+    sites=ROTATED,
+    fix="take positions from the running sum of the attention mask",
+    source="unsloth#3699",
+    needs="a batch padded on the left",
+    applies=lambda s: has_rope(s) and (not _is_plain_count(s)),
+)
+def position_ignores_padding(scope: Scope) -> Change:
+    return with_tables(scope, _at(scope, torch.arange(positions_of(scope).shape[-1])[None]))
 
 
 def _is_text(scope: Scope) -> Tensor | None:
@@ -44,9 +113,8 @@ def _is_text(scope: Scope) -> Tensor | None:
     mask = scope.kwargs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-1] != mask.shape[-2]:
         return None
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     # A text token sees at least itself; padding sees nothing.
-    return seen[:, 0].diagonal(dim1=-2, dim2=-1)
+    return shown(mask)[:, 0].diagonal(dim1=-2, dim2=-1)
 
 
 def _counted(scope: Scope) -> Tensor:
@@ -61,85 +129,25 @@ def _is_padded(scope: Scope) -> bool:
     return text is not None and not bool(text.all())
 
 
-def _is_plain_count(scope: Scope) -> bool:
-    """Whether the reference numbers the tokens 0, 1, 2, … in every row."""
-    positions = positions_of(scope)
-    return bool((positions == torch.arange(positions.shape[-1], device=positions.device)).all())
+@fault(
+    id="position-skips-padding",
+    title="positions count text tokens only; the reference counts the padding on the left as well",
+    sites=ROTATED,
+    fix="number the tokens as the reference was run, or give both the same position_ids",
+    source="transformers#18388",
+    needs="a batch padded on the left",
+    applies=lambda s: _is_padded(s) and _is_plain_count(s),
+)
+def position_skips_padding(scope: Scope) -> Change:
+    return with_tables(scope, _at(scope, _counted(scope)))
 
 
 FAULTS: tuple[Fault, ...] = (
-    Fault(
-        "position-offset",
-        "positions of queries and keys are shifted; RoPE is relative, so the logits hardly change",
-        BOTH,
-        "count positions from 0, and from the length of the cache in decoding",
-        "fla#766",
-        "",
-        _shifted(q=True, k=True),
-        has_rope,
-        Number("offset", lambda _s: 0.0, (1.0, -1.0), log=False),
-    ),
-    Fault(
-        "position-offset-q",
-        "positions of the queries are shifted against those of the keys",
-        ("q_rope",),
-        "use the same positions for queries and keys of the same tokens",
-        "",
-        "",
-        _shifted(q=True, k=False),
-        has_rope,
-        Number("offset", lambda _s: 0.0, (1.0, -1.0), log=False),
-    ),
-    Fault(
-        "position-offset-k",
-        "positions of the keys are shifted against those of the queries",
-        ("k_rope",),
-        "rotate each key by its own position, once, before it enters the cache",
-        "",
-        "",
-        _shifted(q=False, k=True),
-        has_rope,
-        Number("offset", lambda _s: 0.0, (1.0, -1.0), log=False),
-    ),
-    Fault(
-        "position-decode-zero",
-        "the last token has position 0, as when every decoded token is taken for a prompt of its own",
-        BOTH,
-        "pass the number of cached tokens as the position of a decoded one",
-        "mlx-vlm#1983",
-        "two tokens or more",
-        plain(_last_at_zero),
-        has_rope,
-    ),
-    Fault(
-        "position-chunk-restart",
-        "positions start anew with every chunk of a long prompt",
-        BOTH,
-        "carry the position over from one chunk of prefill to the next",
-        "",
-        "a prompt longer than the chunk",
-        _anew,
-        has_rope,
-        Number("chunk", lambda _s: float("inf"), (512.0, 256.0, 128.0, 64.0, 1024.0, 2048.0), discrete=True),
-    ),
-    Fault(
-        "position-ignores-padding",
-        "positions count the padding on the left; the reference counts text tokens only",
-        BOTH,
-        "take positions from the running sum of the attention mask",
-        "unsloth#3699",
-        "a batch padded on the left",
-        plain(lambda s: with_tables(s, _at(s, torch.arange(positions_of(s).shape[-1])[None]))),
-        lambda s: has_rope(s) and not _is_plain_count(s),
-    ),
-    Fault(
-        "position-skips-padding",
-        "positions count text tokens only; the reference counts the padding on the left as well",
-        BOTH,
-        "number the tokens as the reference was run, or give both the same position_ids",
-        "transformers#18388",
-        "a batch padded on the left",
-        plain(lambda s: with_tables(s, _at(s, _counted(s)))),
-        lambda s: _is_padded(s) and _is_plain_count(s),
-    ),
+    position_offset,
+    position_offset_q,
+    position_offset_k,
+    position_decode_zero,
+    position_chunk_restart,
+    position_ignores_padding,
+    position_skips_padding,
 )

@@ -8,47 +8,29 @@ own (TF32, a cut instead of a rounding), it stays, and can be told to the last b
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from parity.faults.attend import has_attention, original, replaced
-from parity.faults.fault import Fault, Scope
-from parity.faults.mlp import gated, is_gated
-from parity.faults.norm_changes import ALL as NORMS
-from parity.faults.parts import (
-    ACTIVATION_NAMES,
-    activation_of,
-    as_written,
-    forward,
-    linears_of,
-    norms_of,
-    plain,
-    rounded,
-    stored_as,
-    together,
-    truncated,
-    wide,
-)
-from parity.faults.residual import cut_sums, is_sequential
-from parity.faults.tables import has_rope, original_rotation, with_rotation
-from parity.faults.weight_changes import has_linears
-from parity.faults.weights import LINEARS
+from parity.faults.fault import Change, Fault, Scope, fault
+from parity.faults.patches.attention import has_attention, original, replaced
+from parity.faults.patches.mlp import gated, is_gated
+from parity.faults.patches.modules import ACTIVATION_NAMES, activation_of, forward, linears_of, norms_of, together
+from parity.faults.patches.norm import NORMS
+from parity.faults.patches.numbers import as_written, rounded, stored_as, truncated, wide
+from parity.faults.patches.residual import is_sequential, summed
+from parity.faults.patches.rope import has_rope, original_rotation, with_rotation
+from parity.faults.patches.weight import LINEARS, has_linears
 
 _AT_ONCE = 16
-Change = AbstractContextManager[None]
 
 
-def _linears(compute: Callable[[Any, Tensor], Tensor]) -> Callable[[Scope], Change]:
-    """Every linear module computes `compute(module, x)`."""
-
-    def of(module: nn.Linear) -> Callable[[Tensor], Tensor]:
-        return lambda x: compute(module, x)
-
-    return lambda scope: together(*(forward(m, of(m)) for m in linears_of(scope).values()))
+def _linears(scope: Scope, compute: Callable[[Any, Tensor], Tensor]) -> Change:
+    """Every linear module computes `compute(module, x)`, x (…, i) to (…, o)."""
+    return together(*(forward(m, partial(compute, m)) for m in linears_of(scope).values()))
 
 
 def _sums_low(module: Any, x: Tensor) -> Tensor:
@@ -60,18 +42,17 @@ def _sums_low(module: Any, x: Tensor) -> Tensor:
     return total if module.bias is None else total + module.bias
 
 
-def _inputs(store: Callable[[Tensor], Tensor]) -> Callable[[Scope], Change]:
-    return _linears(lambda m, x: F.linear(store(x), store(m.weight), m.bias))
-
-
-def _throughout(dtype: torch.dtype) -> Callable[[Scope], Change]:
-    """Inputs, weights and outputs of linear modules in `dtype`."""
-
-    def compute(module: Any, x: Tensor) -> Tensor:
-        bias = None if module.bias is None else stored_as(module.bias, dtype)
-        return stored_as(F.linear(stored_as(x, dtype), stored_as(module.weight, dtype), bias), dtype)
-
-    return _linears(compute)
+@fault(
+    id="sums-low",
+    title="matrix products are summed in the dtype of the model; the reference sums in float32",
+    sites=LINEARS,
+    fix="accumulate in float32 and round once at the end",
+    needs="bfloat16 or float16",
+    applies=has_linears,
+    only_rounds=True,
+)
+def sums_low(scope: Scope) -> Change:
+    return _linears(scope, _sums_low)
 
 
 def _cut_linear(module: Any, x: Tensor) -> Tensor:
@@ -113,80 +94,102 @@ def _cut_product(act: Any, gate: Tensor, up: Tensor) -> Tensor:
     return truncated(act(gate).to(wide(up.dtype)) * up).to(up.dtype)
 
 
-def _cut_outputs(scope: Scope) -> Change:
+def _cut_sum(stream: Tensor, branch: Tensor, _read: Tensor) -> Tensor:
+    return truncated(stream.to(wide(stream.dtype)) + branch).to(stream.dtype)
+
+
+@fault(
+    id="outputs-truncated",
+    title="results are cut to bfloat16 by dropping their low bits; the reference rounds them to nearest",
+    sites=(*LINEARS, *NORMS, *ACTIVATION_NAMES, "q_rope", "k_rope", "context", "product", "resid_mid", ""),
+    fix="round to nearest even when storing bfloat16, do not shift the bits",
+    source="ROCm/aiter#5151",
+    applies=has_linears,
+)
+def outputs_truncated(scope: Scope) -> Change:
     act = activation_of(scope)
     changes = [_cut_after(m) for m in (*norms_of(scope).values(), *([act] if act is not None else []))]
-    changes.append(_linears(_cut_linear)(scope))
+    changes.append(_linears(scope, _cut_linear))
     for applies, change in (
         (has_rope, _cut_rope),
         (has_attention, _cut_attention),
-        (is_gated, gated(_cut_product)),
-        (is_sequential, cut_sums),
+        (is_gated, partial(gated, product=_cut_product)),
+        (is_sequential, partial(summed, attention=_cut_sum, mlp=_cut_sum)),
     ):
         if applies(scope):
             changes.append(change(scope))
     return together(*changes)
 
 
+def _inputs(scope: Scope, store: Callable[[Tensor], Tensor]) -> Change:
+    return _linears(scope, lambda m, x: F.linear(store(x), store(m.weight), m.bias))
+
+
+@fault(
+    id="products-tf32",
+    title="matrix products are computed in TF32: inputs and weights rounded to 11 bits",
+    sites=LINEARS,
+    fix="switch TF32 off (torch.backends.cuda.matmul.allow_tf32 = False) for float32 comparisons",
+    source="ROCm/pytorch#2844",
+    needs="float32",
+    applies=has_linears,
+)
+def products_tf32(scope: Scope) -> Change:
+    return _inputs(scope, lambda x: rounded(x, 11))
+
+
+@fault(
+    id="products-bf16-inputs",
+    title="matrix products take their inputs in bfloat16 and sum in float32",
+    sites=LINEARS,
+    fix="keep inputs in the dtype of the model",
+    needs="float32 or float16",
+    applies=has_linears,
+)
+def products_bf16_inputs(scope: Scope) -> Change:
+    return _inputs(scope, lambda x: stored_as(x, torch.bfloat16))
+
+
+def _throughout(scope: Scope, dtype: torch.dtype) -> Change:
+    """Inputs, weights and outputs of linear modules in `dtype`."""
+
+    def compute(module: Any, x: Tensor) -> Tensor:
+        bias = None if module.bias is None else stored_as(module.bias, dtype)
+        return stored_as(F.linear(stored_as(x, dtype), stored_as(module.weight, dtype), bias), dtype)
+
+    return _linears(scope, compute)
+
+
+@fault(
+    id="products-bf16",
+    title="matrix products take and return bfloat16 in a model of higher precision (autocast)",
+    sites=LINEARS,
+    fix="switch autocast off, or compare with a reference in bfloat16",
+    needs="float32 or float16",
+    applies=has_linears,
+)
+def products_bf16(scope: Scope) -> Change:
+    return _throughout(scope, torch.bfloat16)
+
+
+@fault(
+    id="products-fp16",
+    title="matrix products take and return float16 in a model of higher precision or range",
+    sites=LINEARS,
+    fix="keep matrix products in the dtype of the model",
+    source="transformers#36832",
+    needs="float32",
+    applies=has_linears,
+)
+def products_fp16(scope: Scope) -> Change:
+    return _throughout(scope, torch.float16)
+
+
 FAULTS: tuple[Fault, ...] = (
-    Fault(
-        "sums-low",
-        "matrix products are summed in the dtype of the model; the reference sums in float32",
-        LINEARS,
-        "accumulate in float32 and round once at the end",
-        "",
-        "bfloat16 or float16",
-        plain(_linears(_sums_low)),
-        has_linears,
-    ),
-    Fault(
-        "outputs-truncated",
-        "results are cut to bfloat16 by dropping their low bits; the reference rounds them to nearest",
-        (*LINEARS, *NORMS, *ACTIVATION_NAMES, "q_rope", "k_rope", "context", "product", "resid_mid", ""),
-        "round to nearest even when storing bfloat16, do not shift the bits",
-        "ROCm/aiter#5151",
-        "",
-        plain(_cut_outputs),
-        has_linears,
-    ),
-    Fault(
-        "products-tf32",
-        "matrix products are computed in TF32: inputs and weights rounded to 11 bits",
-        LINEARS,
-        "switch TF32 off (torch.backends.cuda.matmul.allow_tf32 = False) for float32 comparisons",
-        "ROCm/pytorch#2844",
-        "float32",
-        plain(_inputs(lambda x: rounded(x, 11))),
-        has_linears,
-    ),
-    Fault(
-        "products-bf16-inputs",
-        "matrix products take their inputs in bfloat16 and sum in float32",
-        LINEARS,
-        "keep inputs in the dtype of the model",
-        "",
-        "float32 or float16",
-        plain(_inputs(lambda x: stored_as(x, torch.bfloat16))),
-        has_linears,
-    ),
-    Fault(
-        "products-bf16",
-        "matrix products take and return bfloat16 in a model of higher precision (autocast)",
-        LINEARS,
-        "switch autocast off, or compare with a reference in bfloat16",
-        "",
-        "float32 or float16",
-        plain(_throughout(torch.bfloat16)),
-        has_linears,
-    ),
-    Fault(
-        "products-fp16",
-        "matrix products take and return float16 in a model of higher precision or range",
-        LINEARS,
-        "keep matrix products in the dtype of the model",
-        "transformers#36832",
-        "float32",
-        plain(_throughout(torch.float16)),
-        has_linears,
-    ),
+    sums_low,
+    outputs_truncated,
+    products_tf32,
+    products_bf16_inputs,
+    products_bf16,
+    products_fp16,
 )

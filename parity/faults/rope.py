@@ -2,290 +2,270 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from parity.faults.fault import Fault, Number, Scope
-from parity.faults.parts import head_dim_of, hidden_per_head, plain, stored_as
-from parity.faults.tables import (
+from parity.faults.fault import TWO_TOKENS, Change, Fault, Number, Scope, fault
+from parity.faults.patches.modules import head_dim_of, hidden_per_head
+from parity.faults.patches.rope import (
+    ROTATED,
     each_by,
     first_dims,
     frequencies,
     has_rope,
-    interleaved,
     is_plain,
     is_scaled,
-    not_turned,
+    original_rotation,
     pairs_halves,
     plain_frequencies,
     rotary_fraction,
     tables,
     theta_of,
+    with_rotation,
     with_tables,
 )
 
-BOTH = ("q_rope", "k_rope")
-TWO_TOKENS = "two tokens or more"
-Change = AbstractContextManager[None]
+
+@fault(
+    id="rope-interleaved",
+    title="RoPE rotates interleaved pairs (2i, 2i+1); the reference rotates halves (i, i + d/2)",
+    sites=ROTATED,
+    fix="pair x[i] with x[i + head_dim/2], or permute the rows of q_proj and k_proj when converting the checkpoint",
+    source="candle#3411",
+    needs=TWO_TOKENS,
+    applies=pairs_halves,
+)
+def rope_interleaved(scope: Scope) -> Change:
+    """Neighbours (2i, 2i+1) turn together."""
+    pairs = frequencies(scope)[0].numel()
+
+    def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = cos[..., :pairs], sin[..., :pairs]
+        even, odd = x[..., 0 : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2]
+        turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+        return torch.cat([turned.to(x.dtype), x[..., 2 * pairs :]], dim=-1)
+
+    def rotate(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1, **_: Any
+    ) -> tuple[Tensor, Tensor]:
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return turn(q, cos, sin), turn(k, cos, sin)
+
+    return with_rotation(scope, rotate)
 
 
-def _theta(scope: Scope, theta: float) -> Change:
+@fault(
+    id="rope-theta",
+    title="RoPE uses another theta than config.json",
+    sites=ROTATED,
+    fix="read rope_theta from config.json instead of a default",
+    source="vllm#9503",
+    needs=TWO_TOKENS,
+    applies=has_rope,
+    number=Number(name="theta", expected=theta_of, typical=(1e4, 5e5, 1e5, 1e6)),
+)
+def rope_theta(scope: Scope, theta: float) -> Change:
     return with_tables(scope, tables(scope, *frequencies(scope, rope_theta=theta)))
 
 
-def _unscaled(scope: Scope) -> Change:
+@fault(
+    id="rope-partial",
+    title="RoPE rotates only the first part of each head; the reference rotates all of it",
+    sites=ROTATED,
+    fix="rotate all head_dim numbers of a head",
+    source="MaxText 942563445",
+    needs=TWO_TOKENS,
+    applies=lambda s: is_plain(s) and rotary_fraction(s) == 1.0,
+    number=Number(name="fraction", expected=rotary_fraction, typical=(0.5, 0.25, 0.4, 0.75), discrete=True),
+)
+def rope_partial(scope: Scope, fraction: float) -> Change:
+    return first_dims(scope, fraction)
+
+
+@fault(
+    id="rope-partial-sliced",
+    title="RoPE rotates only the first part of each head, by the first of the whole head's angles",
+    sites=ROTATED,
+    fix="rotate all head_dim numbers of a head",
+    needs=TWO_TOKENS,
+    applies=lambda s: is_plain(s) and rotary_fraction(s) == 1.0,
+    number=Number(name="fraction", expected=rotary_fraction, typical=(0.5, 0.25, 0.4, 0.75), discrete=True),
+)
+def rope_partial_sliced(scope: Scope, fraction: float) -> Change:
+    return first_dims(scope, fraction, sliced=True)
+
+
+@fault(
+    id="rope-full",
+    title="RoPE rotates the whole head; the reference rotates only its first part",
+    sites=ROTATED,
+    fix="rotate partial_rotary_factor * head_dim numbers of each head and leave the rest as they are",
+    source="llama.cpp#12957",
+    needs=TWO_TOKENS,
+    applies=lambda s: is_plain(s) and rotary_fraction(s) < 1.0,
+)
+def rope_full(scope: Scope) -> Change:
+    return first_dims(scope, 1.0)
+
+
+@fault(
+    id="rope-scaling-ignored",
+    title="RoPE uses unscaled frequencies; the config asks for scaled ones (linear, llama3, YaRN, …)",
+    sites=ROTATED,
+    fix="apply rope_scaling of config.json to the frequencies",
+    source="mlx-vlm#1710",
+    needs="a prompt of some hundred tokens, for only slow frequencies differ",
+    applies=is_scaled,
+)
+def rope_scaling_ignored(scope: Scope) -> Change:
     return with_tables(scope, tables(scope, *frequencies(scope, rope_type="default")))
 
 
-def _stretched(scope: Scope, by: float) -> Change:
+@fault(
+    id="rope-stretched",
+    title="RoPE divides positions by a factor, as linear scaling would; the config asks for none",
+    sites=ROTATED,
+    fix="leave the positions undivided unless rope_scaling says `linear`",
+    needs=TWO_TOKENS,
+    applies=is_plain,
+    number=Number(name="factor", expected=lambda _s: 1.0, typical=(2.0, 4.0, 8.0, 32.0)),
+)
+def rope_stretched(scope: Scope, stretch: float) -> Change:
     angles, factor = frequencies(scope)
-    return with_tables(scope, tables(scope, angles / by, factor))
+    return with_tables(scope, tables(scope, angles / stretch, factor))
 
 
-def _gain(scope: Scope, factor: float) -> Change:
+@fault(
+    id="rope-attention-factor",
+    title="the RoPE tables carry another factor than the reference's (YaRN's attention_factor, mscale)",
+    sites=ROTATED,
+    fix="multiply cosines and sines by the attention factor that belongs to the scaling, once",
+    source="exllamav3#259",
+    applies=has_rope,
+    # 0.1 ln(s) + 1 for YaRN's usual s = 4, 8, 32, 40, and none at all.
+    number=Number(
+        name="factor", expected=lambda s: frequencies(s)[1], typical=(1.0, 1.13863, 1.20794, 1.34657, 1.36889)
+    ),
+)
+def rope_attention_factor(scope: Scope, factor: float) -> Change:
     return with_tables(scope, tables(scope, frequencies(scope)[0], factor))
 
 
-def _sin_sign(scope: Scope) -> Change:
+@fault(
+    id="rope-sin-sign",
+    title="RoPE rotates backwards: the sign of its sine is wrong",
+    sites=ROTATED,
+    fix="compute x * cos + rotate_half(x) * sin with rotate_half(x) = (-x2, x1)",
+    needs=TWO_TOKENS,
+    applies=has_rope,
+)
+def rope_sin_sign(scope: Scope) -> Change:
     cos, sin = scope.kwargs["position_embeddings"]
     return with_tables(scope, (cos, -sin))
 
 
-def _exchanged(scope: Scope) -> Change:
+@fault(
+    id="rope-sin-sign-k",
+    title="RoPE rotates the keys backwards",
+    sites=("k_rope",),
+    fix="turn queries and keys the same way",
+    needs=TWO_TOKENS,
+    applies=has_rope,
+)
+def rope_sin_sign_k(scope: Scope) -> Change:
+    cos, sin = scope.kwargs["position_embeddings"]
+    return each_by(scope, q=None, k=(cos, -sin))
+
+
+@fault(
+    id="rope-sin-cos-exchanged",
+    title="RoPE's sine and cosine change places",
+    sites=ROTATED,
+    fix="check the order in which the tables are handed over: cosine first",
+    applies=has_rope,
+)
+def rope_sin_cos_exchanged(scope: Scope) -> Change:
     cos, sin = scope.kwargs["position_embeddings"]
     return with_tables(scope, (sin, cos))
 
 
-def _other_head_dim(scope: Scope) -> Change:
+def _not_turned(scope: Scope, q: bool, k: bool) -> Change:
+    """Queries or keys stay as they are."""
+    original = original_rotation(scope)
+
+    def rotate(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        turned = original(query, key, *args, **kwargs)
+        return query.clone() if q else turned[0], key.clone() if k else turned[1]
+
+    return with_rotation(scope, rotate)
+
+
+@fault(
+    id="rope-skipped",
+    title="no RoPE on queries and keys",
+    sites=ROTATED,
+    fix="rotate queries and keys after their projection (and QK-norm, if there is one)",
+    needs=TWO_TOKENS,
+    applies=has_rope,
+)
+def rope_skipped(scope: Scope) -> Change:
+    return _not_turned(scope, q=True, k=True)
+
+
+@fault(
+    id="rope-skipped-q",
+    title="no RoPE on the queries",
+    sites=("q_rope",),
+    fix="rotate the queries as well as the keys",
+    needs=TWO_TOKENS,
+    applies=has_rope,
+)
+def rope_skipped_q(scope: Scope) -> Change:
+    return _not_turned(scope, q=True, k=False)
+
+
+@fault(
+    id="rope-skipped-k",
+    title="no RoPE on the keys",
+    sites=("k_rope",),
+    fix="rotate the keys before they enter the cache",
+    needs=TWO_TOKENS,
+    applies=has_rope,
+)
+def rope_skipped_k(scope: Scope) -> Change:
+    return _not_turned(scope, q=False, k=True)
+
+
+@fault(
+    id="rope-head-dim",
+    title="RoPE's frequencies are those of a head of hidden / heads numbers; head_dim is another number",
+    sites=ROTATED,
+    fix="divide the exponents by head_dim of config.json, not by hidden_size / num_attention_heads",
+    source="marin#2098",
+    needs=TWO_TOKENS,
+    applies=lambda s: is_plain(s) and rotary_fraction(s) == 1.0 and head_dim_of(s) != hidden_per_head(s),
+)
+def rope_head_dim(scope: Scope) -> Change:
     angles = plain_frequencies(theta_of(scope), hidden_per_head(scope), frequencies(scope)[0].numel())
     return with_tables(scope, tables(scope, angles, 1.0))
 
 
-def _phases_in(dtype: torch.dtype) -> Callable[[Scope], Change]:
-    return lambda scope: with_tables(scope, tables(scope, *frequencies(scope), store=lambda x: stored_as(x, dtype)))
-
-
-def _angles_in(dtype: torch.dtype) -> Callable[[Scope], Change]:
-    def change(scope: Scope) -> Change:
-        angles, factor = frequencies(scope)
-        return with_tables(scope, tables(scope, stored_as(angles, dtype), factor))
-
-    return change
-
-
-def _tables_in(dtype: torch.dtype) -> Callable[[Scope], Change]:
-    def change(scope: Scope) -> Change:
-        cos, sin = tables(scope, *frequencies(scope))
-        return with_tables(scope, (stored_as(cos, dtype), stored_as(sin, dtype)))
-
-    return change
-
-
-def _backwards_on(q: bool, k: bool) -> Callable[[Scope], Change]:
-    def change(scope: Scope) -> Change:
-        cos, sin = scope.kwargs["position_embeddings"]
-        return each_by(scope, (cos, -sin) if q else None, (cos, -sin) if k else None)
-
-    return change
-
-
 FAULTS: tuple[Fault, ...] = (
-    Fault(
-        "rope-interleaved",
-        "RoPE rotates interleaved pairs (2i, 2i+1); the reference rotates halves (i, i + d/2)",
-        BOTH,
-        "pair x[i] with x[i + head_dim/2], or permute the rows of q_proj and k_proj when converting the checkpoint",
-        "candle#3411",
-        TWO_TOKENS,
-        plain(interleaved),
-        pairs_halves,
-    ),
-    Fault(
-        "rope-theta",
-        "RoPE uses another theta than config.json",
-        BOTH,
-        "read rope_theta from config.json instead of a default",
-        "vllm#9503",
-        TWO_TOKENS,
-        _theta,
-        has_rope,
-        Number("theta", theta_of, (1e4, 5e5, 1e5, 1e6)),
-    ),
-    Fault(
-        "rope-partial",
-        "RoPE rotates only the first part of each head; the reference rotates all of it",
-        BOTH,
-        "rotate all head_dim numbers of a head",
-        "MaxText 942563445",
-        TWO_TOKENS,
-        first_dims,
-        lambda s: is_plain(s) and rotary_fraction(s) == 1.0,
-        Number("fraction", rotary_fraction, (0.5, 0.25, 0.4, 0.75), discrete=True),
-    ),
-    Fault(
-        "rope-partial-sliced",
-        "RoPE rotates only the first part of each head, by the first of the whole head's angles",
-        BOTH,
-        "rotate all head_dim numbers of a head",
-        "",
-        TWO_TOKENS,
-        lambda scope, fraction: first_dims(scope, fraction, sliced=True),
-        lambda s: is_plain(s) and rotary_fraction(s) == 1.0,
-        Number("fraction", rotary_fraction, (0.5, 0.25, 0.4, 0.75), discrete=True),
-    ),
-    Fault(
-        "rope-full",
-        "RoPE rotates the whole head; the reference rotates only its first part",
-        BOTH,
-        "rotate partial_rotary_factor * head_dim numbers of each head and leave the rest as they are",
-        "llama.cpp#12957",
-        TWO_TOKENS,
-        plain(lambda s: first_dims(s, 1.0)),
-        lambda s: is_plain(s) and rotary_fraction(s) < 1.0,
-    ),
-    Fault(
-        "rope-scaling-ignored",
-        "RoPE uses unscaled frequencies; the config asks for scaled ones (linear, llama3, YaRN, …)",
-        BOTH,
-        "apply rope_scaling of config.json to the frequencies",
-        "mlx-vlm#1710",
-        "a prompt of some hundred tokens, for only slow frequencies differ",
-        plain(_unscaled),
-        is_scaled,
-    ),
-    Fault(
-        "rope-stretched",
-        "RoPE divides positions by a factor, as linear scaling would; the config asks for none",
-        BOTH,
-        "leave the positions undivided unless rope_scaling says `linear`",
-        "",
-        TWO_TOKENS,
-        _stretched,
-        is_plain,
-        Number("factor", lambda _s: 1.0, (2.0, 4.0, 8.0, 32.0)),
-    ),
-    Fault(
-        "rope-attention-factor",
-        "the RoPE tables carry another factor than the reference's (YaRN's attention_factor, mscale)",
-        BOTH,
-        "multiply cosines and sines by the attention factor that belongs to the scaling, once",
-        "exllamav3#259",
-        "",
-        _gain,
-        has_rope,
-        # 0.1 ln(s) + 1 for YaRN's usual s = 4, 8, 32, 40, and none at all.
-        Number("factor", lambda s: frequencies(s)[1], (1.0, 1.13863, 1.20794, 1.34657, 1.36889)),
-    ),
-    Fault(
-        "rope-sin-sign",
-        "RoPE rotates backwards: the sign of its sine is wrong",
-        BOTH,
-        "compute x * cos + rotate_half(x) * sin with rotate_half(x) = (-x2, x1)",
-        "",
-        TWO_TOKENS,
-        plain(_sin_sign),
-        has_rope,
-    ),
-    Fault(
-        "rope-sin-sign-k",
-        "RoPE rotates the keys backwards",
-        ("k_rope",),
-        "turn queries and keys the same way",
-        "",
-        TWO_TOKENS,
-        plain(_backwards_on(q=False, k=True)),
-        has_rope,
-    ),
-    Fault(
-        "rope-sin-cos-exchanged",
-        "RoPE's sine and cosine change places",
-        BOTH,
-        "check the order in which the tables are handed over: cosine first",
-        "",
-        "",
-        plain(_exchanged),
-        has_rope,
-    ),
-    Fault(
-        "rope-skipped",
-        "no RoPE on queries and keys",
-        BOTH,
-        "rotate queries and keys after their projection (and QK-norm, if there is one)",
-        "",
-        TWO_TOKENS,
-        plain(not_turned(q=True, k=True)),
-        has_rope,
-    ),
-    Fault(
-        "rope-skipped-q",
-        "no RoPE on the queries",
-        ("q_rope",),
-        "rotate the queries as well as the keys",
-        "",
-        TWO_TOKENS,
-        plain(not_turned(q=True, k=False)),
-        has_rope,
-    ),
-    Fault(
-        "rope-skipped-k",
-        "no RoPE on the keys",
-        ("k_rope",),
-        "rotate the keys before they enter the cache",
-        "",
-        TWO_TOKENS,
-        plain(not_turned(q=False, k=True)),
-        has_rope,
-    ),
-    Fault(
-        "rope-head-dim",
-        "RoPE's frequencies are those of a head of hidden / heads numbers; head_dim is another number",
-        BOTH,
-        "divide the exponents by head_dim of config.json, not by hidden_size / num_attention_heads",
-        "marin#2098",
-        TWO_TOKENS,
-        plain(_other_head_dim),
-        lambda s: is_plain(s) and rotary_fraction(s) == 1.0 and head_dim_of(s) != hidden_per_head(s),
-    ),
-    Fault(
-        "rope-phase-bf16",
-        "RoPE's angles are computed in bfloat16; the reference computes them in float32",
-        BOTH,
-        "compute positions times frequencies, cosine and sine in float32 and cast only the tables",
-        "candle#3005",
-        "some dozens of tokens",
-        plain(_phases_in(torch.bfloat16)),
-        has_rope,
-    ),
-    Fault(
-        "rope-phase-fp16",
-        "RoPE's angles are computed in float16; the reference computes them in float32",
-        BOTH,
-        "compute positions times frequencies, cosine and sine in float32 and cast only the tables",
-        "",
-        "some hundred tokens, or float32",
-        plain(_phases_in(torch.float16)),
-        has_rope,
-    ),
-    Fault(
-        "rope-inv-freq-bf16",
-        "RoPE's frequencies are rounded to bfloat16, as model.to(bfloat16) does to a buffer",
-        BOTH,
-        "keep inv_freq in float32 when the model is cast",
-        "transformers#25681",
-        "some hundred tokens, or float32",
-        plain(_angles_in(torch.bfloat16)),
-        has_rope,
-    ),
-    Fault(
-        "rope-tables-bf16",
-        "RoPE's cosines and sines are rounded to bfloat16 in a model of higher precision",
-        BOTH,
-        "keep the tables in the dtype of the model",
-        "",
-        "float32, or a reference that keeps its tables there",
-        plain(_tables_in(torch.bfloat16)),
-        has_rope,
-    ),
+    rope_interleaved,
+    rope_theta,
+    rope_partial,
+    rope_partial_sliced,
+    rope_full,
+    rope_scaling_ignored,
+    rope_stretched,
+    rope_attention_factor,
+    rope_sin_sign,
+    rope_sin_sign_k,
+    rope_sin_cos_exchanged,
+    rope_skipped,
+    rope_skipped_q,
+    rope_skipped_k,
+    rope_head_dim,
 )

@@ -2,261 +2,233 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
-from parity.faults.fault import Fault, Number
-from parity.faults.parts import HEAD_SITES, linears_of, plain, stored_as, truncated
-from parity.faults.weight_changes import (
-    as_float16,
-    biases,
-    bytes_swapped,
-    column_major,
+import torch
+from torch import Tensor, nn
+
+from parity.faults.fault import Change, Fault, Number, Scope, fault
+from parity.faults.patches.modules import forward, linears_of, together
+from parity.faults.patches.weight import (
+    LAYER,
+    LINEARS,
+    QK_PROJECTIONS,
     each,
+    exchangeable,
     exchanged,
-    fits_blocks,
-    fp8,
     from_layer,
-    gain_of,
-    has_bias,
     has_layer,
     has_linears,
     has_pairs,
-    in_blocks,
-    int8_rows,
-    is_finer_than,
-    own_heads,
-    query_heads,
-    row_major,
+    heads_by_projection,
     rows_permuted,
     splits_by_query_heads,
 )
 
-QKV = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value")
-MLP = ("gate_proj", "up_proj", "gate_up_proj", "down_proj", "dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2")
-LAYER = (*QKV, "o_proj", "dense", *MLP)
-LINEARS = (*LAYER, *HEAD_SITES)
-QK = ("q_proj", "k_proj")
 
-_KV, _GATE_UP, _Q_AND_K = exchanged("k_proj", "v_proj"), exchanged("gate_proj", "up_proj"), exchanged(*QK)
+def _column_major(w: Tensor) -> Tensor:
+    """The numbers in memory taken column by column: the transpose, where the weight is square."""
+    return w.reshape(w.shape[::-1]).t().contiguous()
 
-_ORDER = (
-    Fault(
-        "weight-transposed",
-        "the weight is read column by column: its transpose, where it is square",
-        LINEARS,
-        "a torch weight is stored as (out, in), row by row; a Conv1D of GPT-2 as (in, out)",
-        "candle#321",
-        "",
-        plain(each(column_major)),
-        has_linears,
-    ),
-    Fault(
-        "weight-stored-transposed",
-        "the weight was stored column by column and is read row by row: its transpose, where it is square",
-        LINEARS,
-        "store torch weights as (out, in), contiguous; a transposed view must be copied first",
-        "transformers#40609",
-        "",
-        plain(each(row_major)),
-        lambda s: any(m.weight.shape[0] != m.weight.shape[1] for m in linears_of(s).values()),
-    ),
-    Fault(
-        "weight-rows-for-interleaved",
-        "the rows of q_proj and k_proj are permuted for a RoPE of interleaved pairs",
-        QK,
-        "leave the rows as they are for a RoPE of halves, or change the RoPE with them",
-        "llama.cpp#2376",
-        "",
-        plain(rows_permuted(own_heads, into_pairs=True, names=QK)),
-        has_pairs,
-    ),
-    Fault(
-        "weight-rows-for-halves",
-        "the rows of q_proj and k_proj are permuted as if they came from interleaved pairs",
-        QK,
-        "permute the rows of checkpoints for interleaved RoPE only, and only once",
-        "",
-        "",
-        plain(rows_permuted(own_heads, into_pairs=False, names=QK)),
-        has_pairs,
-    ),
-    Fault(
-        "weight-k-rows-by-query-heads",
-        "the rows of k_proj are permuted as if it had as many heads as q_proj",
-        ("k_proj",),
-        "permute k_proj by the number of key/value heads",
-        "llama.cpp#3364",
-        "",
-        plain(rows_permuted(query_heads, into_pairs=True, names=("k_proj",))),
-        splits_by_query_heads,
-    ),
+
+@fault(
+    id="weight-transposed",
+    title="the weight is read column by column: its transpose, where it is square",
+    sites=LINEARS,
+    fix="a torch weight is stored as (out, in), row by row; a Conv1D of GPT-2 as (in, out)",
+    source="candle#321",
+    applies=has_linears,
 )
+def weight_transposed(scope: Scope) -> Change:
+    return each(scope, _column_major)
 
-_PLACE = (
-    Fault(
-        "weight-kv-exchanged",
-        "k_proj and v_proj have each other's weights",
-        ("k_proj", "v_proj"),
-        "check the order in a fused projection: q, k, v",
-        "tt-mlir#8958",
-        "",
-        plain(_KV[0]),
-        _KV[1],
-    ),
-    Fault(
-        "weight-qk-exchanged",
-        "q_proj and k_proj have each other's weights",
-        QK,
-        "check the order in a fused projection: q, k, v",
-        "",
-        "",
-        plain(_Q_AND_K[0]),
-        _Q_AND_K[1],
-    ),
-    Fault(
-        "weight-gate-up-exchanged",
-        "gate_proj and up_proj have each other's weights",
-        ("gate_proj", "up_proj"),
-        "check the order in a fused projection: gate, up; w1 is gate and w3 is up in Meta's names",
-        "",
-        "",
-        plain(_GATE_UP[0]),
-        _GATE_UP[1],
-    ),
-    Fault(
-        "weight-next-layer",
-        "the weight is that of the next layer",
-        LAYER,
-        "check how the checkpoint's layers are numbered",
-        "TorchSpec#89",
-        "",
-        plain(from_layer(1)),
-        has_layer(1),
-    ),
-    Fault(
-        "weight-previous-layer",
-        "the weight is that of the layer before",
-        LAYER,
-        "check how the checkpoint's layers are numbered",
-        "TorchSpec#89",
-        "",
-        plain(from_layer(-1)),
-        has_layer(-1),
-    ),
-    Fault(
-        "weight-zero",
-        "the weight is zero: it was never loaded",
-        LINEARS,
-        "fail when a tensor of the checkpoint is left over, or one of the model stays without numbers",
-        "raven#81",
-        "",
-        plain(each(torch.zeros_like)),
-        has_linears,
-    ),
-    Fault(
-        "bias-missing",
-        "the bias is not added",
-        LINEARS,
-        "load and add the bias (attention_bias, Qwen2's q, k and v)",
-        "ANEForge#253",
-        "",
-        plain(biases(lambda m, x: torch.nn.functional.linear(x, m.weight))),
-        has_bias,
-    ),
-    Fault(
-        "bias-twice",
-        "the bias is added twice",
-        LINEARS,
-        "add the bias in the product or after it",
-        "",
-        "",
-        plain(biases(lambda m, x: torch.nn.functional.linear(x, m.weight, m.bias) + m.bias)),
-        has_bias,
-    ),
+
+def _row_major(w: Tensor) -> Tensor:
+    """The numbers of the transpose in the shape of the weight."""
+    return w.t().reshape(w.shape)
+
+
+@fault(
+    id="weight-stored-transposed",
+    title="the weight was stored column by column and is read row by row: its transpose, where it is square",
+    sites=LINEARS,
+    fix="store torch weights as (out, in), contiguous; a transposed view must be copied first",
+    source="transformers#40609",
+    applies=lambda s: any(m.weight.shape[0] != m.weight.shape[1] for m in linears_of(s).values()),
 )
+def weight_stored_transposed(scope: Scope) -> Change:
+    return each(scope, _row_major)
 
-_NUMBERS = (
-    Fault(
-        "weight-gain",
-        "the projection carries another factor",
-        LINEARS,
-        "check scales that are multiplied into the weight or its output",
-        "",
-        "",
-        gain_of,
-        has_linears,
-        Number("factor", lambda _s: 1.0, (2.0, 0.5)),
-    ),
-    Fault(
-        "weight-read-as-fp16",
-        "the bits of a bfloat16 weight are read as float16",
-        LINEARS,
-        "mind the dtype in the header of the file: both have two bytes",
-        "llama.cpp#1473",
-        "",
-        plain(each(as_float16)),
-        has_linears,
-    ),
-    Fault(
-        "weight-bytes-swapped",
-        "the bytes of the weight are in the wrong order",
-        LINEARS,
-        "read the file as little-endian",
-        "safetensors#307",
-        "",
-        plain(each(bytes_swapped)),
-        has_linears,
-    ),
-    Fault(
-        "weight-truncated-bf16",
-        "the float32 weight is cut to bfloat16 by dropping its low bits",
-        LINEARS,
-        "round to nearest even when converting",
-        "",
-        "a float32 checkpoint",
-        plain(each(truncated)),
-        is_finer_than(torch.bfloat16),
-    ),
-    Fault(
-        "weight-rounded-bf16",
-        "the float32 weight is rounded to bfloat16",
-        LINEARS,
-        "keep the weight in the dtype of the checkpoint, or run the reference in bfloat16 as well",
-        "",
-        "a float32 checkpoint",
-        plain(each(lambda w: stored_as(w, torch.bfloat16))),
-        is_finer_than(torch.bfloat16),
-    ),
-    Fault(
-        "weight-int8",
-        "the weight is in 8-bit integers, one step for each row",
-        LINEARS,
-        "load the weight unquantized, or compare with a reference that is quantized as well",
-        "",
-        "",
-        plain(each(int8_rows)),
-        has_linears,
-    ),
-    Fault(
-        "weight-fp8",
-        "the weight is in float8 (e4m3), one step for each row",
-        LINEARS,
-        "load the weight unquantized, or compare with a reference that is quantized as well",
-        "",
-        "",
-        plain(each(fp8)),
-        has_linears,
-    ),
-    Fault(
-        "weight-8bit-blocks",
-        "the weight is in 8-bit integers by blocks of 32, as GGUF's Q8_0",
-        LINEARS,
-        "load the weight unquantized, or compare with a reference that is quantized as well",
-        "",
-        "",
-        plain(each(in_blocks(127))),
-        fits_blocks,
-    ),
+
+@fault(
+    id="weight-rows-for-interleaved",
+    title="the rows of q_proj and k_proj are permuted for a RoPE of interleaved pairs",
+    sites=QK_PROJECTIONS,
+    fix="leave the rows as they are for a RoPE of halves, or change the RoPE with them",
+    source="llama.cpp#2376",
+    applies=has_pairs,
 )
+def weight_rows_for_interleaved(scope: Scope) -> Change:
+    return rows_permuted(scope, heads_by_projection(scope), into_pairs=True)
 
-FAULTS: tuple[Fault, ...] = (*_ORDER, *_PLACE, *_NUMBERS)
+
+@fault(
+    id="weight-rows-for-halves",
+    title="the rows of q_proj and k_proj are permuted as if they came from interleaved pairs",
+    sites=QK_PROJECTIONS,
+    fix="permute the rows of checkpoints for interleaved RoPE only, and only once",
+    applies=has_pairs,
+)
+def weight_rows_for_halves(scope: Scope) -> Change:
+    return rows_permuted(scope, heads_by_projection(scope), into_pairs=False)
+
+
+@fault(
+    id="weight-k-rows-by-query-heads",
+    title="the rows of k_proj are permuted as if it had as many heads as q_proj",
+    sites=("k_proj",),
+    fix="permute k_proj by the number of key/value heads",
+    source="llama.cpp#3364",
+    applies=splits_by_query_heads,
+)
+def weight_k_rows_by_query_heads(scope: Scope) -> Change:
+    return rows_permuted(scope, {"k_proj": int(scope.config.num_attention_heads)}, into_pairs=True)
+
+
+@fault(
+    id="weight-kv-exchanged",
+    title="k_proj and v_proj have each other's weights",
+    sites=("k_proj", "v_proj"),
+    fix="check the order in a fused projection: q, k, v",
+    source="tt-mlir#8958",
+    applies=exchangeable("k_proj", "v_proj"),
+)
+def weight_kv_exchanged(scope: Scope) -> Change:
+    return exchanged(scope, "k_proj", "v_proj")
+
+
+@fault(
+    id="weight-qk-exchanged",
+    title="q_proj and k_proj have each other's weights",
+    sites=QK_PROJECTIONS,
+    fix="check the order in a fused projection: q, k, v",
+    applies=exchangeable(*QK_PROJECTIONS),
+)
+def weight_qk_exchanged(scope: Scope) -> Change:
+    return exchanged(scope, *QK_PROJECTIONS)
+
+
+@fault(
+    id="weight-gate-up-exchanged",
+    title="gate_proj and up_proj have each other's weights",
+    sites=("gate_proj", "up_proj"),
+    fix="check the order in a fused projection: gate, up; w1 is gate and w3 is up in Meta's names",
+    applies=exchangeable("gate_proj", "up_proj"),
+)
+def weight_gate_up_exchanged(scope: Scope) -> Change:
+    return exchanged(scope, "gate_proj", "up_proj")
+
+
+@fault(
+    id="weight-next-layer",
+    title="the weight is that of the next layer",
+    sites=LAYER,
+    fix="check how the checkpoint's layers are numbered",
+    source="TorchSpec#89",
+    applies=has_layer(1),
+)
+def weight_next_layer(scope: Scope) -> Change:
+    return from_layer(scope, 1)
+
+
+@fault(
+    id="weight-previous-layer",
+    title="the weight is that of the layer before",
+    sites=LAYER,
+    fix="check how the checkpoint's layers are numbered",
+    source="TorchSpec#89",
+    applies=has_layer(-1),
+)
+def weight_previous_layer(scope: Scope) -> Change:
+    return from_layer(scope, -1)
+
+
+@fault(
+    id="weight-zero",
+    title="the weight is zero: it was never loaded",
+    sites=LINEARS,
+    fix="fail when a tensor of the checkpoint is left over, or one of the model stays without numbers",
+    source="raven#81",
+    applies=has_linears,
+)
+def weight_zero(scope: Scope) -> Change:
+    return each(scope, torch.zeros_like)
+
+
+def _biases(scope: Scope, compute: Callable[[Any, Tensor], Tensor]) -> Change:
+    """Linear modules with a bias compute `compute(module, x)`, x (…, i) to (…, o)."""
+    return together(*(forward(m, partial(compute, m)) for m in linears_of(scope).values() if m.bias is not None))
+
+
+def _has_bias(scope: Scope) -> bool:
+    """Whether any linear module has a bias."""
+    return any(m.bias is not None for m in linears_of(scope).values())
+
+
+@fault(
+    id="bias-missing",
+    title="the bias is not added",
+    sites=LINEARS,
+    fix="load and add the bias (attention_bias, Qwen2's q, k and v)",
+    source="ANEForge#253",
+    applies=_has_bias,
+)
+def bias_missing(scope: Scope) -> Change:
+    return _biases(scope, lambda m, x: torch.nn.functional.linear(x, m.weight))
+
+
+@fault(
+    id="bias-twice",
+    title="the bias is added twice",
+    sites=LINEARS,
+    fix="add the bias in the product or after it",
+    applies=_has_bias,
+)
+def bias_twice(scope: Scope) -> Change:
+    return _biases(scope, lambda m, x: torch.nn.functional.linear(x, m.weight, m.bias) + m.bias)
+
+
+@fault(
+    id="weight-gain",
+    title="the projection carries another factor",
+    sites=LINEARS,
+    fix="check scales that are multiplied into the weight or its output",
+    applies=has_linears,
+    number=Number(name="factor", expected=lambda _s: 1.0, typical=(2.0, 0.5)),
+)
+def weight_gain(scope: Scope, gain: float) -> Change:
+    def of(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+        before = module.forward
+        return lambda x: before(x) * gain
+
+    return together(*(forward(m, of(m)) for m in linears_of(scope).values()))
+
+
+FAULTS: tuple[Fault, ...] = (
+    weight_transposed,
+    weight_stored_transposed,
+    weight_rows_for_interleaved,
+    weight_rows_for_halves,
+    weight_k_rows_by_query_heads,
+    weight_kv_exchanged,
+    weight_qk_exchanged,
+    weight_gate_up_exchanged,
+    weight_next_layer,
+    weight_previous_layer,
+    weight_zero,
+    bias_missing,
+    bias_twice,
+    weight_gain,
+)

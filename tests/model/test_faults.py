@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from parity.errors import UsageError
 from parity.faults import CATALOGUE, Fault, Scope, by_id, load_user_faults, shows_at
 from parity.faults.fault import attribute, source_of
-from parity.faults.parts import rounded
+from parity.faults.patches.numbers import rounded
 from parity.reference.checkpoint import find
 from parity.reference.pieces import Piece, PiecewiseModel
 from tests import checkpoints
@@ -348,7 +348,7 @@ def test_ends_of_names_are_whole_words() -> None:
 _MINE = """
 from contextlib import nullcontext
 from parity.faults import Fault
-FAULTS = (Fault({id!r}, "title", ("act_fn",), "fix", "", "", lambda scope, number: nullcontext()),)
+FAULTS = (Fault(id={id!r}, title="title", sites=("act_fn",), fix="fix", patch=lambda scope, number: nullcontext()),)
 NOTHING = 3
 MIXED = (*FAULTS, NOTHING)
 """

@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from parity.faults.fault import Scope, attribute, source_of
-from parity.faults.parts import as_written, attention_of, entry, head_dim_of, wide
+from parity.faults.fault import Change, Scope, attribute, source_of
+from parity.faults.patches.modules import attention_of, entry, head_dim_of
+from parity.faults.patches.numbers import as_written, wide
 
+# Where queries and keys have been rotated.
+ROTATED = ("q_rope", "k_rope")
 Tables = tuple[Tensor, Tensor]
 
 
@@ -59,7 +61,7 @@ def _rotary_module(scope: Scope) -> Any:
 
 
 def frequencies(scope: Scope, **changes: Any) -> tuple[Tensor, float]:
-    """The reference's angles per position, and its factor on the tables, with RoPE parameters changed."""
+    """The reference's angles per position (pairs), and its factor on the tables, with RoPE parameters changed."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     config, kind = copy.copy(scope.config), _layer_type(scope)
@@ -75,7 +77,7 @@ def frequencies(scope: Scope, **changes: Any) -> tuple[Tensor, float]:
 
 
 def plain_frequencies(theta: float, size: int, count: int | None = None) -> Tensor:
-    """theta ** (-2i / size) for the first `count` pairs, by default size / 2 of them."""
+    """theta ** (-2i / size) for the first `count` pairs i, by default size / 2 of them: (count)."""
     with as_written():
         exponents = torch.arange(0, 2 * (count or size // 2), 2, dtype=torch.float32) / size
         return 1.0 / theta**exponents
@@ -95,9 +97,10 @@ def tables(
     positions: Tensor | None = None,
     store: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tables:
-    """Cosines and sines in the layout and dtype of the reference's.
+    """Cosines and sines (b or 1, t, r), where r numbers of a head turn, in the layout and dtype of the reference's.
 
-    `angles` per position, one for each pair; `store` says how positions, angles and phases are kept.
+    `angles` (pairs) per position; `positions` (b or 1, t), by default the reference's; `store` says how positions,
+    angles and phases are kept.
     """
     cos: Tensor = scope.kwargs["position_embeddings"][0]
     dtype = wide(cos.dtype)
@@ -111,8 +114,8 @@ def tables(
 # -- changing ------------------------------------------------------------------------------------------------
 
 
-def with_tables(scope: Scope, new: Tables) -> AbstractContextManager[None]:
-    """Queries and keys turn by other tables."""
+def with_tables(scope: Scope, new: Tables) -> Change:
+    """Queries and keys turn by other tables, each (b or 1, t, r)."""
     return entry(scope.kwargs, "position_embeddings", new)
 
 
@@ -122,13 +125,13 @@ def original_rotation(scope: Scope) -> Callable[..., tuple[Tensor, Tensor]]:
     return found
 
 
-def with_rotation(scope: Scope, new: Callable[..., tuple[Tensor, Tensor]]) -> AbstractContextManager[None]:
-    """Queries and keys turn by another function (q, k, cos, sin, …) -> (q, k)."""
+def with_rotation(scope: Scope, new: Callable[..., tuple[Tensor, Tensor]]) -> Change:
+    """Queries (b, h, t, d) and keys (b, g, t, d) turn by another function (q, k, cos, sin, …) -> (q, k)."""
     return attribute(source_of(attention_of(scope)), "apply_rotary_pos_emb", new)
 
 
-def each_by(scope: Scope, q: Tables | None, k: Tables | None) -> AbstractContextManager[None]:
-    """Queries and keys turn by tables of their own; None means the reference's."""
+def each_by(scope: Scope, q: Tables | None, k: Tables | None) -> Change:
+    """Queries and keys turn by tables of their own, each (b or 1, t, r); None means the reference's."""
     original = original_rotation(scope)
 
     def rotate(
@@ -160,26 +163,7 @@ def rotary_fraction(scope: Scope) -> float:
 # -- rotating otherwise ----------------------------------------------------------------------------------------
 
 
-def interleaved(scope: Scope) -> AbstractContextManager[None]:
-    """Neighbours (2i, 2i+1) turn together."""
-    pairs = frequencies(scope)[0].numel()
-
-    def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        cos, sin = cos[..., :pairs], sin[..., :pairs]
-        even, odd = x[..., 0 : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2]
-        turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
-        return torch.cat([turned.to(x.dtype), x[..., 2 * pairs :]], dim=-1)
-
-    def rotate(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1, **_: Any
-    ) -> tuple[Tensor, Tensor]:
-        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-        return turn(q, cos, sin), turn(k, cos, sin)
-
-    return with_rotation(scope, rotate)
-
-
-def first_dims(scope: Scope, fraction: float, sliced: bool = False) -> AbstractContextManager[None]:
+def first_dims(scope: Scope, fraction: float, sliced: bool = False) -> Change:
     """Only the first `fraction` of each head turns, by the angles of a head of that size.
 
     If `sliced`, by the first of the whole head's angles instead.
@@ -194,18 +178,3 @@ def first_dims(scope: Scope, fraction: float, sliced: bool = False) -> AbstractC
         return torch.cat([turned[0], q[..., size:]], -1), torch.cat([turned[1], k[..., size:]], -1)
 
     return with_rotation(scope, rotate)
-
-
-def not_turned(q: bool, k: bool) -> Callable[[Scope], AbstractContextManager[None]]:
-    """Queries or keys stay as they are."""
-
-    def change(scope: Scope) -> AbstractContextManager[None]:
-        original = original_rotation(scope)
-
-        def rotate(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            turned = original(query, key, *args, **kwargs)
-            return query.clone() if q else turned[0], key.clone() if k else turned[1]
-
-        return with_rotation(scope, rotate)
-
-    return change

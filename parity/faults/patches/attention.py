@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,10 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from parity.faults.fault import Scope, attribute, source_of
-from parity.faults.parts import attention_of, head_dim_of
+from parity.faults.fault import Change, Scope, attribute, source_of
+from parity.faults.patches.modules import attention_of, head_dim_of
 
-Change = AbstractContextManager[None]
+# Where a change inside attention first shows.
+INSIDE = ("scores", "context")
+
+
 QKV = tuple[Tensor, Tensor, Tensor]
 # (visible (b, 1, t, s), query number (t, 1), key number (s)) -> visible
 Rule = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -73,7 +75,7 @@ def has_sinks(scope: Scope) -> bool:
 
 
 def reading(scope: Scope, edit: Callable[[Tensor, Tensor, Tensor], QKV]) -> Change:
-    """Attention on `edit(query, key, value)`: (b, h, t, d) and twice (b, g, s, d)."""
+    """Attention on `edit(query, key, value)`, which takes and gives (b, h, t, d) and twice (b, g, s, d)."""
     attend = original(scope)
 
     def new(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
@@ -93,28 +95,42 @@ def with_options(scope: Scope, **options: Any) -> Change:
 
 
 def seeing(scope: Scope, rule: Rule) -> Change:
-    """Attention where `rule` says which keys each query sees."""
+    """Attention where `rule` says which keys each query sees, (b, 1, t, s)."""
     attend = original(scope)
 
     def new(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
         keys = torch.arange(k.shape[2], device=k.device)
         queries = torch.arange(q.shape[2], device=q.device)[:, None] + k.shape[2] - q.shape[2]
         seen = rule(visible(mask, q, k), queries, keys)
-        hidden = torch.zeros(seen.shape, dtype=q.dtype, device=q.device)
-        return attend(module, q, k, v, hidden.masked_fill(~seen, torch.finfo(q.dtype).min), **kwargs)
+        return attend(module, q, k, v, hiding(~seen, q.dtype), **kwargs)
 
     return replaced(scope, new)
 
 
 def visible(mask: Any, q: Tensor, k: Tensor) -> Tensor:
-    """What a mask leaves visible, (b, 1, t, s), whether it is additive, boolean or absent."""
+    """Which keys k (b, g, s, d) a mask shows to queries q (b, h, t, d), as (b, 1, t, s); no mask shows all of them."""
     if not isinstance(mask, Tensor):
         return torch.ones(q.shape[0], 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+    return shown(mask)
+
+
+def shown(mask: Tensor) -> Tensor:
+    """Where a mask (b, 1, t, s) hides nothing, as booleans of its shape; it may be additive or boolean.
+
+    Additive masks hide by the least number of their dtype, to which others may have been added: below half of it
+    nothing else lies.
+    """
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
+def hiding(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """The additive mask of a dtype, (b, 1, t, s), that hides where `hidden` (b, 1, t, s) is true: `shown` undone."""
+    zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    return zeros.masked_fill(hidden, torch.finfo(dtype).min)
+
+
 class softmax_as(TorchFunctionMode):  # noqa: N801
-    """Attention's softmax is `compute` during the block; the taps on scores and probabilities stay.
+    """Attention's softmax is `compute`, (b, h, t, s) to the same, in the block; the taps on scores and probs stay.
 
     Only tensors with an axis of heads are attention's: a router has a softmax of its own.
     """
@@ -130,7 +146,7 @@ class softmax_as(TorchFunctionMode):  # noqa: N801
 
 
 def from_scratch(scope: Scope, on_scores: Callable[[Tensor], Tensor]) -> Change:
-    """Attention without softcap and sinks, with `on_scores` between scaling and mask."""
+    """Attention without softcap and sinks, with `on_scores`, (b, h, t, s) to the same, between scaling and mask."""
 
     def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         group = q.shape[1] // k.shape[1]

@@ -1,34 +1,20 @@
-"""The parts of a decoder that faults change, found in any architecture, and the ways of changing them."""
+"""The modules of a decoder that faults change, found in any architecture, and the ways of changing them."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
-from parity.faults.fault import Fault, Patch, Scope, attribute
-from parity.sites import without_call
+from parity.faults.fault import Change, Scope, attribute
 
 ATTENTION_NAMES = ("self_attn", "attention", "attn")
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
 FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 HEAD_SITES = ("lm_head", "embed_out")
 EMBEDDING_SITES = ("embed_tokens", "embed_in", "wte")
-
-
-def shows_at(fault: Fault, site: str) -> bool:
-    """Whether a fault shows first at a site: one of its `sites` is the end of the name, at a dot.
-
-    The empty end stands for the output of a layer.
-    """
-    site = without_call(site)
-    is_layer = re.search(r"\.\d+$", site) is not None
-    return any(is_layer if not end else site == end or site.endswith(f".{end}") for end in fault.sites)
 
 
 # -- finding -------------------------------------------------------------------------------------------------
@@ -104,11 +90,6 @@ def kv_heads_of(scope: Scope) -> int:
     return int(getattr(scope.config, "num_key_value_heads", None) or heads)
 
 
-def in_layer(scope: Scope) -> bool:
-    """Whether the scope is a layer with attention."""
-    return attention_of(scope) is not None
-
-
 def at_ends(scope: Scope) -> bool:
     """Whether the scope is the ends: embedding, final norm, head."""
     return scope.layer is None
@@ -117,8 +98,8 @@ def at_ends(scope: Scope) -> bool:
 # -- changing ------------------------------------------------------------------------------------------------
 
 
-def forward(module: nn.Module, new: Callable[..., Any]) -> AbstractContextManager[None]:
-    """The module computes `new` during the block; its hooks stay."""
+def forward(module: nn.Module, new: Callable[..., Any]) -> Change:
+    """The module computes `new` during the block, from and to the shapes it had; its hooks stay."""
     return attribute(module, "forward", new)
 
 
@@ -142,48 +123,7 @@ def entry(kwargs: dict[str, Any], name: str, value: Any) -> Iterator[None]:
         kwargs[name] = before
 
 
-def plain(change: Callable[[Scope], AbstractContextManager[None]]) -> Patch:
-    """The patch of a fault that has no number."""
-    return lambda scope, _number: change(scope)
-
-
-# -- numbers -------------------------------------------------------------------------------------------------
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that careful code computes in where the model works in `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@contextmanager
-def as_written() -> Iterator[None]:
-    """Casts in the block do what they say, even where the truth is being computed in higher precision."""
-    with _disable_current_modes():
-        yield
-
-
-def stored_as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` after a round trip through `dtype`, in its own dtype."""
-    with as_written():
-        return x.to(dtype).to(x.dtype)
-
-
-def truncated(x: Tensor) -> Tensor:
-    """`x` cut to bfloat16 by dropping the low 16 bits of its float32, in its own dtype."""
-    with as_written():
-        bits = x.to(torch.float32).contiguous().view(torch.int32)
-        return (bits & -65536).view(torch.float32).to(x.dtype)
-
-
-def rounded(x: Tensor, bits: int) -> Tensor:
-    """`x` rounded to `bits` significant bits, the implicit one included, in its own dtype; ties away from zero.
-
-    So does the instruction that makes TF32 of float32 (cvt.rna).
-    """
-    with as_written():
-        mantissa, exponent = torch.frexp(x.to(torch.float64))
-        away = torch.trunc(mantissa * 2.0**bits + torch.copysign(torch.full_like(mantissa, 0.5), mantissa))
-        return torch.ldexp(away, exponent - bits).to(x.dtype)
+# -- weights of other layers -----------------------------------------------------------------------------------
 
 
 def elsewhere(scope: Scope, parameter: str, step: int) -> Tensor | None:
