@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
+import os
 import sys
+import sysconfig
+import traceback
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,12 +100,32 @@ def _own_names(module: ModuleType) -> list[str]:
 
 
 def describe(error: BaseException) -> str:
-    """An error of somebody else's code in one line, with the place where it happened."""
+    """An error of somebody else's code in one line, with the last place of it that is neither ours nor a library's."""
     place = ""
     if error.__traceback__ is not None and not isinstance(error, SyntaxError):  # whose text says where
-        last = error.__traceback__
-        while last.tb_next is not None:
-            last = last.tb_next
-        place = f" ({Path(last.tb_frame.f_code.co_filename).name}:{last.tb_lineno})"
+        frames = traceback.extract_tb(error.__traceback__)
+        last = next((frame for frame in reversed(frames) if _is_users(frame.filename)), frames[-1])
+        place = f" ({Path(last.filename).name}:{last.lineno})"
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}{place}" if text else f"{type(error).__name__}{place}"
+
+
+_LIBRARIES = tuple({sysconfig.get_path(name) + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+_OURS = str(Path(__file__).parent) + os.sep
+
+
+def _is_users(file: str) -> bool:
+    return not file.startswith((*_LIBRARIES, _OURS, "<"))
+
+
+def misfit(function: Callable[..., Any], *arguments: str) -> str:
+    """Why a function cannot be called with arguments of these names, in order; empty if it can, or nobody knows."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # not every function in C says
+        return ""
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        return f"it takes {signature}, and is called with ({', '.join(arguments)}): {error}"
+    return ""

@@ -10,10 +10,10 @@ from typing import Any
 DEEPEST = 32  # levels of nesting: the deepest of ours are 3
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError, too if it is nested deeply or a key stands twice in one table."""
+def parse_json(text: str | bytes, *, unique: bool = True) -> Any:
+    """The value of a JSON text. Raises ValueError, too if it nests deeply or a `unique` table repeats a key."""
     try:
-        value = json.loads(text, object_pairs_hook=_unique)
+        value = json.loads(text, object_pairs_hook=_unique if unique else None)
     except RecursionError:
         raise ValueError(f"nested more than {DEEPEST} deep") from None
     level = [value]

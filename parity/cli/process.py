@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import os
 import signal
 import sys
 import threading
@@ -23,6 +24,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     # Libraries make a million objects that stay; to look for garbage after every 700 takes a tenth of the run.
     gc.set_threshold(50_000)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of much before it fails with one line
     _read_to_the_end()
     with _terminable() as terminated:
         try:

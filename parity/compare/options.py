@@ -13,6 +13,7 @@ from parity.errors import UsageError
 if TYPE_CHECKING:
     from parity.compare.run_spec import Question
     from parity.faults import Fault
+    from parity.reference.checkpoint import Checkpoint
 
 EMBEDDED = "tiny-qwen3"
 
@@ -47,7 +48,7 @@ class Ask:
         checkpoint = find(self.model or model or EMBEDDED)
         prompt = self._text()
         if token_ids is None:
-            token_ids = self._ids(checkpoint.path, prompt)
+            token_ids = self._ids(checkpoint, prompt)
         _check_device(self.device)
         return Question(
             checkpoint,
@@ -70,24 +71,16 @@ class Ask:
     def _text(self) -> str | None:
         return self.prompt if self.prompt_file is None else _read_text("prompt file", self.prompt_file)
 
-    def _ids(self, model_dir: Path, prompt: str | None) -> tuple[tuple[int, ...], ...]:
+    def _ids(self, checkpoint: Checkpoint, prompt: str | None) -> tuple[tuple[int, ...], ...]:
         if self.tokens is not None:
             return _parse_tokens(self.tokens)
         if prompt is None:
             raise UsageError("nothing to run. Give --prompt TEXT, --prompt-file FILE or --tokens IDS.")
         if not prompt:
             raise UsageError("the prompt is empty: no token to run. Give it some text.")
-        from transformers import AutoTokenizer
+        from parity.reference.tokenizer import tokenize
 
-        try:
-            ids = tuple(AutoTokenizer.from_pretrained(model_dir)(prompt).input_ids)
-        except Exception as error:
-            raise UsageError(
-                f"{model_dir}: no tokenizer could be loaded. Give token ids in place of text (--tokens)."
-            ) from error
-        if not ids:
-            raise UsageError(f"{model_dir}: its tokenizer makes no token of the prompt. Give token ids (--tokens).")
-        return (ids,)
+        return (tokenize(checkpoint, prompt).ids,)
 
 
 def _read_text(what: str, path: Path) -> str:

@@ -22,7 +22,7 @@ from parity.record.attention import register
 from parity.record.discover import discover
 from parity.record.tap import Tap, first_tensor, quiet_torch, tapping
 from parity.reference.chain import find_layers, watch_chain
-from parity.reference.checkpoint import Checkpoint
+from parity.reference.checkpoint import Checkpoint, first_sentence, foreign_code
 from parity.reference.precision import promoted
 from parity.sites import Site
 
@@ -348,17 +348,19 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> Any:
 
     try:
         name = register(attention)
-        config = AutoConfig.from_pretrained(checkpoint.path)
+        trust = checkpoint.trust_remote_code
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=name)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=name, trust_remote_code=trust
+            )
     except ParityError:
         raise
     except Exception as error:
         # Validation errors of a config are of many classes, some of them the hub client's own.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = foreign_code(checkpoint, error) or first_sentence(error)
         raise ModelError(
-            f"model {checkpoint.name!r}: transformers cannot build it from "
-            f"{checkpoint.path / 'config.json'}: {reason[:200]}"
+            f"model {checkpoint.name!r}: transformers cannot build it from {checkpoint.path / 'config.json'}: {reason}"
         ) from error
     return model.eval()
 

@@ -12,6 +12,7 @@ import pytest
 from parity.candidates.spec import load_factory
 from parity.errors import CandidateError, ParityError, UsageError
 from parity.faults import load_user_faults
+from parity.load_object import describe, misfit
 
 Load = Callable[[str], Any]
 KINDS: dict[str, tuple[Load, type[ParityError]]] = {
@@ -99,3 +100,33 @@ def test_a_file_has_its_neighbours_and_a_name_of_its_own(
     assert sys.path == before
     assert sys.modules["json"] is json
     assert capsys.readouterr() == ("", "hello\n"), "standard output belongs to the report"
+
+
+def test_an_error_in_a_library_is_placed_where_the_user_called_it(tmp_path: Path) -> None:
+    (tmp_path / "port.py").write_text("import json\n\ndef load():\n    return json.loads('{')\n")
+    with pytest.raises(ValueError, match="Expecting") as caught:
+        load_factory("port.py:load")()
+    assert describe(caught.value).endswith(" (port.py:4)")
+
+
+def test_an_error_without_a_line_of_the_users_is_placed_where_it_was_raised() -> None:
+    with pytest.raises(UsageError) as caught:
+        load_user_faults("absent.py:FAULTS")
+    caught.value.__traceback__ = caught.value.__traceback__.tb_next  # type: ignore[union-attr]
+    assert "load_object.py:" in describe(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("lambda model_dir, dtype, device: 0", ""),
+        ("lambda *arguments: 0", ""),
+        ("lambda model_dir: 0", "it takes (model_dir), and is called with (model_dir, dtype, device): too many"),
+        ("lambda a, b, c, d: 0", "it takes (a, b, c, d), and is called with (model_dir, dtype, device): missing a"),
+        ("print", ""),
+    ],
+)
+def test_a_function_that_takes_other_arguments(source: str, said: str) -> None:
+    found = misfit(eval(source), "model_dir", "dtype", "device")
+    assert found.startswith(said)
+    assert bool(found) == bool(said)

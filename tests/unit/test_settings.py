@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +116,11 @@ def test_a_glob_that_matches_nothing_is_named_with_its_neighbour() -> None:
         settings.parse({}, ["*.mpl.act_fn"], "").check_globs(SITES, families)
     with pytest.raises(UsageError, match="Did you mean 'next_token'"):
         settings.parse({"nxt_token": {}}, (), "").check_globs(SITES, families)
+
+
+def test_a_glob_of_many_stars_is_answered_at_once() -> None:
+    found = settings.parse({"*a" * 40 + "b": {"ratio": 1}}, ["*a" * 40 + "b"], "here")
+    start = time.monotonic()
+    assert not found.may_be_unmeasured("a" * 400)
+    assert found.limits("a" * 400) == ()
+    assert time.monotonic() - start < 1
