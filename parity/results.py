@@ -6,13 +6,13 @@ Measurement (one site) → Finding (one wrong operation) → Comparison (one run
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-SCHEMA = 1
+from parity.reasons import Gap, Inconclusive, Invisible, NotTried
+
+SCHEMA = 2
 
 SiteVerdict = Literal["exact", "rounding", "imprecise", "wrong", "nonfinite", "unmeasured"]
 RunVerdict = Literal["match", "diverged", "inconclusive"]
@@ -20,7 +20,18 @@ RunVerdict = Literal["match", "diverged", "inconclusive"]
 EXIT_CODES: dict[RunVerdict, int] = {"match": 0, "diverged": 1, "inconclusive": 2}
 # Upper ends of the bins of a histogram in ULP: 0, 1, 2, 3 to 4, 5 to 8, …; what is beyond has a bin of its own.
 ULP_BINS = (0, *(1 << power for power in range(11)))
-BAD: tuple[SiteVerdict, ...] = ("wrong", "nonfinite", "imprecise")
+# Worst first. A site that was not measured may hide anything, so it ranks above those that are known to be right.
+SEVERITY: tuple[SiteVerdict, ...] = ("nonfinite", "wrong", "imprecise", "unmeasured", "rounding", "exact")
+BAD: tuple[SiteVerdict, ...] = SEVERITY[:3]
+# Up to this ratio an error is rounding: four times the variance of the reference's own.
+ROUNDING = 2.0
+# Two ratios of one site in two runs that differ by less than this factor are alike.
+FACTOR = 1.5
+
+
+def worst_verdict(verdicts: Iterable[SiteVerdict]) -> SiteVerdict:
+    """The most severe of the verdicts. Raises ValueError if there is none."""
+    return min(verdicts, key=SEVERITY.index)
 
 
 def four_digits(values: Sequence[float]) -> tuple[float, ...]:
@@ -60,6 +71,7 @@ class Structure:
 class Measurement:
     """One site. Relative numbers are dimensionless; mse and max_abs are in the activation's own units.
 
+    reason         what the verdict rests on; empty for an unmeasured site, whose `gap` says why
     ratio          R: local error over the floor (see parity.reference.floor)
     local_rel      ‖candidate − truth‖ / ‖truth‖, truth being the reference's operation on the candidate's inputs
     inherited_rel  ‖truth − reference‖ / ‖truth‖: what came in with the inputs
@@ -90,6 +102,12 @@ class Measurement:
     dtype: str | None = None
     shape: tuple[int, ...] = ()
     steps: tuple[str, ...] = ()
+    gap: Gap | None = None
+
+
+def logits_of(sites: Sequence[Measurement]) -> Measurement | None:
+    """The measurement of the logits, which are the last of a model's sites; None without sites."""
+    return sites[-1] if sites else None
 
 
 @dataclass(frozen=True)
@@ -139,12 +157,12 @@ class Residual:
 class Finding:
     """One wrong operation: a family of sites and the layers where it is wrong.
 
-    `family` may name several families that one fault explains, joined by commas. `span` holds sites that were not
-    measured just before: the fault may lie in any of their operations. `fault` is None where nothing fits.
-    `residual` is that of the site with the largest ratio.
+    `families` are several where one fault explains them all. `span` holds sites that were not measured just before:
+    the fault may lie in any of their operations. `fault` is None where nothing fits. `residual` is that of the site
+    with the largest ratio.
     """
 
-    family: str
+    families: tuple[str, ...]
     sites: tuple[str, ...]
     layers: tuple[int, ...]
     verdict: SiteVerdict
@@ -157,19 +175,21 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Invisible:
-    """A fault that this run could not have revealed, and why."""
-
-    fault: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Power:
-    """Which faults of the catalogue this run would have revealed, by id, and which not."""
+    """Which faults of the catalogue this run would have revealed, by id, and which not.
+
+    `dtype` is the working dtype, in whose rounding the others drown.
+    """
 
     visible: tuple[str, ...]
     invisible: tuple[Invisible, ...]
+    not_tried: tuple[NotTried, ...] = ()
+    dtype: str = ""
+
+    @property
+    def unseen(self) -> tuple[Invisible | NotTried, ...]:
+        """The faults that this run does not speak of."""
+        return self.invisible + self.not_tried
 
 
 @dataclass(frozen=True)
@@ -253,6 +273,9 @@ class Environment:
 class Comparison:
     """Everything that one `parity diff` knows.
 
+    headline     what the verdict rests on, and
+    answer       how far off the logits are: sentences for people (parity.words), which no code reads back
+    inconclusive why the run is inconclusive; None otherwise
     noise_ratio  distance of the candidate's logits from the exact ones, in standard deviations of the noise that
                  stochastic rounding estimates; None where it was not asked for
     """
@@ -268,12 +291,18 @@ class Comparison:
     environment: Environment
     power: Power | None = None
     noise_ratio: float | None = None
+    inconclusive: Inconclusive | None = None
     schema: int = SCHEMA
 
     @property
     def exit_code(self) -> int:
         """As diff(1): 0 match, 1 diverged, 2 trouble or inconclusive."""
         return EXIT_CODES[self.verdict]
+
+    @property
+    def logits(self) -> Measurement | None:
+        """The measurement of the logits; None if the model has no site."""
+        return logits_of(self.sites)
 
 
 SiteState = Literal["present", "missing", "misshapen", "ambiguous"]
@@ -301,32 +330,3 @@ class DumpCheck:
     def is_complete(self) -> bool:
         """Whether every site can be measured."""
         return all(f.state == "present" for f in self.families)
-
-
-def to_json(value: Any) -> Any:
-    """Dataclasses as JSON values. Numbers that JSON lacks become the strings "inf", "-inf" and "nan"."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {key: to_json(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_json(item) for item in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return str(value)
-    return value
-
-
-def from_json(kind: Any, value: Any) -> Any:
-    """The inverse of `to_json` for a dataclass, or for anything its fields are made of."""
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        given = {f.name: value[f.name] for f in dataclasses.fields(kind) if f.name in value}
-        return kind(**{name: from_json(hints[name], item) for name, item in given.items()})  # type: ignore[operator]
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:
-        return None if value is None else from_json(next(a for a in arguments if a is not type(None)), value)
-    if origin is tuple:
-        return tuple(from_json(arguments[0], item) for item in value)
-    if origin is dict:
-        return {key: from_json(arguments[1], item) for key, item in value.items()}
-    return float(value) if kind is float else value

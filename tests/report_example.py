@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+from parity.reasons import Gap, Invisible, NotTried
 from parity.results import (
     Check,
     Comparison,
@@ -13,7 +14,6 @@ from parity.results import (
     Environment,
     FaultMatch,
     Finding,
-    Invisible,
     LogitSample,
     Measurement,
     NextToken,
@@ -50,7 +50,7 @@ def residual(site: str) -> Residual:
 def measurement(site: str, verdict: SiteVerdict, ratio: float | None, **changes: Any) -> Measurement:
     """A site with plausible numbers; an unmeasured one has none."""
     if verdict == "unmeasured":
-        return Measurement(site, verdict, changes.pop("reason", "not in the dump"), **changes)
+        return Measurement(site, verdict, "", **({"gap": Gap("not recorded")} | changes))
     r = 1.0 if ratio is None else ratio
     values: dict[str, Any] = {
         "reason": {"exact": "bit-equal to the reference on the same inputs"}.get(verdict, "because"),
@@ -96,6 +96,9 @@ def environment(**changes: Any) -> Environment:
     return Environment(**(values | changes))
 
 
+MISSHAPEN = Gap("misshapen", (8, 3), axes=("token", "feature"), sizes=(8, 4))
+
+
 def _sites() -> tuple[Measurement, ...]:
     layer, step = "model.layers.{}.{}", "transposed (token, head, head_dim) to (head, token, head_dim)"
     return (
@@ -106,7 +109,7 @@ def _sites() -> tuple[Measurement, ...]:
         measurement("model.layers.0", "exact", 1.0),
         measurement(layer.format(1, "input_layernorm"), "unmeasured", None),
         measurement(layer.format(1, "self_attn.q_rope"), "wrong", 12345.0, steps=(step,)),
-        measurement(layer.format(1, "mlp.act_fn"), "unmeasured", None, reason="shape (8, 3) for (8, 4)"),
+        measurement(layer.format(1, "mlp.act_fn"), "unmeasured", None, gap=MISSHAPEN),
         measurement("model.layers.1", "nonfinite", math.inf, reason="3 values are NaN or infinite, on finite inputs"),
         measurement("model.norm", "rounding", 1.3),
         measurement("lm_head", "rounding", 0.9),
@@ -123,7 +126,7 @@ def everything() -> Comparison:
         answer="logits MSE 5.4, cosine 0.906166: 78x the reference's own rounding error, rounding does not explain it",
         findings=(
             Finding(
-                "model.layers.*.self_attn.q_rope",
+                ("model.layers.*.self_attn.q_rope",),
                 rope,
                 (0, 1),
                 "wrong",
@@ -133,9 +136,9 @@ def everything() -> Comparison:
                 fault=ROPE,
                 residual=residual(rope[1]),
             ),
-            Finding("model.layers.*.mlp.act_fn", ("model.layers.0.mlp.act_fn",), (0,), "imprecise", 3.25, None, ()),
+            Finding(("model.layers.*.mlp.act_fn",), ("model.layers.0.mlp.act_fn",), (0,), "imprecise", 3.25, None, ()),
             Finding(
-                "model.layers.*",
+                ("model.layers.*",),
                 ("model.layers.1",),
                 (1,),
                 "nonfinite",
@@ -162,10 +165,12 @@ def everything() -> Comparison:
         power=Power(
             ("rope-interleaved", "act-gelu"),
             (
-                Invisible("norm-eps", "drowns in bfloat16: 0.2x the floor"),
-                Invisible("softmax-low", "drowns in bfloat16: 1x the floor"),
-                Invisible("window-applied", "no effect on this run; needs a prompt longer than the window"),
+                Invisible("norm-eps", "drowns", 0.2),
+                Invisible("softmax-low", "drowns", 1.0),
+                Invisible("window-applied", "no effect", needs="a prompt longer than the window"),
             ),
+            (NotTried("head-transposed", "large"),),
+            "bfloat16",
         ),
     )
 
@@ -200,7 +205,7 @@ def hostile() -> Comparison:
     run = everything()
     fault = dataclasses.replace(ROPE, title=EVIL, fix=EVIL, rivals=(EVIL,), reads={EVIL: Reading(1.0, 0.1, 2.0)})
     names = {m.site: f"{m.site}.{EVIL}" for m in run.sites if "norm" in m.site or "act_fn" in m.site}
-    token = Token(1, EVIL, 1.0)
+    token, evil = Token(1, EVIL, 1.0), Gap("unknown", detail=EVIL)
     assert run.next_token is not None
     env = {f.name: EVIL for f in dataclasses.fields(Environment) if f.type in ("str", "str | None")}
     return dataclasses.replace(
@@ -208,17 +213,21 @@ def hostile() -> Comparison:
         headline=EVIL,
         answer=EVIL,
         sites=tuple(
-            dataclasses.replace(m, site=names.get(m.site, m.site), reason=EVIL, dtype=EVIL, steps=(EVIL,))
+            dataclasses.replace(
+                m, site=names.get(m.site, m.site), reason=EVIL, dtype=EVIL, steps=(EVIL,), gap=m.gap and evil
+            )
             for m in run.sites
         ),
         findings=tuple(
-            dataclasses.replace(f, family=EVIL, sites=(f.sites[0],), evidence=(EVIL,), span=(EVIL,), fault=fault)
+            dataclasses.replace(
+                f, families=(EVIL, EVIL), sites=(f.sites[0],), evidence=(EVIL,), span=(EVIL,), fault=fault
+            )
             for f in run.findings
         ),
         next_token=dataclasses.replace(run.next_token, reference=(token, token), candidate=(token, token)),
         checks=(Check(EVIL, False, EVIL), Check(EVIL, True, EVIL)),
         environment=dataclasses.replace(run.environment, **env, versions={EVIL: EVIL}, seconds={EVIL: 1.0}),
-        power=Power((EVIL,), (Invisible(EVIL, EVIL),)),
+        power=Power((EVIL,), (Invisible(EVIL, "no effect", needs=EVIL), Invisible(EVIL, "drowns")), (), EVIL),
     )
 
 

@@ -277,8 +277,9 @@ def power(
     json: Json = False,
 ) -> None:
     """Say which known bugs a run on this prompt would reveal, and which not: no candidate is needed."""
+    from parity import words
     from parity.compare.inject import power_of
-    from parity.results import to_json
+    from parity.report.json import to_json
 
     question = Ask(prompt, prompt_file, tokens, model, dtype, device, faults=faults).question()
     with progress_bar(quiet=json) as progress:
@@ -286,10 +287,11 @@ def power(
     if json:
         print_json(to_json(found))
         return
-    print(f"{len(found.visible)} faults would be seen, {len(found.invisible)} would not")
-    width = max((len(one.fault) for one in found.invisible), default=0)
-    for one in found.invisible:
-        print(f"{one.fault:{width}}  {one.reason}")
+    untried = f", {len(found.not_tried)} were not tried" if found.not_tried else ""
+    print(f"{len(found.visible)} faults would be seen, {len(found.invisible)} would not{untried}")
+    width = max((len(item.fault) for item in found.unseen), default=0)
+    for item in found.unseen:
+        print(f"{item.fault:{width}}  {'; '.join(filter(None, words.unseen(item, found.dtype)))}")
 
 
 # -- what the commands do ------------------------------------------------------------------------------------

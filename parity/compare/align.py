@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from parity import words
 from parity.dump import Entry
 from parity.dump.records import UNNAMED
 from parity.errors import IncomparableError
+from parity.reasons import Gap
 from parity.sites import FLATTENED, Dims, Site
 
 # Names with a meaning of their own; any other name that a dump gives an axis ("hidden", "vocab") is its feature axis.
@@ -54,16 +56,14 @@ class Pair:
         return moved.reshape(self.site.shape)
 
 
-@dataclass(frozen=True)
-class Gap:
-    """A site that cannot be compared, and why."""
-
-    site: str
-    reason: str
-
-
 class AmbiguousLayoutError(IncomparableError):
-    """The sizes allow more than one reading of an activation whose axes are not declared."""
+    """The sizes allow more than one reading of an activation whose axes are not declared: `gap` has them."""
+
+    def __init__(self, site: str, gap: Gap) -> None:
+        super().__init__(
+            f"{site}: {words.gap(gap)}. Declare its axes in the dump: parity.dims = {{{site!r}: {gap.readings[0]!r}}}."
+        )
+        self.gap = gap
 
 
 def align(entry: Entry, site: Site, head_dim: int | None, token: int | None = None) -> Pair | Gap:
@@ -76,15 +76,11 @@ def align(entry: Entry, site: Site, head_dim: int | None, token: int | None = No
     atoms = _atoms(site, {"head_dim": head_dim, "token": token})
     readings = _distinct(_readings(entry, atoms), dict(atoms))
     if not readings:
-        declared = f" declared as {' '.join(entry.dims)!r}" if entry.dims else ""
-        wanted = " ".join(f"{dim}={size}" for dim, size in atoms)
-        return Gap(site.name, f"shape {entry.shape}{declared} does not fit {wanted}")
+        axes, sizes = tuple(axis for axis, _ in atoms), tuple(size for _, size in atoms)
+        return Gap("misshapen", entry.shape, dims=entry.dims or (), axes=axes, sizes=sizes)
     if len(readings) > 1:
-        choices = " or ".join(repr(" ".join(axes)) for axes in readings[:3])
-        raise AmbiguousLayoutError(
-            f"{site.name}: shape {entry.shape} can be read as {choices}. "
-            f"Declare its axes in the dump: parity.dims = {{{site.name!r}: {' '.join(readings[0])!r}}}."
-        )
+        choices = tuple(" ".join(axes) for axes in readings)
+        raise AmbiguousLayoutError(site.name, Gap("ambiguous", entry.shape, readings=choices))
     return Pair(site, readings[0], atoms)
 
 

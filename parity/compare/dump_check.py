@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from parity.compare.align import AmbiguousLayoutError, Gap, align
+from parity import words
+from parity.compare.align import AmbiguousLayoutError, align
 from parity.dump import Dump
+from parity.reasons import Gap
 from parity.record.discover import with_sizes
 from parity.reference.pieces import PiecewiseModel
 from parity.results import DumpCheck, FamilyCheck, SiteState
@@ -39,8 +41,9 @@ def _state(dump: Dump, site: Site, head_dim: int | None, token: int) -> tuple[Si
     try:
         found = align(entry, site, head_dim, token)
     except AmbiguousLayoutError as error:
-        return "ambiguous", str(error).split(": ", 1)[1].replace(site.name, family(site.name))
-    return ("misshapen", found.reason) if isinstance(found, Gap) else ("present", " ".join(found.steps))
+        declared = f"{family(site.name)!r}: {error.gap.readings[0]!r}"
+        return "ambiguous", f"{words.gap(error.gap)}. Declare its axes in the dump: parity.dims = {{{declared}}}."
+    return ("misshapen", words.gap(found)) if isinstance(found, Gap) else ("present", " ".join(found.steps))
 
 
 def _cost(position: int, sites: Sequence[Site], states: dict[str, tuple[SiteState, str]]) -> str:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
+from parity.reasons import Gap, Inconclusive
 from parity.results import (
     BAD,
+    ROUNDING,
     Check,
     Coverage,
     Finding,
@@ -22,14 +24,14 @@ from parity.results import (
     RunVerdict,
     SiteVerdict,
     Structure,
+    logits_of,
+    worst_verdict,
 )
 from parity.sites import branch, family, is_stream, layer_of
 
 if TYPE_CHECKING:
     from parity.reference.floor import Local
 
-# Below this ratio an error is rounding: four times the variance of the reference's own.
-ROUNDING = 2.0
 # Above this ratio no amount of extra rounding is plausible, however much the error looks like noise.
 IMPRECISE = 16.0
 # Rounding is not correlated with the value it rounds; a mean beyond this share is a bias.
@@ -84,18 +86,18 @@ def luck(sites: Mapping[str, Local]) -> dict[str, float]:
     }
 
 
-def judge_site(local: Local, mode: RoundingMode, lucky: float = 1.0) -> tuple[SiteVerdict, float, str]:
-    """Verdict, ratio and reason for one site; `lucky` is its share of `luck`."""
+def judge_site(local: Local, mode: RoundingMode, lucky: float = 1.0) -> tuple[SiteVerdict, float, str | Gap]:
+    """Verdict, ratio and reason for one site, the reason of an unmeasured one a Gap; `lucky` is its share of `luck`."""
     if local.nonfinite:
         if local.reference_nonfinite:
-            return "unmeasured", local.ratio, "overflows; so does the reference in this dtype"
+            return "unmeasured", local.ratio, Gap("reference overflows")
         return "nonfinite", local.ratio, f"{local.nonfinite} values are NaN or infinite, on finite inputs"
     if local.nonfinite_inputs and local.ratio == 0:
-        return "unmeasured", 0.0, "its inputs are not finite"
+        return "unmeasured", 0.0, Gap("inputs not finite")
     strict, ratio_fused = local.ratio / lucky, local.ratio_fused / lucky
     ratio = ratio_fused if mode.fused else strict
     if local.floor_rel > _USELESS and ratio <= ROUNDING:
-        return "unmeasured", ratio, f"the reference's own rounding is {local.floor_rel:.0%} of the value"
+        return "unmeasured", ratio, Gap("too rough", share=local.floor_rel)
     if local.bit_equal:
         return "exact", ratio, "bit-equal to the reference on the same inputs"
     if local.must_be_exact:
@@ -155,12 +157,11 @@ def findings(sites: Sequence[Measurement]) -> tuple[Finding, ...]:
 def _finding(name: str, group: list[Measurement], sites: Sequence[Measurement], order: dict[str, int]) -> Finding:
     worst = max(group, key=lambda m: (m.ratio is not None, m.ratio))
     layers = tuple(layer for m in group if (layer := layer_of(m.site)) is not None)
-    verdicts = [m.verdict for m in group]
     return Finding(
-        family=name,
+        families=(name,),
         sites=tuple(m.site for m in group),
         layers=layers,
-        verdict=next(v for v in ("nonfinite", "wrong", "imprecise") if v in verdicts),
+        verdict=worst_verdict(m.verdict for m in group),
         ratio=worst.ratio or 0.0,
         first_token=min((first for m in group if (first := _first_token(m)) is not None), default=None),
         evidence=tuple(evidence(worst)),
@@ -230,40 +231,29 @@ def judge_run(
     bad: Sequence[Finding],
     checks: Sequence[Check],
     next_token: NextToken | None,
-) -> tuple[RunVerdict, str]:
-    """The verdict of the run, and the headline that says why; `bad` are its findings, after diagnosis."""
-    coverage = covered(sites)
-    failed = [check for check in checks if not check.ok]
+) -> tuple[RunVerdict, Inconclusive | None]:
+    """The verdict of the run, and why it is inconclusive if it is; `bad` are its findings, after diagnosis."""
     if bad:
-        wrong = sum(f.verdict != "imprecise" for f in bad)
-        rough = len(bad) - wrong
-        parts = [f"{wrong} wrong operation{'s' * (wrong != 1)}"] * bool(wrong)
-        parts += [f"{rough} less precise than the dtype needs"] * bool(rough)
-        rest = (
-            "everything else is rounding"
-            if coverage.measured == coverage.known
-            else "the rest of what was measured is rounding"
-        )
-        return "diverged", f"{', '.join(parts)}; {rest}"
-    if failed:
-        return "inconclusive", f"{failed[0].name}: {failed[0].detail}"
-    if not sites or sites[-1].verdict == "unmeasured":
-        what = sites[-1].reason if sites else "no site"
-        return "inconclusive", f"the logits were not measured: {what}"
-    total = sites[-1].total_ratio
-    if total is not None and not total <= _TOTAL:
-        return (
-            "inconclusive",
-            f"every operation rounds as it should, yet the logits are {total:.1f}x as far off as the reference's",
-        )
+        return "diverged", None
+    why = _inconclusive(sites, checks, next_token)
+    return ("inconclusive", why) if why else ("match", None)
+
+
+def _inconclusive(
+    sites: Sequence[Measurement], checks: Sequence[Check], next_token: NextToken | None
+) -> Inconclusive | None:
+    if not all(check.ok for check in checks):
+        return Inconclusive("check failed")
+    logits = logits_of(sites)
+    if logits is None:
+        return Inconclusive("no site")
+    if logits.verdict == "unmeasured":
+        return Inconclusive("logits unmeasured")
+    if logits.total_ratio is not None and not logits.total_ratio <= _TOTAL:
+        return Inconclusive("logits off", ratio=logits.total_ratio)
     if next_token is not None and next_token.unexplained_flips:
-        return (
-            "inconclusive",
-            f"{next_token.unexplained_flips} top tokens differ by more than rounding explains",
-        )
-    unmeasured = coverage.known - coverage.measured
-    tail = f"; {unmeasured} sites unmeasured, judged through the next measured one" if unmeasured else ""
-    return "match", f"every operation is within the reference's own rounding{tail}"
+        return Inconclusive("flips", count=next_token.unexplained_flips)
+    return None
 
 
 def covered(sites: Sequence[Measurement]) -> Coverage:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from parity.reference.checkpoint import Checkpoint
 from parity.reference.replay import Replayed
-from parity.results import LogitSample, Measurement, NextToken, Token
+from parity.results import LogitSample, NextToken, Token
 
 _TOP = 5
 # So many logits are kept for drawing, and of these so many because they are the largest of one side.
@@ -140,18 +140,3 @@ class _Names:
 
     def __call__(self, token: int) -> str:
         return self._tokenizer.decode([token], skip_special_tokens=False) if self._tokenizer else f"[{token}]"
-
-
-def answer(sites: Sequence[Measurement], verdict: str, noise_ratio: float | None) -> str:
-    """ "MSE 8.5e-3 at the logits: rounding or a bug?", in one line."""
-    logits = sites[-1] if sites else None
-    if logits is None or logits.verdict == "unmeasured" or logits.mse is None or logits.total_ratio is None:
-        return "the logits were not measured"
-    size = f"logits MSE {logits.mse:.2g}, cosine {logits.cosine:.6f}"
-    if logits.total_ratio <= 2:
-        explained = "rounding explains all of it"
-    else:
-        explained = "rounding does not explain it" if verdict == "diverged" else "more than rounding usually makes"
-    if noise_ratio is not None:
-        explained += f"; {noise_ratio:.2g} standard deviations of stochastic rounding"
-    return f"{size}: {logits.total_ratio:.2g}x the reference's own rounding error, {explained}"

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parity import words
 from parity.candidates import torch_module
-from parity.compare.align import AmbiguousLayoutError, Gap, Pair, align
+from parity.compare.align import AmbiguousLayoutError, Pair, align
 from parity.compare.judge import RoundingMode, covered, findings, judge_run, judge_site, luck, rounding_mode
 from parity.compare.metrics import Metrics, measure, ulp_histogram
-from parity.compare.next_token import NextTokenWatch, answer
+from parity.compare.next_token import NextTokenWatch
 from parity.compare.run_spec import DTYPES, Question, versions
 from parity.diagnose.error_map import with_residuals
 from parity.diagnose.match import Bench, diagnose
@@ -31,6 +32,7 @@ from parity.diagnose.weak_constants import coherent
 from parity.dump import ArchiveWriter, Array, Dump, Entry, NameMap, open_dump, rename
 from parity.errors import IncomparableError
 from parity.observer import Clock
+from parity.reasons import Gap
 from parity.record.arrays import to_numpy, to_torch
 from parity.record.discover import with_sizes
 from parity.reference.floor import Local, local_error
@@ -174,9 +176,7 @@ def _compare(
     clock: Clock,
 ) -> Comparison:
     model = reference.working
-    working = model.dtype
-    checks = [*reference_checks(model, question.ids), *checks]
-    head_dim = model.head_dim
+    working, checks = model.dtype, [*reference_checks(model, question.ids), *checks]
     # In float32 one site on a narrower grid is an operation that computes there; all of them are a port that does.
     stored = DTYPES[working_dtype(dump)] if working is torch.float32 else None
     measured: dict[str, _Measured] = {}
@@ -197,7 +197,7 @@ def _compare(
                 pair = pairs[site.site.name]
                 if isinstance(pair, Pair):
                     entry = dump.entries[pair.site.name]
-                    measured[pair.site.name] = _measure(site, pair, entry, working, stored, head_dim)
+                    measured[pair.site.name] = _measure(site, pair, entry, working, stored, model.head_dim)
                 if site is sites[-1] and done == pieces - 1:
                     watch.see(site)
     progress("judging", pieces, pieces)
@@ -247,7 +247,7 @@ def _conclude(
     sites = [
         _judged(measured[site], mode, lucky[site])
         if isinstance(pair, Pair)
-        else Measurement(site, "unmeasured", pair.reason)
+        else Measurement(site, "unmeasured", "", gap=pair)
         for site, pair in pairs.items()
     ]
     found = findings(sites)
@@ -262,14 +262,14 @@ def _conclude(
     could_see = None
     if model.is_cut and question.power:
         with clock("power"):
-            named = {finding.fault.id for finding in found if finding.fault}
-            could_see = power(bench, faults, partial(progress, "what this run could have seen"), named)
+            watched = partial(progress, "what this run could have seen")
+            could_see = power(bench, faults, watched, {f.fault.id for f in found if f.fault})
     next_token = watch.result()
-    verdict, headline = judge_run(sites, found, checks, next_token)
-    return Comparison(
+    verdict, why = judge_run(sites, found, checks, next_token)
+    comparison = Comparison(
         verdict=verdict,
-        headline=headline,
-        answer=answer(sites, verdict, watch.noise_ratio()),
+        headline="",
+        answer="",
         findings=found,
         sites=tuple(sites),
         next_token=next_token,
@@ -278,7 +278,9 @@ def _conclude(
         environment=_environment(question, model, dump, name, measured, clock),
         power=could_see,
         noise_ratio=watch.noise_ratio(),
+        inconclusive=why,
     )
+    return words.spoken(comparison)
 
 
 def _accused(sites: list[Measurement], leaning: Sequence[Finding]) -> list[Measurement]:
@@ -293,7 +295,8 @@ def _judged(m: _Measured, mode: RoundingMode, lucky: float) -> Measurement:
     return Measurement(
         site=m.pair.site.name,
         verdict=verdict,
-        reason=reason,
+        reason="" if isinstance(reason, Gap) else reason,
+        gap=reason if isinstance(reason, Gap) else None,
         ratio=ratio,
         row_max=local.row_max,
         local_rel=local.local_rel,
@@ -325,22 +328,20 @@ def _record_live(
 
 
 def _sites(model: PiecewiseModel, question: Question) -> tuple[Site, ...]:
-    batch, token = question.ids.shape
-    return with_sizes(model.sites, batch, token)
+    return with_sizes(model.sites, *question.ids.shape)
 
 
 def _align(
     dump: Dump, model: PiecewiseModel, question: Question, axes: dict[str, tuple[str, ...]]
 ) -> dict[str, Pair | Gap]:
-    token = len(question.token_ids[0])
     pairs: dict[str, Pair | Gap] = {}
     for site in _sites(model, question):
         entry = dump.entries.get(site.name)
         if entry is None:
-            pairs[site.name] = Gap(site.name, "not recorded by the candidate")
+            pairs[site.name] = Gap("not recorded")
         else:
             declared = replace(entry, dims=entry.dims or axes.get(site.name))
-            pairs[site.name] = align(declared, site, model.head_dim, token)
+            pairs[site.name] = align(declared, site, model.head_dim, len(question.token_ids[0]))
     return pairs
 
 
@@ -362,7 +363,6 @@ def _environment(
     clock: Clock,
 ) -> Environment:
     kinds = [m.dtype for m in measured.values()]
-    precise = "float64" if model.dtype is torch.float32 else "float32"
     return Environment(
         model=question.checkpoint.name,
         fingerprint=dump.info.fingerprint or question.checkpoint.fingerprint(),
@@ -372,7 +372,7 @@ def _environment(
         batch=len(question.token_ids),
         working_dtype=question.dtype,
         candidate_dtype=max(set(kinds), key=kinds.count) if kinds else "unknown",
-        truth_dtype=precise,
+        truth_dtype="float64" if model.dtype is torch.float32 else "float32",
         device=question.device,
         attention=question.attention,
         versions=versions(),

@@ -51,6 +51,10 @@ class Trial:
     ratio: float
 
 
+# Faults that fit, best first, for the families of each finding.
+Trials = dict[tuple[str, ...], list[Trial]]
+
+
 class Bench:
     """A reference, a candidate's record and the pieces in between: where faults are tried."""
 
@@ -119,7 +123,7 @@ class Bench:
 
 def diagnose(findings: Sequence[Finding], bench: Bench, catalogue: Sequence[Fault]) -> tuple[Finding, ...]:
     """The findings with their causes; those that one fault explains become one."""
-    trials = {finding.family: _tried(finding, bench, catalogue) for finding in findings}
+    trials = {finding.families: _tried(finding, bench, catalogue) for finding in findings}
     return _assigned(findings, trials)
 
 
@@ -267,7 +271,7 @@ def _combined(trials: list[Trial]) -> Trial:
 # -- assigning -----------------------------------------------------------------------------------------------
 
 
-def _assigned(findings: Sequence[Finding], trials: dict[str, list[Trial]]) -> tuple[Finding, ...]:
+def _assigned(findings: Sequence[Finding], trials: Trials) -> tuple[Finding, ...]:
     """Give each finding its fault, the one first that explains most findings; merge what one fault explains."""
     flagged = {site for finding in findings for site in finding.sites}
     open_findings = list(findings)
@@ -284,14 +288,12 @@ def _assigned(findings: Sequence[Finding], trials: dict[str, list[Trial]]) -> tu
     return tuple(sorted(done, key=lambda finding: order[finding.sites[0]]))
 
 
-def _widest(
-    findings: list[Finding], trials: dict[str, list[Trial]], flagged: set[str]
-) -> tuple[list[Finding], Trial | None]:
+def _widest(findings: list[Finding], trials: Trials, flagged: set[str]) -> tuple[list[Finding], Trial | None]:
     """The fault that explains most of the findings in one set of layers, then claims least that is clean."""
     best: tuple[tuple[float, ...], list[Finding], Trial] | None = None
     for finding in findings:
-        for trial in trials[finding.family]:
-            group = [f for f in findings if f.layers == finding.layers and _has(trials[f.family], trial.fault.id)]
+        for trial in trials[finding.families]:
+            group = [f for f in findings if f.layers == finding.layers and _has(trials[f.families], trial.fault.id)]
             clean = _unflagged(trial.fault, flagged) / len(trial.fault.sites)
             score = (-len(group), clean, *_preference(trial))
             if best is None or score < best[0]:
@@ -314,17 +316,17 @@ def _unflagged(fault: Fault, flagged: set[str]) -> int:
     return sum(not any(shows_at_end(site, end) for site in flagged) for end in fault.sites)
 
 
-def _rivals(best: Trial, group: Sequence[Finding], trials: dict[str, list[Trial]], flagged: set[str]) -> list[Trial]:
+def _rivals(best: Trial, group: Sequence[Finding], trials: Trials, flagged: set[str]) -> list[Trial]:
     """Faults that explain every finding of the group about as well, and claim no more that is clean."""
     limit = max(best.ratio, 1.0) * _CLEARLY_WORSE
     claims = _unflagged(best.fault, flagged)
     return [
         trial
-        for trial in trials[group[0].family]
+        for trial in trials[group[0].families]
         if trial.fault.id != best.fault.id
         and trial.ratio <= limit
         and _unflagged(trial.fault, flagged) <= claims
-        and all(_has(trials[finding.family], trial.fault.id) for finding in group)
+        and all(_has(trials[finding.families], trial.fault.id) for finding in group)
     ]
 
 
@@ -349,7 +351,7 @@ def _merged(group: Sequence[Finding], match: FaultMatch) -> Finding:
     worst = max(group, key=lambda finding: finding.ratio)
     return replace(
         worst,
-        family=", ".join(finding.family for finding in group),
+        families=tuple(name for finding in group for name in finding.families),
         sites=tuple(site for finding in group for site in finding.sites),
         layers=tuple(sorted({n for finding in group for s in finding.sites if (n := layer_of(s)) is not None})),
         first_token=min((f.first_token for f in group if f.first_token is not None), default=None),

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from parity.diagnose.match import Bench
 from parity.faults import Fault, shows_at
+from parity.reasons import Invisible, NotTried
 from parity.reference.one_operation import Focus
 from parity.reference.pieces import EMBED, HEAD, Piece
-from parity.results import Invisible, Power
+from parity.results import Power
 
 # A fault that would show at this many floors or more is visible.
 VISIBLE = 3.0
@@ -53,12 +54,9 @@ def power(
     untried = [fault for fault in faults if _is_large(bench) and _shows_only_at_ends(fault, bench)]
     return Power(
         visible=tuple(fault.id for fault in known if seen[fault.id].ratio >= VISIBLE),
-        invisible=tuple(
-            Invisible(fault.id, _reason(fault, seen[fault.id].ratio, bench))
-            for fault in known
-            if seen[fault.id].ratio < VISIBLE
-        )
-        + tuple(Invisible(fault.id, "not tried: embedding and head are large") for fault in untried),
+        invisible=tuple(_invisible(fault, seen[fault.id].ratio) for fault in known if seen[fault.id].ratio < VISIBLE),
+        not_tried=tuple(NotTried(fault.id, "large") for fault in untried),
+        dtype=str(bench.reference.working.dtype).removeprefix("torch."),
     )
 
 
@@ -127,8 +125,7 @@ def _predicted(
     return largest
 
 
-def _reason(fault: Fault, ratio: float, bench: Bench) -> str:
+def _invisible(fault: Fault, ratio: float) -> Invisible:
     if ratio == 0:
-        return f"no effect on this run; needs {fault.needs}" if fault.needs else "no effect on this run"
-    dtype = str(bench.reference.working.dtype).removeprefix("torch.")
-    return f"drowns in {dtype}: {ratio:.1g}x the floor"
+        return Invisible(fault.id, "no effect", needs=fault.needs)
+    return Invisible(fault.id, "drowns", ratio)

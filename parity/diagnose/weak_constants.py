@@ -215,7 +215,7 @@ def _finding(
     first = expected + slope * step
     value = Reading(*_read_again(fault, guilty, first, first - expected, bench), expected)
     return Finding(
-        family=family(guilty[0].site),
+        families=(family(guilty[0].site),),
         sites=tuple(s.site for s in guilty),
         layers=tuple(layer for s in guilty if (layer := layer_of(s.site)) is not None),
         verdict="wrong",

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from parity.report.terminal import line
 from parity.report.text import ranges, times, visible
-from parity.results import BAD, Comparison, Measurement
+from parity.results import BAD, FACTOR, ROUNDING, SEVERITY, Comparison, Measurement, SiteVerdict
 from parity.sites import family, layer_of
 
 Kind = Literal["new", "worse", "lost", "fixed", "better"]
@@ -24,10 +24,6 @@ _STYLES: dict[Kind, str] = {
     "fixed": "bold green",
     "better": "green",
 }
-_SEVERITY = {"exact": 0, "rounding": 0, "imprecise": 1, "wrong": 2, "nonfinite": 3}
-# A ratio that changed by less than this, or stayed below what rounding makes, did not change.
-_FACTOR = 1.5
-_ROUNDING = 2.0
 
 
 @dataclass(frozen=True)
@@ -102,13 +98,18 @@ def _kind(old: Measurement | None, new: Measurement | None) -> Kind | None:
         return "new" if new is not None and new.verdict in BAD else None
     assert old is not None, "it was measured"
     assert new is not None, "it was measured"
-    was, now = _SEVERITY[old.verdict], _SEVERITY[new.verdict]
+    was, now = _badness(old.verdict), _badness(new.verdict)
     if was != now:
         return ("new" if not was else "worse") if now > was else ("fixed" if not now else "better")
     earlier, later = _ratio(old), _ratio(new)
-    if later > _FACTOR * earlier and later > _ROUNDING:
+    if later > FACTOR * earlier and later > ROUNDING:
         return "worse"
-    return "better" if earlier > _FACTOR * later and earlier > _ROUNDING else None
+    return "better" if earlier > FACTOR * later and earlier > ROUNDING else None
+
+
+def _badness(verdict: SiteVerdict) -> int:
+    """0 for what is right; the worse, the more."""
+    return len(BAD) - SEVERITY.index(verdict) if verdict in BAD else 0
 
 
 def _measured(m: Measurement | None) -> bool:
@@ -125,7 +126,7 @@ def _worst(group: list[Measurement | None]) -> str:
     measured = [m for m in group if m is not None and m.verdict != "unmeasured"]
     if not measured:
         return "unmeasured" if any(m is not None for m in group) else "absent"
-    worst = max(measured, key=lambda m: (_SEVERITY[m.verdict], _ratio(m)))
+    worst = max(measured, key=lambda m: (_badness(m.verdict), _ratio(m)))
     return worst.verdict if worst.ratio is None else f"{worst.verdict} {times(worst.ratio)}"
 
 

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from parity import words
 from parity.report.text import number, times, visible
-from parity.results import Measurement
+from parity.results import ROUNDING, Measurement
 from parity.sites import family, group_label, layer_of, short
 
 # Upper ends of the colour steps, in units of the floor: the first is rounding, each next is twice or four times as far.
-STEPS = (2.0, 4.0, 8.0, 16.0, 64.0, 256.0, math.inf)
+STEPS = (ROUNDING, 4.0, 8.0, 16.0, 64.0, 256.0, math.inf)
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _row(label: str, is_layer: bool, group: list[tuple[int, Measurement]], colum
 
 def cell(index: int, m: Measurement) -> Cell:
     """The cell of one site."""
-    said = {"exact": "bit-equal", "unmeasured": visible(m.reason)}.get(m.verdict, f"{times(m.ratio)} the floor")
+    said = {"exact": "bit-equal", "unmeasured": visible(words.reason(m))}.get(m.verdict, f"{times(m.ratio)} the floor")
     name = visible(m.site)
     return Cell(index, name, m.verdict, step(m), glyph(m), f"{name}: {m.verdict}, {said}")
 

@@ -13,12 +13,13 @@ from jinja2 import Environment as Templates
 from jinja2 import FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from parity import words
 from parity.report import summaries as gather
 from parity.report import text
 from parity.report.chart import chart
 from parity.report.grid import grid, legend
 from parity.report.layers import rows
-from parity.results import Comparison, Finding, Measurement, Structure
+from parity.results import ROUNDING, SEVERITY, Comparison, Finding, Measurement, Structure
 
 _TEMPLATES = Path(__file__).with_name("templates")
 # A profile of more bins than this is drawn narrower than one can see.
@@ -38,8 +39,6 @@ _METRICS = (
 )
 # A cosine near 1 says something only in its last digits.
 _DIGITS = {"cosine": 9}
-_ORDER = ("wrong", "nonfinite", "imprecise", "rounding", "exact", "unmeasured")
-_SEVERITY = {"nonfinite": 0, "wrong": 1, "imprecise": 2, "unmeasured": 3, "rounding": 4, "exact": 5}
 
 
 def render(comparison: Comparison) -> str:
@@ -58,7 +57,7 @@ def render(comparison: Comparison) -> str:
         legend=legend(),
         chart=chart(gather.by_depth(comparison.sites)),
         rows=rows(comparison.sites),
-        severity=_SEVERITY,
+        severity={verdict: rank for rank, verdict in enumerate(SEVERITY)},
         data=_script_safe(_details(comparison)),
         style=Markup(style),
         script=Markup(script),
@@ -97,7 +96,7 @@ def _keep_newlines(value: str) -> str:
 
 def _counts(comparison: Comparison) -> list[tuple[str, int]]:
     found = [m.verdict for m in comparison.sites]
-    return [(verdict, found.count(verdict)) for verdict in _ORDER if verdict in found]
+    return [(verdict, found.count(verdict)) for verdict in SEVERITY if verdict in found]
 
 
 def _finding(finding: Finding, comparison: Comparison) -> dict[str, Any]:
@@ -122,6 +121,7 @@ def _details(comparison: Comparison) -> dict[str, Any]:
     reasons = _Numbered()
     return {
         "tokens": comparison.environment.tokens,
+        "rounding": ROUNDING,
         "metrics": _METRICS,
         "ulp_bins": text.ulp_bins(),
         "verdicts": verdicts,
@@ -148,7 +148,7 @@ def _site(m: Measurement, verdict: int, number_of: _Numbered, comparison: Compar
     return [
         text.visible(m.site),
         verdict,
-        number_of(m.reason),
+        number_of(words.reason(m)),
         [_rounded(getattr(m, name), _DIGITS.get(name, 5)) for name in _METRICS],
         None if m.bit_equal is None else int(m.bit_equal),
         text.visible(m.dtype or ""),

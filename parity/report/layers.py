@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from parity.results import Measurement, SiteVerdict
+from parity.results import Measurement, SiteVerdict, worst_verdict
 from parity.sites import group_label, short
-
-_SEVERITY: tuple[SiteVerdict, ...] = ("nonfinite", "wrong", "imprecise", "unmeasured", "rounding", "exact")
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ def _row(label: str, group: list[Measurement]) -> LayerRow:
     by_mse = max((m for m in measured if m.mse is not None), key=lambda m: m.mse or 0.0, default=None)
     return LayerRow(
         label=label,
-        verdict=min((m.verdict for m in group), key=_SEVERITY.index),
+        verdict=worst_verdict(m.verdict for m in group),
         measured=len(measured),
         known=len(group),
         ratio=by_ratio.ratio if by_ratio else None,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
+from parity import words
 from parity.report.text import flips, number, plural, quoted, ranges, visible
 from parity.results import BAD, Comparison, Finding, Measurement, NextToken, Token
 from parity.sites import family, group_label, layer_of
@@ -28,7 +28,7 @@ def steps(sites: Iterable[Measurement]) -> list[Note]:
 
 def unmeasured(sites: Iterable[Measurement]) -> list[Note]:
     """Why sites were not measured, with the sites."""
-    return _notes((m.reason, m) for m in sites if m.verdict == "unmeasured")
+    return _notes((words.reason(m), m) for m in sites if m.verdict == "unmeasured")
 
 
 def _notes(pairs: Iterable[tuple[str, Measurement]]) -> list[Note]:
@@ -56,9 +56,10 @@ def _layers(layers: Sequence[int]) -> str:
 def invisible(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
     """The faults that this run could not have revealed, each with what is said of it alone, by common reason."""
     groups: dict[str, list[tuple[str, str]]] = {}
-    for item in comparison.power.invisible if comparison.power else ():
-        reason, *detail = re.split("[:;] ", visible(item.reason), maxsplit=1)
-        groups.setdefault(reason, []).append((visible(item.fault), "".join(detail)))
+    power = comparison.power
+    for item in power.unseen if power else ():
+        reason, detail = map(visible, words.unseen(item, power.dtype if power else ""))
+        groups.setdefault(reason, []).append((visible(item.fault), detail))
     return list(groups.items())
 
 

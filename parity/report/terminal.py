@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from parity import words
 from parity.report.layers import LayerRow, rows
 from parity.report.summaries import invisible
 from parity.report.text import (
@@ -149,7 +150,7 @@ def _site_table(comparison: Comparison) -> Table:
             Text(m.verdict, style=STYLES[m.verdict]),
             number(m.ratio),
             *(number(value, ".1e") for value in (m.local_rel, m.inherited_rel, m.floor_rel)),
-            Text(visible(m.site) + (f": {visible(m.reason)}" if m.verdict == "unmeasured" else "")),
+            Text(visible(m.site) + (f": {visible(words.reason(m))}" if m.verdict == "unmeasured" else "")),
         )
     return table
 

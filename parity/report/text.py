@@ -113,7 +113,7 @@ def explanation(fault: FaultMatch) -> list[str]:
 
 def families(finding: Finding) -> str:
     """The families of a finding; those after the first without the path that they share with it."""
-    first, *others = (part.strip() for part in finding.family.split(","))
+    first, *others = finding.families
     path = first.rpartition(".")[0] + "."
     return visible(", ".join([first, *(other.removeprefix(path) for other in others)]))
 
@@ -172,9 +172,3 @@ def ending(comparison: Comparison, *, token: Callable[[str], str], prose: Callab
             yield flips(said)
     if comparison.answer:
         yield prose(comparison.answer)
-
-
-def first_words(text: str, most: int) -> str:
-    """The beginning of a text, on one line."""
-    shown = visible(text)
-    return shown if len(shown) <= most else shown[: most - 1] + "…"

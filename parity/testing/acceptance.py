@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from parity.compare.judge import ROUNDING
-from parity.results import BAD, Comparison, Finding, Measurement
+from parity import words
+from parity.results import BAD, ROUNDING, Comparison, Finding, Measurement, logits_of
 from parity.settings import NEXT_TOKEN, Settings
 from parity.sites import layer_of
 from parity.testing.baseline import is_worse
@@ -27,13 +27,13 @@ class Failure:
 def split(sites: Sequence[Measurement]) -> dict[str, list[Measurement]]:
     """The sites of each part, in order of execution: what is before the layers, each layer, what comes after."""
     parts: dict[str, list[Measurement]] = {}
-    before = True
-    for position, site in enumerate(sites):
+    before, logits = True, logits_of(sites)
+    for site in sites:
         layer = layer_of(site.site)
         before = before and layer is None
         if layer is not None:
             part = f"layers.{layer}"
-        elif position == len(sites) - 1:
+        elif site is logits:
             part = LOGITS
         else:
             part = EMBEDDING if before else FINAL_NORM
@@ -48,22 +48,21 @@ def failures(part: str, c: Comparison, settings: Settings, baseline: Mapping[str
     found = [f for m in split(c.sites).get(part, []) if (f := _site(m, settings, baseline)) is not None]
     if part == LOGITS:
         found += [Failure(check.name, f"check failed: {check.detail}") for check in c.checks if not check.ok]
-        if not found and _drifts(c) and not settings.limits(c.sites[-1].site):
-            found.append(Failure(c.sites[-1].site, c.headline))
+        if not found and _drifts(c) and c.logits is not None and not settings.limits(c.logits.site):
+            found.append(Failure(c.logits.site, c.headline))
     return found
 
 
 def _drifts(c: Comparison) -> bool:
-    """Whether the run is inconclusive although each site that counts was measured and the top tokens agree."""
-    flipped = c.next_token is not None and c.next_token.unexplained_flips
-    return c.verdict == "inconclusive" and c.sites[-1].verdict != "unmeasured" and not flipped
+    """Whether the run is inconclusive for a reason that fails no part of its own."""
+    return c.inconclusive is not None and c.inconclusive.kind in ("logits off", "unexamined")
 
 
 def _site(m: Measurement, settings: Settings, baseline: Mapping[str, float]) -> Failure | None:
     if m.verdict == "unmeasured":
         if settings.may_be_unmeasured(m.site):
             return None
-        return Failure(m.site, f"unmeasured: {m.reason}. Accept it with allow_unmeasured.")
+        return Failure(m.site, f"unmeasured: {words.reason(m)}. Accept it with allow_unmeasured.")
     limits = settings.limits(m.site)
     if m.verdict == "nonfinite" or (m.verdict in BAD and not limits):
         ratio = f"ratio {m.ratio:.3g}" if m.ratio is not None else "no ratio"
@@ -90,7 +89,7 @@ def _beyond(m: Measurement, key: str, limit: float) -> str:
 def _next_token(c: Comparison, settings: Settings) -> Iterator[Failure]:
     token = c.next_token
     if token is None:
-        if c.sites[-1].verdict == "unmeasured" and settings.may_be_unmeasured(c.sites[-1].site):
+        if c.logits and c.logits.verdict == "unmeasured" and settings.may_be_unmeasured(c.logits.site):
             return
         yield Failure(NEXT_TOKEN, "the candidate's logits are missing or not finite")
         return
@@ -122,7 +121,7 @@ def explain(failed: Sequence[Failure], c: Comparison) -> list[str]:
 
 def _cause(finding: Finding) -> list[str]:
     fault = finding.fault
-    lines = [f"finding: {finding.family}, {finding.verdict}, ratio {finding.ratio:.3g}"]
+    lines = [f"finding: {', '.join(finding.families)}, {finding.verdict}, ratio {finding.ratio:.3g}"]
     if fault is not None:
         lines += [f"  cause: {fault.title} (explains {fault.explained:.4%})", f"  fix: {fault.fix}"]
     return lines + [f"  {line}" for line in finding.evidence]

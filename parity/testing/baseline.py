@@ -10,9 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from parity.errors import UsageError
-from parity.results import Measurement
-
-FACTOR = 1.5
+from parity.results import FACTOR, Measurement
 
 Ratios = dict[str, float]
 

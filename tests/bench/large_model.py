@@ -119,7 +119,7 @@ def main() -> None:
     limit = f" under a limit of {given.limit_mb} MB" if given.limit_mb else ""
     print(f"diff{limit}: {report['verdict']}, {report['coverage']}, peak {peak:.0f} MB")
     for finding in report["findings"]:
-        print(f"  {finding['family']}: {(finding['fault'] or {'id': 'unknown'})['id']}")
+        print(f"  {', '.join(finding['families'])}: {(finding['fault'] or {'id': 'unknown'})['id']}")
     print(f"diff: {seconds:.1f} s = {seconds / plain:.1f}x the plain forward, of which")
     for what, spent in report["environment"]["seconds"].items():
         print(f"  {what:18} {spent:6.1f} s  {spent / plain:5.2f}x")

@@ -20,6 +20,7 @@ import torch
 
 from parity.dump import open_dump, write_safetensors
 from parity.errors import CandidateError, ParityError
+from parity.reasons import Gap
 from parity.report import json as report_json
 from tests.checkpoints import OTHER
 from tests.conftest import Ran, environment, slow_but
@@ -149,7 +150,7 @@ def test_a_wrong_operation_is_found_first(
     assert bad[0] == "model.layers.0.self_attn.q_rope"
     assert set(bad) == {f"model.layers.{i}.self_attn.{n}" for i in range(2) for n in ("q_rope", "k_rope")}
     (found,) = report.findings
-    assert found.family == "model.layers.*.self_attn.q_rope, model.layers.*.self_attn.k_rope"
+    assert found.families == ("model.layers.*.self_attn.q_rope", "model.layers.*.self_attn.k_rope")
     assert found.fault is not None
     assert found.fault.id == "rope-interleaved"
     assert report.findings[0].layers == (0, 1)
@@ -227,7 +228,7 @@ def test_a_model_matches_its_own_recording(
 def test_json_alone_on_stdout(cli: Cli, small: Path, tmp_path: Path) -> None:
     ran = cli("diff", "--tokens", TOKENS, "--model", small, "--json", "--out", tmp_path / "report")
     assert ran.code == 0, ran.err
-    assert json.loads(ran.out)["schema"] == 1
+    assert json.loads(ran.out)["schema"] == 2
     assert json.loads(ran.out)["verdict"] == "match"
     assert (tmp_path / "report" / "report.json").read_text() == ran.out
     assert ran.err == ""
@@ -365,7 +366,7 @@ def test_a_port_that_dumps_only_layers_is_judged_by_layers(
     assert ran.code == 0, ran.out + ran.err
     report = report_in(tmp_path / "report")
     assert (report.coverage.measured, report.coverage.known) == (5, 39)
-    assert {m.reason for m in report.sites if m.verdict == "unmeasured"} == {"not recorded by the candidate"}
+    assert {m.gap for m in report.sites if m.verdict == "unmeasured"} == {Gap("not recorded")}
 
 
 def test_a_wrong_layer_names_the_operations_it_may_be(cli: Cli, recorded: Path, small: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 import parity.errors
 import parity.testing.items
 from parity.compare.options import Ask
+from parity.reasons import Gap
 from parity.report import json as report_json
 from parity.results import Comparison, Measurement
 from parity.testing import baseline
@@ -270,7 +271,7 @@ def test_a_wrong_key_in_the_file_is_an_error_of_the_collection(
 
 
 def test_a_site_that_was_not_measured(faked: Session, clean: Comparison) -> None:
-    c = changed(clean, ACT, verdict="unmeasured", ratio=None, reason="not recorded by the candidate")
+    c = changed(clean, ACT, verdict="unmeasured", ratio=None, reason="", gap=Gap("not recorded"))
     result = faked(c)
     result.assert_outcomes(passed=ITEMS - 1, failed=1)
     result.stdout.fnmatch_lines([f"{ACT}: unmeasured: not recorded by the candidate. Accept it with allow_unmeasured."])

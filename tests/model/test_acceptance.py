@@ -9,17 +9,8 @@ from typing import Any
 import pytest
 
 from parity.errors import UsageError
-from parity.results import (
-    Check,
-    Comparison,
-    Coverage,
-    Environment,
-    FaultMatch,
-    Finding,
-    Measurement,
-    NextToken,
-    Token,
-)
+from parity.reasons import Gap, Inconclusive
+from parity.results import Check, Comparison, Coverage, Environment, FaultMatch, Finding, Measurement, NextToken, Token
 from parity.settings import Settings, parse
 from parity.testing import baseline
 from parity.testing.acceptance import explain, failures, split, worst
@@ -114,7 +105,7 @@ def test_what_is_not_finite_fails_whatever_the_limits() -> None:
 
 
 def test_an_unmeasured_site_fails_unless_it_may() -> None:
-    c = comparison(site(ACT, verdict="unmeasured", ratio=None, reason="not recorded by the candidate"))
+    c = comparison(site(ACT, verdict="unmeasured", ratio=None, gap=Gap("not recorded")))
     assert failing(c) == {
         "layers.1": [f"{ACT}: unmeasured: not recorded by the candidate. Accept it with allow_unmeasured."]
     }
@@ -142,7 +133,8 @@ def test_missing_logits_may_be_allowed_together_with_the_next_token() -> None:
 
 
 def test_an_inconclusive_run_fails_at_the_logits() -> None:
-    c = comparison(verdict="inconclusive", headline="the logits are 9.0x as far off")
+    off = Inconclusive("logits off", ratio=9.0)
+    c = comparison(verdict="inconclusive", inconclusive=off, headline="the logits are 9.0x as far off")
     assert failing(c) == {"logits": ["lm_head: the logits are 9.0x as far off"]}
     c = comparison(verdict="inconclusive", checks=(Check("candidate weights", False, "lm_head.weight is transposed"),))
     assert failing(c) == {"logits": ["candidate weights: check failed: lm_head.weight is transposed"]}
@@ -158,7 +150,7 @@ def test_worse_than_the_baseline_fails_within_the_threshold() -> None:
 
 def test_the_cause_stands_under_the_sites() -> None:
     fault = FaultMatch("gelu", "GELU in place of SiLU", "use SiLU", 0.999998, 1.0, (), {})
-    finding = Finding("model.layers.*.mlp.act_fn", (ACT,), (1,), "wrong", 104.0, 0, ("a gain of 1.1",), (), fault)
+    finding = Finding(("model.layers.*.mlp.act_fn",), (ACT,), (1,), "wrong", 104.0, 0, ("a gain of 1.1",), (), fault)
     elsewhere = replace(finding, sites=("lm_head",))
     c = comparison(site(ACT, verdict="wrong", ratio=104.0), findings=(finding, elsewhere))
     assert explain(failures("layers.1", c, Settings(), {}), c) == [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from parity import words
 from parity.compare.judge import (
     IMPRECISE,
-    ROUNDING,
     RoundingMode,
     covered,
     evidence,
@@ -25,9 +25,11 @@ from parity.compare.judge import (
     rounding_mode,
     structure_of,
 )
+from parity.reasons import Gap
 from parity.reference.floor import Local
-from parity.results import EXIT_CODES, Check, Measurement, NextToken, Structure, Token
+from parity.results import EXIT_CODES, ROUNDING, Check, Comparison, Measurement, NextToken, Structure, Token
 from tests.model.test_floor import draw, linear, silu
+from tests.report_example import matching
 
 NOISE = Structure(0.0, 0.0, (1.0, 1.1, 0.9, 1.0), (), 0, 0.1, None, 4000)
 PLAIN = RoundingMode(fused=False, truncates=False)
@@ -113,7 +115,9 @@ BRANCHES = [
 )
 def test_sites(site: Local, mode: RoundingMode, lucky: float, verdict: str, reason: str) -> None:
     found, _, why = judge_site(site, mode, lucky)
-    assert (found, reason in why) == (verdict, True), why
+    said = words.gap(why) if isinstance(why, Gap) else why
+    assert (found, reason in said) == (verdict, True), said
+    assert isinstance(why, Gap) == (verdict == "unmeasured")
 
 
 def test_the_ratio_that_is_told_is_the_one_that_was_judged() -> None:
@@ -292,7 +296,7 @@ def run_of(*layers: list[Measurement], head: str = "rounding", **more: Any) -> l
 def test_findings_group_layers_and_keep_the_order_of_execution() -> None:
     sites = run_of(layer(0, act_fn="wrong"), layer(1, q="imprecise", act_fn="wrong"), layer(2, q="imprecise"))
     found = findings(sites)
-    assert [f.family for f in found] == ["model.layers.*.act_fn", "model.layers.*.q"]
+    assert [f.families for f in found] == [("model.layers.*.act_fn",), ("model.layers.*.q",)]
     assert [f.layers for f in found] == [(0, 1), (1, 2)]
     assert [f.verdict for f in found] == ["wrong", "imprecise"]
     assert found[0].sites == ("model.layers.0.act_fn", "model.layers.1.act_fn")
@@ -334,12 +338,20 @@ FINE = Check("candidate weights", True, "equal")
 BROKEN = Check("candidate weights", False, "one is transposed")
 
 
+def judged(sites: list[Measurement], checks: Sequence[Check] = (), token: NextToken | None = None) -> Comparison:
+    """A run of these sites, judged and put into words."""
+    found = findings(sites)
+    verdict, why = judge_run(sites, found, checks, token)
+    run = replace(matching(), verdict=verdict, findings=found, sites=tuple(sites), next_token=token)
+    return words.spoken(replace(run, coverage=covered(sites), checks=tuple(checks), inconclusive=why))
+
+
 def next_token(unexplained: int = 0) -> NextToken:
     return NextToken(TOP, TOP, unexplained, unexplained, 24, 0.0, 1.0)
 
 
 @pytest.mark.parametrize(
-    ("sites", "checks", "token", "verdict", "words"),
+    ("sites", "checks", "token", "verdict", "said"),
     [
         (run_of(layer(0)), [FINE], next_token(), "match", ["every operation is within"]),
         (run_of(layer(0)), [], None, "match", []),
@@ -353,7 +365,7 @@ def next_token(unexplained: int = 0) -> NextToken:
         (run_of(layer(0, q="wrong"), head="unmeasured"), [BROKEN], None, "diverged", ["1 wrong operation"]),
         (run_of(layer(0)), [FINE, BROKEN], None, "inconclusive", ["candidate weights", "transposed"]),
         (
-            run_of(layer(0), head="unmeasured", reason="not recorded"),
+            run_of(layer(0), head="unmeasured", reason="", gap=Gap("not recorded")),
             [],
             None,
             "inconclusive",
@@ -367,12 +379,13 @@ def next_token(unexplained: int = 0) -> NextToken:
     ],
 )
 def test_runs(
-    sites: list[Measurement], checks: list[Check], token: NextToken | None, verdict: str, words: list[str]
+    sites: list[Measurement], checks: list[Check], token: NextToken | None, verdict: str, said: list[str]
 ) -> None:
-    found, headline = judge_run(sites, findings(sites), checks, token)
-    assert found == verdict, headline
-    for word in words:
-        assert word in headline
+    run = judged(sites, checks, token)
+    assert run.verdict == verdict, run.headline
+    assert (run.inconclusive is not None) == (verdict == "inconclusive")
+    for word in said:
+        assert word in run.headline
 
 
 def test_a_total_that_cannot_be_computed_is_no_match() -> None:
@@ -388,11 +401,12 @@ def test_unmeasured_never_counts_as_passed(verdicts: list[str]) -> None:
     sites = [measurement(f"model.layers.{i}.x", v) for i, v in enumerate(verdicts)]
     coverage = covered(sites)
     assert (coverage.measured, coverage.known) == (len(sites) - verdicts.count("unmeasured"), len(sites))
-    verdict, headline = judge_run(sites, findings(sites), [], None)
+    run = judged(sites)
+    verdict = run.verdict
     if {"wrong", "nonfinite", "imprecise"} & set(verdicts):
         assert verdict == "diverged"
     elif not verdicts or verdicts[-1] == "unmeasured":
         assert verdict == "inconclusive"
     else:
         assert verdict == "match"
-        assert ("unmeasured" in headline) == ("unmeasured" in verdicts)
+        assert ("unmeasured" in run.headline) == ("unmeasured" in verdicts)

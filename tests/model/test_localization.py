@@ -215,7 +215,7 @@ def test_rounding_of_the_same_size_is_not_the_same_rounding(tmp_path: Path) -> N
     long_sums = checkpoints.qwen3(tmp_path / "long", layers=2, intermediate_size=2048)
     question = Question(find(str(long_sums)), (TOKENS,), "bfloat16", faults=CATALOGUE, power=False)
     (finding,) = diff_injected(question, parse("sums-low@1")).findings
-    assert finding.family.endswith("down_proj")
+    assert finding.families[0].endswith("down_proj")
     assert finding.fault is not None
     assert (finding.fault.id, finding.fault.explained) == ("sums-low", pytest.approx(1.0, abs=1e-3))
 

@@ -20,6 +20,7 @@ from parity.compare.run_spec import DTYPES, Question
 from parity.dump import open_dump
 from parity.dump.names import parse_names
 from parity.errors import IncomparableError
+from parity.reasons import Gap
 from parity.reference import pieces
 from parity.reference.chain import Chain
 from parity.reference.checkpoint import find
@@ -106,7 +107,7 @@ def test_a_right_candidate_matches_and_a_wrong_one_is_localized(small: Path, dty
     assert right.coverage.measured == right.coverage.known == len(right.sites)
     wrong = live(question, planted(question, GELU))
     assert (wrong.verdict, wrong.exit_code, bad(wrong)) == ("diverged", 1, GUILTY)
-    assert [(f.family, f.layers) for f in wrong.findings] == [("model.layers.*.mlp.act_fn", (1,))]
+    assert [(f.families, f.layers) for f in wrong.findings] == [(("model.layers.*.mlp.act_fn",), (1,))]
 
 
 @pytest.mark.slow
@@ -140,9 +141,9 @@ def test_two_bugs_are_two_findings(checkpoint: Callable[..., Path]) -> None:
     question = ask(checkpoint("qwen3"))
     result = live(question, planted(question, ("act-gelu", (0,)), ("residual-dropped-mlp", (2,))))
     assert bad(result) == {"model.layers.0.mlp.act_fn", "model.layers.2"}
-    assert [(f.family, f.layers) for f in result.findings] == [
-        ("model.layers.*.mlp.act_fn", (0,)),
-        ("model.layers.*", (2,)),
+    assert [(f.families, f.layers) for f in result.findings] == [
+        (("model.layers.*.mlp.act_fn",), (0,)),
+        (("model.layers.*",), (2,)),
     ]
     assert "2 wrong operations" in result.headline
 
@@ -399,7 +400,7 @@ def test_layer_outputs_alone_localize_to_the_layer(checkpoint: Callable[..., Pat
     result = part(question, planted(question, (bug, (2,))), is_layer_end, tmp_path / "port")
     assert (result.verdict, bad(result)) == ("diverged", {"model.layers.2"})
     (found,) = result.findings
-    assert (found.family, found.layers) == ("model.layers.*", (2,))
+    assert (found.families, found.layers) == (("model.layers.*",), (2,))
     assert found.span[0] == "model.layers.2.input_layernorm"
     assert found.span[-1] == "model.layers.2.mlp.down_proj"
     assert "the rest of what was measured" in result.headline
@@ -413,7 +414,7 @@ def test_right_layer_outputs_alone_match_and_say_what_was_not_seen(
     result = part(question, planted(question, ("sdpa", (0, 1, 2, 3))), is_layer_end, tmp_path / "port")
     assert (result.verdict, result.coverage.measured) == ("match", 5)
     assert f"{len(result.sites) - 5} sites unmeasured" in result.headline
-    assert {m.reason for m in result.sites if m.verdict == "unmeasured"} == {"not recorded by the candidate"}
+    assert {m.gap for m in result.sites if m.verdict == "unmeasured"} == {Gap("not recorded")}
 
 
 def test_without_attention_sites_its_bugs_show_at_the_next_one(small: Path, tmp_path: Path) -> None:
@@ -443,7 +444,7 @@ def test_the_span_holds_the_operation_that_is_wrong(small: Path, tmp_path: Path,
     arrays = {n: numbers(x) for n, x in recorded(question, planted(question, (bug, (1,)))).items() if keep(n)}
     write_safetensors(tmp_path / "port", arrays, {"token_ids": json.dumps(question.token_ids)})
     (found,) = offline(question, tmp_path / "port").findings
-    assert found.family == "model.layers.*.self_attn.o_proj"
+    assert found.families == ("model.layers.*.self_attn.o_proj",)
     assert VARIANTS[bug].guilty_sites([1]) <= set(found.span)
 
 

@@ -28,8 +28,10 @@ def question(model: Path, tokens: int, dtype: str = "bfloat16") -> Question:
     return Question(find(str(model)), (ids,), dtype, faults=NUMBERS)
 
 
-def leaning(comparison: Comparison) -> list[str]:
-    return [f.family for f in comparison.findings if any("always in the same direction" in line for line in f.evidence)]
+def leaning(comparison: Comparison) -> list[tuple[str, ...]]:
+    return [
+        f.families for f in comparison.findings if any("always in the same direction" in line for line in f.evidence)
+    ]
 
 
 def test_an_eps_that_no_single_value_shows_is_found(model: Path) -> None:
@@ -45,7 +47,7 @@ def test_an_eps_that_no_single_value_shows_is_found(model: Path) -> None:
 def test_an_eps_below_the_rounding_is_read_where_the_reference_rounds_as_the_candidate_does(model: Path) -> None:
     found = diff_injected(question(model, 80), parse("norm-eps=1e-3"))
     reads = {
-        f.family: f.fault.reads["eps"] for f in found.findings if f.fault is not None and f.family in leaning(found)
+        f.families: f.fault.reads["eps"] for f in found.findings if f.fault is not None and f.families in leaning(found)
     }
     assert len(reads) >= 3
     assert all(abs(eps.value - 1e-3) <= 2 * eps.stderr for eps in reads.values()), reads

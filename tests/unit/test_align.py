@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from parity.compare.align import AmbiguousLayoutError, Gap, Pair, align
+from parity import words
+from parity.compare.align import AmbiguousLayoutError, Pair, align
 from parity.dump import Entry
+from parity.reasons import Gap
 from parity.sites import Dims, Site
 
 B, T, H, G, D, F = 2, 5, 6, 3, 4, 7
@@ -174,14 +176,16 @@ def test_an_ambiguous_layout_is_refused_with_a_way_out() -> None:
     )
 
 
+TURNED = "token batch hidden"
+
+
 def test_what_fits_no_layout_is_a_gap() -> None:
-    assert align(entry((B, T, F + 1)), site("hidden"), D) == Gap(
-        "model.layers.0.hidden", "shape (2, 5, 8) does not fit batch=2 token=5 feature=7"
-    )
-    assert align(entry((B, T, F), "token batch hidden"), site("hidden"), D) == Gap(
-        "model.layers.0.hidden",
-        "shape (2, 5, 7) declared as 'token batch hidden' does not fit batch=2 token=5 feature=7",
-    )
+    wanted = {"axes": ("batch", "token", "feature"), "sizes": (B, T, F)}
+    long, turned = align(entry((B, T, F + 1)), site("hidden"), D), align(entry((B, T, F), TURNED), site("hidden"), D)
+    assert long == Gap("misshapen", (B, T, F + 1), **wanted)
+    assert turned == Gap("misshapen", (B, T, F), dims=tuple(TURNED.split()), **wanted)
+    assert words.gap(long) == "shape (2, 5, 8) does not fit batch=2 token=5 feature=7"
+    assert words.gap(turned) == f"shape (2, 5, 7) declared as {TURNED!r} does not fit batch=2 token=5 feature=7"
     for shape in [(), (B * T * F,), (B, T, F, 1, 1)]:
         assert isinstance(align(entry(shape), site("hidden"), D), Gap), shape
 

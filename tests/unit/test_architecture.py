@@ -21,19 +21,23 @@ FLOORS: dict[str, set[str]] = {
     "load_object": {"errors"},
     "sites": set(),
     "settings": {"errors"},
-    "results": set(),
+    "reasons": set(),
+    "results": {"reasons"},
+    "words": {"reasons", "results"},
     "dump": {"errors", "untrusted"},
     "record": {"errors", "sites"},
     "reference": {"errors", "untrusted", "sites", "results", "record"},
     "candidates": {"errors", "load_object", "sites", "dump", "record"},
     "faults": {"errors", "load_object", "sites", "results", "record", "reference"},
-    "diagnose": {"errors", "sites", "results", "record", "reference", "faults"},
+    "diagnose": {"errors", "sites", "reasons", "results", "record", "reference", "faults"},
     "compare": {
         "errors",
         "observer",
         "sites",
         "settings",
+        "reasons",
         "results",
+        "words",
         "dump",
         "record",
         "reference",
@@ -41,12 +45,13 @@ FLOORS: dict[str, set[str]] = {
         "faults",
         "diagnose",
     },
-    "report": {"errors", "sites", "results"},
+    "report": {"errors", "sites", "reasons", "results", "words"},
     "cli": {
         "errors",
         "sites",
         "settings",
         "results",
+        "words",
         "dump",
         "reference",
         "candidates",
@@ -59,6 +64,7 @@ FLOORS: dict[str, set[str]] = {
         "sites",
         "settings",
         "results",
+        "words",
         "dump",
         "reference",
         "candidates",
@@ -139,7 +145,7 @@ def test_an_import_from_above_is_found(package: str, source: str) -> None:
 
 
 def test_reports_see_nothing_but_results() -> None:
-    assert FLOORS["report"] == {"errors", "sites", "results"}
+    assert FLOORS["report"] == {"errors", "sites", "reasons", "results", "words"}
     assert forbidden("report", "from parity.dump import open_dump") == {"dump"}
 
 

@@ -98,10 +98,10 @@ def test_ranges() -> None:
     ],
 )
 def test_where(layers: tuple[int, ...], shown: str) -> None:
-    assert text.where(Finding("f", (), layers, "wrong", 1.0, None, ()), 3) == shown
+    assert text.where(Finding(("f",), (), layers, "wrong", 1.0, None, ()), 3) == shown
 
 
 def test_families_of_one_finding_share_their_path() -> None:
-    both = "model.layers.*.self_attn.q_rope, model.layers.*.self_attn.k_rope, model.layers.*.mlp"
+    both = ("model.layers.*.self_attn.q_rope", "model.layers.*.self_attn.k_rope", "model.layers.*.mlp")
     finding = Finding(both, (), (), "wrong", 1.0, None, ())
     assert text.families(finding) == "model.layers.*.self_attn.q_rope, k_rope, model.layers.*.mlp"

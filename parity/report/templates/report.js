@@ -48,7 +48,7 @@
     };
     const svg = drawn("svg", { class: "bars", viewBox: `0 0 ${values.length} 64`, preserveAspectRatio: "none", role: "img", "aria-label": `${title}; largest ${number(Math.max(...finite, 0))} times the floor` });
     values.forEach((v, i) => {
-      const h = Math.max(height(v), 0.5), colour = typeof v === "number" && v <= 2 ? "low" : "high";
+      const h = Math.max(height(v), 0.5), colour = typeof v === "number" && v <= data.rounding ? "low" : "high";
       svg.append(drawn("rect", { x: i + 0.04, y: 64 - h, width: 0.92, height: h, class: colour }));
     });
     const y = 64 - height(1);

@@ -1,0 +1,76 @@
+"""Why something cannot be said: small values with their numbers. parity.words makes sentences of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+GapKind = Literal[
+    "not recorded", "misshapen", "ambiguous", "reference overflows", "inputs not finite", "too rough", "unknown"
+]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Why a site was not measured. What a kind does not speak of is empty.
+
+    not recorded         the candidate has no activation of this name
+    misshapen            its `shape`, of the axes `dims` if it declares them, does not fit `axes` of `sizes`
+    ambiguous            its `shape` can be read as any of `readings`, and it declares no axes
+    reference overflows  the reference is not finite either, in the working dtype
+    inputs not finite    the candidate's own inputs are not finite
+    too rough            the reference's own rounding is `share` of the value
+    unknown              anything else, as `detail` says
+    """
+
+    kind: GapKind
+    shape: tuple[int, ...] = ()
+    dims: tuple[str, ...] = ()
+    axes: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = ()
+    readings: tuple[str, ...] = ()
+    share: float = 0.0
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Invisible:
+    """A fault that this run could not have revealed.
+
+    no effect  it changes nothing on these tokens; `needs` says what would show it, where that is known
+    drowns     it would have made an error of `ratio` floors, which is too close to rounding
+    """
+
+    fault: str
+    kind: Literal["no effect", "drowns"]
+    ratio: float = 0.0
+    needs: str = ""
+
+
+@dataclass(frozen=True)
+class NotTried:
+    """A fault of which nothing is known in this run.
+
+    large    it shows only at embedding and head, whose copies would take more memory than all the rest
+    unknown  a report of an older version does not say
+    """
+
+    fault: str
+    why: Literal["large", "unknown"]
+
+
+@dataclass(frozen=True)
+class Inconclusive:
+    """Why a run in which nothing is wrong is no match either.
+
+    check failed       an integrity check failed: the first of `Comparison.checks` that did
+    no site            the model has no site
+    logits unmeasured  the last site was not measured
+    logits off         each operation only rounds, yet the logits are `ratio` times as far off as the reference's
+    flips              `count` top tokens differ by more than rounding explains
+    unexamined         `count` operations are covered by no measured site
+    """
+
+    kind: Literal["check failed", "no site", "logits unmeasured", "logits off", "flips", "unexamined"]
+    count: int = 0
+    ratio: float = 0.0

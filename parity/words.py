@@ -1,0 +1,114 @@
+"""The reasons that results carry as data, in words: the one place where they become sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from parity.reasons import Gap, GapKind, Inconclusive, Invisible, NotTried
+from parity.results import ROUNDING, Comparison, Measurement
+
+# -- why a site was not measured ------------------------------------------------------------------------------
+
+
+def _misshapen(g: Gap) -> str:
+    declared = f" declared as {' '.join(g.dims)!r}" if g.dims else ""
+    wanted = " ".join(f"{axis}={size}" for axis, size in zip(g.axes, g.sizes, strict=False))
+    return f"shape {g.shape}{declared} does not fit {wanted}"
+
+
+def _ambiguous(g: Gap) -> str:
+    return f"shape {g.shape} can be read as {' or '.join(map(repr, g.readings[:3]))}"
+
+
+_GAPS: dict[GapKind, Callable[[Gap], str]] = {
+    "not recorded": lambda _: "not recorded by the candidate",
+    "misshapen": _misshapen,
+    "ambiguous": _ambiguous,
+    "reference overflows": lambda _: "overflows; so does the reference in this dtype",
+    "inputs not finite": lambda _: "its inputs are not finite",
+    "too rough": lambda g: f"the reference's own rounding is {g.share:.0%} of the value",
+    "unknown": lambda g: g.detail,
+}
+
+
+def gap(found: Gap) -> str:
+    """Why a site was not measured: `not recorded by the candidate`."""
+    return _GAPS[found.kind](found)
+
+
+def reason(m: Measurement) -> str:
+    """What a site's verdict rests on."""
+    return m.reason if m.gap is None else gap(m.gap)
+
+
+# -- what a run could not have seen ---------------------------------------------------------------------------
+
+
+def unseen(item: Invisible | NotTried, dtype: str) -> tuple[str, str]:
+    """Why a fault would have gone unseen: what many faults have in common, and what is said of this one alone."""
+    if isinstance(item, NotTried):
+        return ("not tried: embedding and head are large" if item.why == "large" else "not tried"), ""
+    if item.kind == "no effect":
+        return "no effect on this run", f"needs {item.needs}" if item.needs else ""
+    return f"drowns in {dtype or 'rounding'}", f"{item.ratio:.1g}x the floor"
+
+
+# -- the whole run --------------------------------------------------------------------------------------------
+
+
+def spoken(c: Comparison) -> Comparison:
+    """The Comparison with its headline and answer."""
+    return replace(c, headline=headline(c), answer=answer(c))
+
+
+def headline(c: Comparison) -> str:
+    """What the verdict of the run rests on."""
+    if c.inconclusive is not None:
+        return _inconclusive(c.inconclusive, c)
+    unmeasured = c.coverage.known - c.coverage.measured
+    if c.verdict == "diverged":
+        rest = "the rest of what was measured is rounding" if unmeasured else "everything else is rounding"
+        return f"{_operations(c)}; {rest}"
+    tail = f"; {unmeasured} sites unmeasured, judged through the next measured one" if unmeasured else ""
+    return f"every operation is within the reference's own rounding{tail}"
+
+
+def _operations(c: Comparison) -> str:
+    wrong = sum(f.verdict != "imprecise" for f in c.findings)
+    rough = len(c.findings) - wrong
+    parts = [f"{wrong} wrong operation{'s' * (wrong != 1)}"] * bool(wrong)
+    parts += [f"{rough} less precise than the dtype needs"] * bool(rough)
+    return ", ".join(parts)
+
+
+def _inconclusive(why: Inconclusive, c: Comparison) -> str:
+    if why.kind == "check failed":
+        return next(f"{check.name}: {check.detail}" for check in c.checks if not check.ok)
+    if why.kind == "no site":
+        return "the logits were not measured: no site"
+    if why.kind == "logits unmeasured":
+        return f"the logits were not measured: {reason(c.sites[-1])}"
+    if why.kind == "logits off":
+        return f"every operation rounds as it should, yet the logits are {why.ratio:.1f}x as far off as the reference's"
+    if why.kind == "flips":
+        return f"{why.count} top tokens differ by more than rounding explains"
+    operations = "1 operation was" if why.count == 1 else f"{why.count} operations were"
+    return f"{operations} not examined: no measured site covers {'it' if why.count == 1 else 'them'}"
+
+
+def answer(c: Comparison) -> str:
+    """ "MSE 8.5e-3 at the logits: rounding or a bug?", in one line."""
+    logits = c.logits
+    if logits is None or logits.verdict == "unmeasured" or logits.mse is None or logits.total_ratio is None:
+        return "the logits were not measured"
+    size = f"logits MSE {logits.mse:.2g}, cosine {logits.cosine:.6f}"
+    if logits.total_ratio <= ROUNDING:
+        explained = "rounding explains all of it"
+        if c.verdict == "diverged":
+            explained = "no more than rounding makes: what is wrong does not show at the logits of this run"
+    else:
+        explained = "rounding does not explain it" if c.verdict == "diverged" else "more than rounding usually makes"
+    if c.noise_ratio is not None:
+        explained += f"; {c.noise_ratio:.2g} standard deviations of stochastic rounding"
+    return f"{size}: {logits.total_ratio:.2g}x the reference's own rounding error, {explained}"

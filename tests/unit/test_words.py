@@ -1,0 +1,83 @@
+"""Reasons are data; here is what they become in words."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from parity import words
+from parity.reasons import Gap, GapKind, Inconclusive, Invisible, NotTried
+from parity.results import Check, Comparison
+from tests.report_example import everything, matching, measurement
+
+
+@pytest.mark.parametrize("kind", typing.get_args(GapKind))
+def test_every_kind_of_gap_has_words_of_its_own(kind: GapKind) -> None:
+    said = {other: words.gap(Gap(other, detail="something")) for other in typing.get_args(GapKind)}
+    assert said[kind]
+    assert list(said.values()).count(said[kind]) == 1
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        (Invisible("a", "no effect"), ("no effect on this run", "")),
+        (Invisible("a", "no effect", needs="two tokens"), ("no effect on this run", "needs two tokens")),
+        (Invisible("a", "drowns", 0.21), ("drowns in float16", "0.2x the floor")),
+        (NotTried("a", "large"), ("not tried: embedding and head are large", "")),
+        (NotTried("a", "unknown"), ("not tried", "")),
+    ],
+)
+def test_what_goes_unseen(item: Invisible | NotTried, said: tuple[str, str]) -> None:
+    assert words.unseen(item, "float16") == said
+
+
+def inconclusive(why: Inconclusive, **more: Any) -> Comparison:
+    return replace(matching(), verdict="inconclusive", inconclusive=why, **more)
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (matching(), "every operation is within the reference's own rounding"),
+        (everything(), "2 wrong operations, 1 less precise than the dtype needs; the rest of what was measured is"),
+        (inconclusive(Inconclusive("check failed"), checks=(Check("a", True, ""), Check("b", False, "c"))), "b: c"),
+        (inconclusive(Inconclusive("no site"), sites=()), "the logits were not measured: no site"),
+        (
+            inconclusive(Inconclusive("logits unmeasured"), sites=(measurement("lm_head", "unmeasured", None),)),
+            "the logits were not measured: not recorded by the candidate",
+        ),
+        (
+            inconclusive(Inconclusive("logits off", ratio=4.14)),
+            "every operation rounds as it should, yet the logits are 4",
+        ),
+        (inconclusive(Inconclusive("flips", count=2)), "2 top tokens differ by more than rounding explains"),
+        (inconclusive(Inconclusive("unexamined", count=1)), "1 operation was not examined: no measured site covers it"),
+        (
+            inconclusive(Inconclusive("unexamined", count=3)),
+            "3 operations were not examined: no measured site covers th",
+        ),
+    ],
+)
+def test_headlines(run: Comparison, said: str) -> None:
+    assert words.headline(run).startswith(said)
+    assert words.spoken(run).headline == words.headline(run)
+
+
+def test_logits_that_say_nothing_are_no_answer() -> None:
+    sound = measurement("lm_head", "rounding", 1.0)
+    run = replace(matching(), sites=(sound,))
+    assert "rounding explains all of it" in words.answer(run)
+    assert words.answer(replace(run, sites=())) == "the logits were not measured"
+    lost = measurement("lm_head", "unmeasured", None, gap=Gap("inputs not finite"), mse=float("inf"), total_ratio=0.0)
+    assert words.answer(replace(run, verdict="diverged", sites=(sound, lost))) == "the logits were not measured"
+
+
+def test_a_bug_that_the_logits_do_not_show_is_not_explained_away() -> None:
+    run = replace(everything(), sites=(measurement("lm_head", "rounding", 1.0),))
+    said = words.answer(run)
+    assert "explains" not in said
+    assert "what is wrong does not show at the logits" in said
