@@ -12,6 +12,7 @@ from typing import Any
 from parity.errors import UsageError
 from parity.report import schema1
 from parity.results import SCHEMA, Comparison
+from parity.untrusted import parse_json, what_is_no_file
 
 # No text in a report is longer: a prompt of a million tokens.
 _LONGEST = 1 << 22
@@ -40,16 +41,15 @@ def _lines(value: Any) -> str:
 
 def load(path: Path) -> Comparison:
     """Read report.json. Raises UsageError if it is missing, no report, of another schema or damaged."""
+    odd = what_is_no_file(path)
+    if odd:
+        raise UsageError(f"{path}: not a report.json but {odd}. Give the file that `parity diff --out DIR` wrote.")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(
             f"{path}: not a report.json ({reason}). Give the file that `parity diff --out DIR` wrote."
-        ) from error
-    except RecursionError as error:
-        raise UsageError(
-            f"{path}: not a report.json (nested too deeply). Give the file that `parity diff --out DIR` wrote."
         ) from error
     schema = raw.get("schema") if isinstance(raw, dict) else None
     if isinstance(schema, bool) or schema not in (1, SCHEMA):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import types
 import typing
 from dataclasses import fields, is_dataclass, replace
@@ -26,6 +28,7 @@ from parity.results import (
     NextToken,
     Structure,
 )
+from tests.report_example import everything, matching
 
 
 def values(kind: Any) -> st.SearchStrategy[Any]:
@@ -135,7 +138,9 @@ def test_a_report_of_another_schema_is_refused(tmp_path: Path, content: str) -> 
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe{}", None])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe{}", None, b"[" * 100_000, b"[" * 50 + b"]" * 50, b'{"a": 1, "a": 2}']
+)
 def test_what_is_no_report_is_refused(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "report.json"
     if content is not None:
@@ -143,6 +148,64 @@ def test_what_is_no_report_is_refused(tmp_path: Path, content: bytes | None) -> 
     with pytest.raises(UsageError, match=r"not a report\.json") as caught:
         report_json.load(path)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    os.mkfifo(path)
+    with pytest.raises(UsageError, match="a FIFO"):
+        report_json.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"verdict": "fine"}, "verdict is 'fine', not one of match, diverged, inconclusive"),
+        ({"verdict": None}, "verdict is null, not one of"),
+        ({"headline": 3}, "headline is 3, not a text"),
+        ({"headline": "x" * (1 << 23)}, "headline is a text of 8388608 characters"),
+        ({"coverage": {"measured": True, "known": 1}}, "coverage.measured is true, not a whole number"),
+        ({"coverage": {"measured": 1.5, "known": 1}}, "coverage.measured is 1.5, not a whole number"),
+        ({"coverage": {"known": 1}}, "coverage.measured is missing"),
+        ({"checks": [{"name": "a", "ok": 1, "detail": ""}]}, "checks[0].ok is 1, not true or false"),
+        ({"noise_ratio": "big"}, "noise_ratio is 'big', not a number"),
+        ({"noise_ratio": 10**400}, "noise_ratio is a number too large"),
+        ({"sites": {}}, "sites is an object, not a list"),
+        ({"sites": [[]]}, "sites[0] is a list, not an object"),
+        ({"findings": [{"families": "a"}]}, "findings[0].families is 'a', not a list"),
+        ({"inconclusive": {"kind": "\x1b[31m"}}, r"inconclusive.kind is '\x1b[31m', not one of"),
+        ({"power": {"visible": [1], "invisible": []}}, "power.visible[0] is 1, not a text"),
+    ],
+    ids=lambda change: str(change)[:40],
+)
+def test_what_is_wrong_in_a_report_is_named_by_its_key(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(to_json(matching()) | change), encoding="utf-8")
+    with pytest.raises(UsageError) as caught:
+        report_json.load(path)
+    assert f"claims to be a report, but {said}" in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+
+
+DAMAGE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), DAMAGE)
+def test_any_damage_is_refused_or_harmless(data: st.DataObject, damage: Any) -> None:
+    raw = to_json(everything())
+    holder, key = raw, data.draw(st.sampled_from(sorted(raw)))
+    while isinstance(holder[key], dict | list) and holder[key] and data.draw(st.booleans()):
+        holder = holder[key]
+        key = data.draw(st.sampled_from(sorted(holder) if isinstance(holder, dict) else range(len(holder))))
+    holder[key] = damage
+    with contextlib.suppress(report_json.MalformedError):
+        assert isinstance(from_json(Comparison, raw), Comparison)
 
 
 @pytest.mark.parametrize("change", [{"sites": 3}, {"environment": None}, {"sites": [{}]}, {"next_token": []}], ids=str)
