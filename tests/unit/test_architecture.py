@@ -27,11 +27,13 @@ FLOORS: dict[str, set[str]] = {
     "dump": {"errors", "untrusted"},
     "record": {"errors", "sites"},
     "reference": {"errors", "untrusted", "sites", "results", "record"},
+    "preflight": {"errors", "untrusted", "reference"},
     "candidates": {"errors", "load_object", "sites", "dump", "record"},
     "faults": {"errors", "load_object", "sites", "results", "record", "reference"},
     "diagnose": {"errors", "sites", "reasons", "results", "record", "reference", "faults"},
     "compare": {
         "errors",
+        "preflight",
         "observer",
         "sites",
         "settings",
@@ -48,6 +50,7 @@ FLOORS: dict[str, set[str]] = {
     "report": {"errors", "untrusted", "sites", "reasons", "results", "words"},
     "cli": {
         "errors",
+        "preflight",
         "sites",
         "settings",
         "results",

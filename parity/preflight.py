@@ -1,0 +1,159 @@
+"""What can be said of a run before torch is imported, which takes seconds: errors of its options come first."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+from parity.errors import CandidateError, ParityError, UsageError
+from parity.reference.checkpoint import EMBEDDED, Checkpoint, find, looks_like_hub_id
+from parity.reference.tokenizer import require_tokenizer
+from parity.untrusted import what_is_no_file
+
+DTYPES = ("float32", "bfloat16", "float16")
+ATTENTIONS = ("eager", "sdpa")
+_DEVICES = ("cpu", "cuda", "hpu", "mps", "mtia", "npu", "xla", "xpu")
+_LONGEST_TEXT = 1 << 26  # bytes of a file of text or token ids
+
+Rows = tuple[tuple[int, ...], ...]
+
+
+def check_options(options: Any, *, has_dump: bool = False) -> None:
+    """Raise a ParityError for what no run can mean; with a dump, it may say what to run and of which model.
+
+    `options` has prompt, prompt_file, tokens, model, dtype, device, attention, faults and noise, as a user gave them.
+    """
+    if options.dtype is not None and options.dtype not in DTYPES:
+        raise UsageError(f"dtype {options.dtype!r} is not one of {', '.join(DTYPES)}.")
+    if options.attention not in ATTENTIONS:
+        raise UsageError(f"attention {options.attention!r} is not one of {', '.join(ATTENTIONS)}.")
+    if not re.fullmatch(rf"({'|'.join(_DEVICES)})(:\d+)?", options.device):
+        raise UsageError(f"device {options.device!r}: not known. Give one of {', '.join(_DEVICES)}, or such as cuda:1.")
+    if options.noise < 0:
+        raise UsageError(f"--noise {options.noise}: give a number of passes, 0 for none.")
+    rows = None if options.tokens is None else parse_tokens(options.tokens)
+    text = options.prompt if options.prompt_file is None else read_text("prompt file", options.prompt_file)
+    if rows is None and text is None and not has_dump:
+        raise UsageError("nothing to run. Give --prompt TEXT, --prompt-file FILE or --tokens IDS.")
+    if text == "" or rows == ():
+        raise UsageError("the prompt is empty: no token to run. Give some text, or token ids.")
+    if options.faults:
+        check_spec(options.faults, "faults", UsageError)
+    if options.model is None and has_dump:
+        return
+    name = options.model or EMBEDDED
+    if not Path(name).expanduser().is_dir() and looks_like_hub_id(name):
+        return  # asking the hub takes longer than torch
+    checkpoint = find(name)
+    if text is not None:
+        require_tokenizer(checkpoint)
+    _check_rows(checkpoint, rows or ())
+
+
+def _check_rows(checkpoint: Checkpoint, rows: Rows) -> None:
+    config = checkpoint.config()
+    table = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    vocabulary, positions = table.get("vocab_size"), table.get("max_position_embeddings")
+    if isinstance(positions, int) and rows and len(rows[0]) > positions > 0:
+        raise UsageError(
+            f"the prompt has {len(rows[0])} tokens, but {checkpoint.name} has positions for {positions}. Shorten it."
+        )
+    if isinstance(vocabulary, int):
+        outside = next((token for row in rows for token in row if not 0 <= token < vocabulary), None)
+        if outside is not None:
+            raise UsageError(
+                f"token id {outside} is outside the vocabulary of {checkpoint.name} (0 … {vocabulary - 1})."
+            )
+
+
+def check_spec(spec: str, word: str, error: type[ParityError] = CandidateError) -> None:
+    """Raise if a SPEC `module:name` or `file.py:name` is malformed, or its file or module does not exist."""
+    where, _, name = spec.rpartition(":")
+    if not where or not name:
+        raise error(f"{word} {spec!r}: write module:function or file.py:function, for example my_port.py:load.")
+    if where.endswith(".py"):
+        if not Path(where).is_file():
+            what = what_is_no_file(Path(where))
+            raise error(f"{word} {spec!r}: {f'{where} is {what}' if what else f'no file {where}'} in {Path.cwd()}.")
+    elif PathFinder.find_spec(where.partition(".")[0]) is None:
+        raise error(f"{word} {spec!r}: no module {where.partition('.')[0]!r}. Install it, or give file.py:name.")
+
+
+def check_injection(text: str, *, more: bool) -> None:
+    """Raise UsageError if FAULT[=NUMBER][@LAYER] is malformed or, unless the user has `more` faults, unknown."""
+    match = re.fullmatch(r"([^=@]+)(?:=([^@]+))?(?:@(\d+))?", text)
+    if not match:
+        raise UsageError(f"--inject {text!r}: write FAULT, FAULT@LAYER or FAULT=NUMBER@LAYER.")
+    if match[2] is not None:
+        try:
+            float(match[2])
+        except ValueError:
+            raise UsageError(f"--inject {text!r}: {match[2]!r} is no number.") from None
+    known = fault_ids()
+    if not more and match[1] not in known:
+        near = difflib.get_close_matches(match[1], known, n=3, cutoff=0.4)
+        hint = f"Did you mean {' or '.join(near)}?" if near else "`parity faults` lists them."
+        raise UsageError(f"no fault has the id {match[1]!r}. {hint}")
+
+
+def fault_ids() -> tuple[str, ...]:
+    """The ids of the catalogue of faults, read off its source: the catalogue itself is made of torch."""
+    folder = Path(__file__).parent / "faults"
+    return tuple(
+        id
+        for file in sorted(folder.glob("*.py"))
+        for id in re.findall(r'^\s+id="([a-z0-9-]+)",$', file.read_text(encoding="utf-8"), re.MULTILINE)
+    )
+
+
+def parse_tokens(text: str) -> Rows:
+    """Token ids from the option's own text, or from the file that it names. Raises UsageError."""
+    where = "--tokens"
+    if not set(text) <= set("0123456789, \n"):
+        if _exists(text):
+            where, text = f"--tokens {text}", read_text("--tokens", Path(text))
+        elif stray := next((word for word in _words(text) if not _is_id(word)), None):
+            raise UsageError(
+                f"--tokens: {stray!r:.60} is no token id, and no file is named {text!r:.60}. "
+                "Give numbers such as '1 2 3', or a file with one row a line."
+            )
+    for number, line in enumerate(text.splitlines(), 1):
+        stray = next((word for word in _words(line) if not _is_id(word)), None)
+        if stray is not None:
+            raise UsageError(f"{where}: {stray!r:.60} in line {number} is no token id. Give numbers, one row a line.")
+    rows = tuple(tuple(map(int, words)) for line in text.splitlines() if (words := _words(line)))
+    if len({len(row) for row in rows}) > 1:
+        counts = ", ".join(str(len(row)) for row in rows[:6])
+        raise UsageError(f"{where}: rows of {counts} ids. All rows must be equally long.")
+    return rows
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):  # longer than any name, or with a NUL
+        return False
+
+
+def _words(text: str) -> list[str]:
+    return text.replace(",", " ").split()
+
+
+def _is_id(word: str) -> bool:
+    return re.fullmatch(r"-?[0-9]{1,40}", word) is not None
+
+
+def read_text(what: str, path: Path) -> str:
+    """The text of a file that an option names. Raises UsageError."""
+    try:
+        if kind := what_is_no_file(path):
+            raise UsageError(f"{what} {path}: is {kind}. Give a text file.")
+        if (size := path.stat().st_size) > _LONGEST_TEXT:
+            raise UsageError(f"{what} {path}: is {size} bytes long. Give at most {_LONGEST_TEXT}.")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise UsageError(f"{what} {str(path)!r:.200}: not a readable text file ({reason}).") from error
