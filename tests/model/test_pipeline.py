@@ -151,7 +151,7 @@ def test_two_bugs_are_two_findings(checkpoint: Callable[..., Path]) -> None:
 def test_a_bug_that_heals_before_the_logits_is_seen(small: Path) -> None:
     """RoPE is relative: positions that all begin at 1 change queries and keys, and not one score."""
     question = ask(small, "float32")
-    result = live(question, planted(question, ("rope-position-plus-1", (0, 1))))
+    result = live(question, planted(question, ("position-offset", (0, 1))))
     logits = result.sites[-1]
     assert logits.total_ratio is not None
     assert logits.total_ratio < 4, "the logits show nothing"

@@ -16,6 +16,7 @@ from parity.diagnose.match import Bench
 from parity.faults import CATALOGUE, by_id
 from parity.reference.checkpoint import find
 from tests.planted import BUGS, CAUSES, CLEAN, UNPLANTED, Variant, build, observe, threads
+from tests.planted.causes import NAMES, NUMBERS
 from tests.planted.kinds import KINDS, checkpoint
 
 # More than the window and the chunk of any plant.
@@ -127,6 +128,7 @@ def test_guilty_names_are_modules(bug: Variant, model_dirs) -> None:
 
 def test_every_bug_has_a_cause_and_every_fault_a_plant_or_an_excuse() -> None:
     assert set(CAUSES) == {bug.id for bug in BUGS}
+    assert set(NAMES) | set(NUMBERS) <= set(CAUSES), "an entry for a bug that is not planted"
     planted = {fault for cause in CAUSES.values() for fault in cause.faults}
     assert not planted & set(UNPLANTED)
     assert planted | set(UNPLANTED) == {fault.id for fault in CATALOGUE}
@@ -173,5 +175,5 @@ def test_every_kind_of_checkpoint_has_bugs_of_its_own(model_dirs: dict[str, Path
 
 def test_a_damaged_file_leaves_the_sound_one_alone(model_dirs: dict[str, Path]) -> None:
     before = {path.name: path.read_bytes() for path in model_dirs[""].iterdir()}
-    build(next(v for v in BUGS if v.id == "file-zero"), model_dirs[""], "float32")
+    build(next(v for v in BUGS if v.id == "weight-zero"), model_dirs[""], "float32")
     assert {path.name: path.read_bytes() for path in model_dirs[""].iterdir()} == before

@@ -2,7 +2,7 @@
 
 from tests.planted import attention, clean, damage, mlp, norm, rope, weights
 from tests.planted.base import Variant, build, observe, threads
-from tests.planted.causes import CAUSES, UNPLANTED, Cause
+from tests.planted.causes import UNPLANTED, Cause, causes
 
 BUGS: tuple[Variant, ...] = (
     *rope.BUGS,
@@ -13,6 +13,7 @@ BUGS: tuple[Variant, ...] = (
     *damage.BUGS,
     *clean.ROUNDING_MODE,
 )
+CAUSES: dict[str, Cause] = causes(bug.id for bug in BUGS)
 CLEAN: tuple[Variant, ...] = clean.CLEAN
 
 __all__ = ["BUGS", "CAUSES", "CLEAN", "UNPLANTED", "Cause", "Variant", "build", "observe", "threads"]

@@ -216,7 +216,7 @@ BUGS = (
     _bug("attention-scale-twice", "scores scaled twice", scale(lambda c: 1 / c.head_dim), SCORES, note=_ONE_TOKEN),
     _bug("mask-inverted", "each token sees itself and those after it", masked(lambda i, j, s: j >= i), SCORES),
     _bug(
-        "mask-window-32",
+        "window-applied-32",
         "a sliding window of 32 tokens",
         masked(lambda i, j, s: causal(i, j) & (i - j < 32)),
         SCORES,
@@ -231,14 +231,14 @@ BUGS = (
         SCORES,
     ),
     _bug(
-        "mask-window-half",
+        "window-applied-half",
         "a sliding window of half the prompt",
         masked(lambda i, j, s: causal(i, j) & (i - j < max(1, s // 2))),
         SCORES,
         note="Nothing happens before the prompt is longer than the window.",
     ),
     _bug(
-        "mask-window-off-by-one",
+        "window-applied-all-but-one",
         "a sliding window one shorter than the prompt: the last token misses the first",
         masked(lambda i, j, s: causal(i, j) & (i - j < s - 1)),
         SCORES,
@@ -255,7 +255,7 @@ BUGS = (
         min_tokens=1,
     ),
     _bug(
-        "gqa-first-v-head",
+        "v-first-head",
         "the first value head holds the second's values",
         attending(group_v=first_head_from_second),
         CONTEXT,
@@ -269,8 +269,8 @@ BUGS = (
         CONTEXT,
         min_tokens=1,
     ),
-    _bug("v-heads-shifted", "values of the next key/value head", attending(group_v=next_heads), CONTEXT, min_tokens=1),
-    _bug("kv-exchanged-late", "keys and values exchanged in attention", _k_for_v, SCORES, CONTEXT, min_tokens=1),
+    _bug("v-head-shifted", "values of the next key/value head", attending(group_v=next_heads), CONTEXT, min_tokens=1),
+    _bug("kv-exchanged", "keys and values exchanged in attention", _k_for_v, SCORES, CONTEXT, min_tokens=1),
     _bug(
         "heads-rolled",
         "each head's context in the place of the next",
@@ -281,14 +281,14 @@ BUGS = (
     _bug("v-is-k", "the rotated keys in place of the values", _shared_kv_norm, CONTEXT, min_tokens=1),
     _bug("v-rope", "RoPE on the values as well", wired(turn_v=True), CONTEXT),
     Variant(
-        "kv-exchanged",
+        "kv-projections-exchanged",
         "what k_proj and v_proj returned exchanged",
         ("self_attn.k_norm", CONTEXT),
         wired(inputs=k_and_v_exchanged),
         inner=(CONTEXT,),
     ),
     Variant(
-        "heads-last",
+        "heads-split-wrong",
         "q_proj's output split as (head_dim, heads)",
         ("self_attn.q_norm",),
         wired(inputs=heads_last),
@@ -300,21 +300,21 @@ BUGS = (
         wired(merge=lambda context: context.transpose(2, 3).flatten(2)),
     ),
     _bug(
-        "softcap-scores",
+        "softcap-applied",
         "scores capped at 30 by tanh",
         attending(scores=capped(30.0)),
         SCORES,
         note=_ONE_TOKEN + " " + _CAP,
     ),
     _bug(
-        "softcap-scores-50",
+        "softcap-applied-50",
         "scores capped at 50 by tanh",
         attending(scores=capped(50.0)),
         SCORES,
         dtypes=("float32",),
         note=_ONE_TOKEN + " " + _CAP,
     ),
-    _bug("attention-sink", "a sink takes part of the probability", attending(softmax=softmax_with_sink), PROBS),
+    _bug("softmax-plus-one", "a sink takes part of the probability", attending(softmax=softmax_with_sink), PROBS),
     _bug(
         "softmax-bf16",
         "softmax in bfloat16, its sum one term after another",
@@ -325,7 +325,7 @@ BUGS = (
         note=_ONE_TOKEN + " In bfloat16 the context may hide it; the probabilities show it.",
     ),
     _bug(
-        "softmax-stored-bf16",
+        "softmax-bf16-stored",
         "softmax of bfloat16 scores, as torch computes it",
         attending(softmax=softmax_stored_in_bf16),
         PROBS,
@@ -334,7 +334,7 @@ BUGS = (
         note=_ONE_TOKEN,
     ),
     _bug(
-        "softmax-not-upcast",
+        "softmax-low",
         "softmax step by step in the dtype of the model",
         attending(softmax=softmax_not_upcast),
         PROBS,
@@ -350,7 +350,7 @@ BUGS = (
         min_tokens=1,
     ),
     _bug(
-        "kv-int8",
+        "kv-cache-int8",
         "keys and values stored in 8-bit integers",
         attending(group_k=in_int8, group_v=in_int8),
         SCORES,
@@ -359,7 +359,7 @@ BUGS = (
         min_tokens=1,
     ),
     _bug(
-        "kv-fp8",
+        "kv-cache-fp8",
         "keys and values stored in float8 e4m3",
         attending(group_k=in_fp8, group_v=in_fp8),
         SCORES,

@@ -294,7 +294,7 @@ CLEAN = (
 
 ROUNDING_MODE = (
     Variant(
-        "truncation",
+        "outputs-truncated",
         "float32 → bfloat16 by dropping bits, in every operation",
         (
             *LAYER_NORMS,

@@ -147,34 +147,47 @@ def noise(w: Tensor, _config: Config) -> Tensor:
 
 
 def _file(id: str, about: str, damage: Damage, *guilty: str, **more: Any) -> Variant:
-    return Variant(f"file-{id}", about, guilty, unchanged, damage=damage, **more)
+    return Variant(id, about, guilty, unchanged, damage=damage, **more)
 
 
 _FP32: dict[str, Any] = {"needs": "wide", "kind": "precision", "dtypes": ("float32",)}
 _EVERYTHING = (*LINEARS, *LAYER_NORMS)
 
 BUGS = (
-    _file("read-by-columns", "o_proj read column by column", stored(read_by_columns, O), O),
-    _file("written-by-columns", "gate_proj written column by column", stored(written_by_columns, GATE), GATE),
-    _file("pairs-to-halves", "rows of q and k permuted from pairs to halves", stored(pairs_to_halves, Q, K), Q, K),
-    _file("k-by-query-heads", "rows of k split by q's heads", with_bias(by_query_heads, K), K, needs="wide"),
-    _file("columns-rolled", "columns of up_proj one to the right", stored(columns_rolled, UP), UP),
-    _file("qk-exchanged", "q_proj and k_proj exchanged", exchanged(Q, K), Q, K, needs="mha"),
-    _file("gate-up-exchanged", "gate_proj and up_proj exchanged", exchanged(GATE, UP), GATE, UP),
-    _file("previous-layer", "down_proj of the layer before", moved(-1, DOWN), DOWN, step=-1),
-    _file("layers-off-by-one", "all weights of the next layer", moved(1, *_EVERYTHING), *_EVERYTHING, step=1),
-    _file("bits-as-fp16", "bfloat16 bits of gate_proj stored as float16", stored(bits_as_fp16, GATE), GATE),
-    _file("other-endian", "bytes of k_proj swapped", stored(other_endian, K), K, kind="nonfinite"),
-    _file("int8", "q_proj in 8-bit integers", stored(in_steps(127), Q), Q, kind="precision"),
-    _file("int4", "up_proj in 4-bit integers", stored(in_steps(7), UP), UP, kind="precision"),
-    _file("fp8", "o_proj in float8", stored(in_float8, O), O, kind="precision"),
+    _file("weight-transposed", "o_proj read column by column", stored(read_by_columns, O), O),
     _file(
-        "q8-0", "down_proj in blocks of 32 8-bit integers", stored(in_q8_0, DOWN), DOWN, needs="wide", kind="precision"
+        "weight-stored-transposed-in-file", "gate_proj written column by column", stored(written_by_columns, GATE), GATE
     ),
-    _file("cut-to-bf16", "float32 v_proj cut to bfloat16", stored(cut_to_bf16, V), V, **_FP32),
-    _file("rounded-to-bf16", "float32 up_proj rounded to bfloat16", stored(rounded_to_bf16, UP), UP, **_FP32),
-    _file("cut-to-4-bits", "v_proj with four bits of mantissa", stored(cut_to_4_bits, V), V, kind="precision"),
-    _file("zero", "up_proj never written", stored(zeros, UP), UP),
-    _file("norm-ones", "the norm before the MLP never written", stored(ones, POST), POST),
-    _file("never-loaded", "o_proj of random numbers", stored(noise, O), O),
+    _file(
+        "weight-rows-for-halves", "rows of q and k permuted from pairs to halves", stored(pairs_to_halves, Q, K), Q, K
+    ),
+    _file(
+        "weight-k-rows-by-query-heads", "rows of k split by q's heads", with_bias(by_query_heads, K), K, needs="wide"
+    ),
+    _file("file-columns-rolled", "columns of up_proj one to the right", stored(columns_rolled, UP), UP),
+    _file("weight-qk-exchanged", "q_proj and k_proj exchanged", exchanged(Q, K), Q, K, needs="mha"),
+    _file("weight-gate-up-exchanged-in-file", "gate_proj and up_proj exchanged", exchanged(GATE, UP), GATE, UP),
+    _file("weight-previous-layer", "down_proj of the layer before", moved(-1, DOWN), DOWN, step=-1),
+    _file("file-layers-off-by-one", "all weights of the next layer", moved(1, *_EVERYTHING), *_EVERYTHING, step=1),
+    _file(
+        "weight-read-as-fp16-in-file", "bfloat16 bits of gate_proj stored as float16", stored(bits_as_fp16, GATE), GATE
+    ),
+    _file("weight-bytes-swapped-in-file", "bytes of k_proj swapped", stored(other_endian, K), K, kind="nonfinite"),
+    _file("weight-int8-in-file", "q_proj in 8-bit integers", stored(in_steps(127), Q), Q, kind="precision"),
+    _file("file-int4", "up_proj in 4-bit integers", stored(in_steps(7), UP), UP, kind="precision"),
+    _file("weight-fp8", "o_proj in float8", stored(in_float8, O), O, kind="precision"),
+    _file(
+        "weight-8bit-blocks",
+        "down_proj in blocks of 32 8-bit integers",
+        stored(in_q8_0, DOWN),
+        DOWN,
+        needs="wide",
+        kind="precision",
+    ),
+    _file("weight-truncated-bf16", "float32 v_proj cut to bfloat16", stored(cut_to_bf16, V), V, **_FP32),
+    _file("weight-rounded-bf16", "float32 up_proj rounded to bfloat16", stored(rounded_to_bf16, UP), UP, **_FP32),
+    _file("file-cut-to-4-bits", "v_proj with four bits of mantissa", stored(cut_to_4_bits, V), V, kind="precision"),
+    _file("weight-zero", "up_proj never written", stored(zeros, UP), UP),
+    _file("norm-unweighted-in-file", "the norm before the MLP never written", stored(ones, POST), POST),
+    _file("file-never-loaded", "o_proj of random numbers", stored(noise, O), O),
 )

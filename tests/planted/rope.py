@@ -163,7 +163,7 @@ BUGS = (
         min_tokens=2,
     ),
     Variant(
-        "rope-sign",
+        "rope-sin-sign",
         "the sine has the wrong sign: tokens turn backwards",
         ROPE,
         turned(backwards),
@@ -171,20 +171,20 @@ BUGS = (
         min_tokens=2,
     ),
     Variant(
-        "rope-position-plus-1",
+        "position-offset",
         "positions start at 1",
         ROPE,
         tables(_shifted),
         note="RoPE is relative: neither context nor logits change beyond rounding.",
     ),
     Variant(
-        "rope-position-plus-1-q",
+        "position-offset-q",
         "positions of the queries start at 1, those of the keys at 0",
         ("self_attn.q_rope",),
         tables(_shifted, only="q"),
     ),
     Variant(
-        "rope-positions-halved",
+        "rope-stretched",
         "positions divided by 2, as linear scaling with factor 2 would",
         ROPE,
         tables(lambda p, d, theta, dtype: rope_tables(p / 2, d, theta, dtype)),
@@ -192,7 +192,7 @@ BUGS = (
         min_tokens=2,
     ),
     Variant(
-        "rope-partial",
+        "rope-partial-sliced",
         "only the first half of each head is rotated",
         ROPE,
         turned(half_of_the_head),
@@ -200,7 +200,7 @@ BUGS = (
         min_tokens=2,
     ),
     Variant(
-        "rope-not-on-k",
+        "rope-skipped-k",
         "RoPE on the queries alone",
         ("self_attn.k_rope",),
         turned(not_on_k),
@@ -208,26 +208,29 @@ BUGS = (
         min_tokens=2,
     ),
     Variant(
-        "rope-not-on-q", "RoPE on the keys alone", ("self_attn.q_rope",), turned(not_on_q), note=_GROWS, min_tokens=2
+        "rope-skipped-q", "RoPE on the keys alone", ("self_attn.q_rope",), turned(not_on_q), note=_GROWS, min_tokens=2
     ),
-    Variant("rope-nowhere", "no RoPE", ROPE, turned(nowhere), note=_GROWS, min_tokens=2),
+    Variant("rope-skipped", "no RoPE", ROPE, turned(nowhere), note=_GROWS, min_tokens=2),
     Variant(
-        "rope-sign-k", "the keys turn backwards", ("self_attn.k_rope",), turned(k_backwards), note=_GROWS, min_tokens=2
+        "rope-sin-sign-k",
+        "the keys turn backwards",
+        ("self_attn.k_rope",),
+        turned(k_backwards),
+        note=_GROWS,
+        min_tokens=2,
     ),
-    Variant("rope-small-head", "half of each head is rotated, as a head of that size", ROPE, small_head, min_tokens=2),
+    Variant("rope-partial", "half of each head is rotated, as a head of that size", ROPE, small_head, min_tokens=2),
+    Variant("rope-head-dim", "frequencies of a head of hidden / heads numbers", ROPE, hidden_per_head, min_tokens=2),
+    Variant("rope-attention-factor", "cosines and sines 25 % too large", ROPE, tables(larger_tables)),
     Variant(
-        "rope-hidden-per-head", "frequencies of a head of hidden / heads numbers", ROPE, hidden_per_head, min_tokens=2
-    ),
-    Variant("rope-tables-larger", "cosines and sines 25 % too large", ROPE, tables(larger_tables)),
-    Variant(
-        "rope-position-plus-1-k",
+        "position-offset-k",
         "positions of the keys start at 1, those of the queries at 0",
         ("self_attn.k_rope",),
         tables(_shifted, only="k"),
     ),
-    Variant("rope-last-at-zero", "the last token has position 0", ROPE, tables(last_at_zero), min_tokens=2),
+    Variant("position-decode-zero", "the last token has position 0", ROPE, tables(last_at_zero), min_tokens=2),
     Variant(
-        "rope-restart-64",
+        "position-chunk-restart",
         "positions start anew after 64 tokens",
         ROPE,
         tables(lambda p, d, theta, dtype: rope_tables(p % 64, d, theta, dtype)),
@@ -251,7 +254,7 @@ BUGS = (
         dtypes=("float32",),
         min_tokens=2,
     ),
-    Variant("rope-sin-cos-swapped", "sine and cosine change places", ROPE, turned(sin_and_cos_swapped)),
+    Variant("rope-sin-cos-exchanged", "sine and cosine change places", ROPE, turned(sin_and_cos_swapped)),
     Variant(
         "rope-phase-bf16",
         "angles computed in bfloat16",

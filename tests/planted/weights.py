@@ -179,36 +179,36 @@ def _logits(change: Callable[[Tensor], Tensor]) -> Change:
 
 _LAYERS = (
     Variant(
-        "q-of-next-layer",
+        "weight-next-layer",
         "q_proj of the next layer",
         (Q,),
         weight_from(Q, lambda m, i: get(m, (i + 1) % len(m.model.layers), Q).weight),
         min_tokens=2,
         step=1,
     ),
-    Variant("kv-weights-swapped", "k_proj and v_proj exchanged at loading", (K, V), _swapped(K, V)),
-    Variant("gate-up-swapped", "gate_proj and up_proj exchanged at loading", (GATE, UP), _swapped(GATE, UP)),
+    Variant("weight-kv-exchanged", "k_proj and v_proj exchanged at loading", (K, V), _swapped(K, V)),
+    Variant("weight-gate-up-exchanged", "gate_proj and up_proj exchanged at loading", (GATE, UP), _swapped(GATE, UP)),
     Variant(
-        "k-rows-interleaved",
+        "weight-rows-for-interleaved-k",
         "rows of k_proj permuted for a RoPE of the other kind",
         (K,),
         weight_from(K, lambda m, i: interleaved_rows(m, i, K)),
     ),
     Variant(
-        "qk-rows-interleaved",
+        "weight-rows-for-interleaved",
         "rows of q_proj and k_proj permuted for a RoPE of the other kind",
         (Q, K),
         both(*(weight_from(n, lambda m, i, n=n: interleaved_rows(m, i, n)) for n in (Q, K))),  # type: ignore[misc]
     ),
     Variant(
-        "weight-column-major",
+        "weight-stored-transposed",
         "v_proj read in column-major order (its transpose, where it is square)",
         (V,),
         weight(V, column_major),
     ),
     Variant("weight-read-as-fp16", "bfloat16 bits of v_proj read as float16", (V,), weight(V, read_as_fp16)),
     Variant(
-        "weight-byte-swapped",
+        "weight-bytes-swapped",
         "down_proj read with the wrong endianness",
         (DOWN,),
         weight(DOWN, byte_swapped),
@@ -217,19 +217,19 @@ _LAYERS = (
     ),
     Variant("weight-nan", "a row of down_proj is NaN", (DOWN,), weight(DOWN, with_nan), kind="nonfinite"),
     # Rounded once: a weight that is scaled and then rounded to bfloat16 has, as a whole, another factor than 1.01.
-    Variant("weight-1.01", "what down_proj returns 1 % too large", (DOWN,), replaced(DOWN, times(1.01))),
+    Variant("weight-gain", "what down_proj returns 1 % too large", (DOWN,), replaced(DOWN, times(1.01))),
     Variant("channel-zero", "row 3 of down_proj is zero", (DOWN,), weight(DOWN, without_channel)),
     Variant("bias-added", "a bias on v_proj, which has none", (V,), bias(V, _ramp), needs="no bias"),
-    Variant("bias-dropped", "the bias of k_proj left out", (K,), bias(K, lambda _w: None), needs="wide"),
+    Variant("bias-missing", "the bias of k_proj left out", (K,), bias(K, lambda _w: None), needs="wide"),
     Variant(
-        "weights-int8",
+        "weight-int8",
         "all linear weights rounded to 8 bits, one step for each row",
         LINEARS,
         both(*(weight(name, in_int8) for name in LINEARS)),
         kind="precision",
     ),
     Variant(
-        "sums-bf16",
+        "sums-low",
         "matrix products summed in bfloat16, 16 terms at a time",
         LINEARS,
         _linear(bf16_sums),
@@ -257,21 +257,21 @@ _LAYERS = (
 )
 
 _ENDS = (
-    _end("embed-scaled", "embeddings multiplied by sqrt(hidden)", EMBED, _scaled_embedding),
+    _end("embedding-scaled", "embeddings multiplied by sqrt(hidden)", EMBED, _scaled_embedding),
     _end(
-        "embed-row-plus-1",
+        "embedding-row",
         "each token gets the embedding of the next id",
         EMBED,
         at_end(EMBED, lambda self, ids: F.embedding((ids + 1) % self.num_embeddings, self.weight)),
     ),
     _end(
-        "embed-larger",
+        "embedding-gain",
         "embeddings 1.5 times as large",
         EMBED,
         at_end(EMBED, lambda self, ids: 1.5 * F.embedding(ids, self.weight)),
     ),
     _end(
-        "embed-position-added",
+        "embedding-position-added",
         "a sinusoid of the position added to the embeddings",
         EMBED,
         at_end(
@@ -287,10 +287,10 @@ _ENDS = (
     _end("head-normed-twice", "the final norm twice", HEAD, _around_final_norm(lambda norm, _x, y: norm(y))),
     _end("logits-logprobs", "log-probabilities in place of logits", HEAD, _logits(lambda y: y.log_softmax(-1))),
     _end("head-never-loaded", "lm_head holds random numbers", HEAD, _another_head),
-    _end("head-tied-wrongly", "the embedding used for an untied lm_head", HEAD, _tied_head, needs="untied"),
-    _end("head-row-plus-1", "logits of the next id", HEAD, _logits(lambda y: y.roll(1, -1))),
-    _end("softcap-logits", "logits capped at 30 by tanh", HEAD, _logits(lambda y: 30 * torch.tanh(y / 30))),
-    _end("logits-scaled", "logits 2 % too large", HEAD, at_end(HEAD, times(1.02))),
+    _end("head-tied", "the embedding used for an untied lm_head", HEAD, _tied_head, needs="untied"),
+    _end("head-row", "logits of the next id", HEAD, _logits(lambda y: y.roll(1, -1))),
+    _end("logits-softcap", "logits capped at 30 by tanh", HEAD, _logits(lambda y: 30 * torch.tanh(y / 30))),
+    _end("logits-scale", "logits 2 % too large", HEAD, at_end(HEAD, times(1.02))),
 )
 
 BUGS = (*_LAYERS, *_ENDS)
