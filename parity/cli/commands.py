@@ -245,19 +245,19 @@ def report(
 
 @app.command()
 def faults(
-    id: Annotated[str | None, typer.Argument(help="Explain this one.")] = None,
+    word: Annotated[str | None, typer.Argument(help="The id of one to explain, or a word to search for.")] = None,
     more: UserFaults = None,
     json: Json = False,
 ) -> None:
-    """List the known porting bugs, or explain one: what it does, how to fix it, where it happened."""
-    from parity.faults import CATALOGUE, by_id, load_user_faults
+    """List the known porting bugs, all or those about a word, or explain one: what it does, how to fix it."""
+    from parity.faults import CATALOGUE, load_user_faults, matching
 
     catalogue = CATALOGUE + (load_user_faults(more) if more else ())
-    chosen = [by_id(id, catalogue)] if id else list(catalogue)
+    chosen = matching(word, catalogue) if word else list(catalogue)
     if json:
         fields = ("id", "title", "sites", "fix", "source", "needs")
         print_json([{field: getattr(fault, field) for field in fields} for fault in chosen])
-    elif id:
+    elif len(chosen) == 1:
         print(explain(chosen[0]))
     else:
         width = max(len(fault.id) for fault in chosen)

@@ -39,6 +39,7 @@ __all__ = [
     "by_id",
     "fault",
     "load_user_faults",
+    "matching",
     "parse",
     "shows_at",
 ]
@@ -74,6 +75,17 @@ def by_id(id: str, catalogue: Iterable[Fault] = CATALOGUE) -> Fault:
     near = difflib.get_close_matches(id, known, n=3, cutoff=0.4)
     hint = f"Did you mean {' or '.join(near)}?" if near else "`parity faults` lists them."
     raise UsageError(f"no fault has the id {id!r}. {hint}")
+
+
+def matching(word: str, catalogue: Iterable[Fault] = CATALOGUE) -> list[Fault]:
+    """The fault of this id, or else those with the word in id, title or fix, in either case.
+
+    Raises UsageError where there is none, naming the nearest ids.
+    """
+    known = list(catalogue)
+    found = [fault for fault in known if fault.id == word]
+    found = found or [f for f in known if word.lower() in f"{f.id}\n{f.title}\n{f.fix}".lower()]
+    return found or [by_id(word, known)]
 
 
 @dataclass(frozen=True)
