@@ -7,102 +7,190 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
-from parity.candidates.spec import load_factory
-from parity.dump import ArchiveWriter, NameMap, RunInfo, sites_of
+from parity.candidates.base import Candidate
+from parity.dump import ArchiveWriter, Dump, NameMap, open_dump, rename, sites_of
 from parity.errors import CandidateError
 from parity.load_object import describe
 from parity.record.arrays import to_numpy
-from parity.record.tap import first_tensor, quiet_torch, tapping
-from parity.sites import Site
+from parity.record.tap import Tap, first_tensor, quiet_torch, tapping
+from parity.reference.checkpoint import Checkpoint
+from parity.reference.integrity import weight_check
+from parity.results import Check
+from parity.run_spec import RunSpec
+from parity.sites import Dims, Site, numbered, without_call
 
-Progress = Callable[[str], None]
+Build = Callable[[RunSpec], nn.Module]
 
 
-def build(spec: str, model_dir: Path, dtype: str, device: str) -> nn.Module:
-    """Call the candidate's factory. Raises CandidateError for anything that goes wrong in it."""
-    factory = load_factory(spec)
+class TorchModule(Candidate):
+    """A module that takes token ids (b, t) and returns logits (b, t, vocab); it is built when it is first needed.
+
+    A site is the output of the submodule of the same name, or of one that `names` maps to it (it is recorded under
+    the submodule's name); the logits are what the module returns.
+    """
+
+    def __init__(self, name: str, build: Build, names: NameMap) -> None:
+        self.name = name
+        self._build, self._names = build, names
+        self._module: nn.Module | None = None
+
+    @classmethod
+    def of(cls, module: object, names: NameMap) -> Self:
+        """A module that stands in memory already; it stays its owner's."""
+        if not isinstance(module, nn.Module):
+            raise CandidateError(f"candidate: found {type(module).__name__}, expected a torch.nn.Module or a SPEC.")
+        return cls(type(module).__name__, lambda _run: module, names)
+
+    @classmethod
+    def from_factory(cls, spec: str, factory: Any, names: NameMap) -> Self:
+        """The module that `factory(model_dir, dtype, device)` returns. Raises CandidateError if it is no function."""
+        if not callable(factory):
+            raise CandidateError(f"candidate {spec!r}: found {type(factory).__name__}, expected a function.")
+        return cls(spec, lambda run: _made(spec, factory, run), names)
+
+    def record(self, run: RunSpec, sites: Sequence[Site], path: Path) -> Dump:
+        """Run the module once and write what it has of `sites` to `path`.
+
+        Raises CandidateError when the module fails, returns no logits, or calls a submodule more often than once
+        for each of its names.
+        """
+        module, own = self._loaded(run), self._own(run, sites)
+        with ArchiveWriter(path, run.info(self.name)) as writer:
+            recording = _Recording(writer, self._names, sites, _names_of(module))
+            logits = _run(module, run.ids.to(run.device), own, recording.tap)
+            recording.finish(logits)
+        return rename(open_dump(path), self._names)
+
+    def checks(self, checkpoint: Checkpoint) -> list[Check]:
+        """Whether the module's parameters are the checkpoint's."""
+        return [weight_check(self._module, checkpoint)] if self._module is not None else []
+
+    def axes(self, run: RunSpec, sites: Sequence[Site]) -> dict[str, Dims]:
+        """Found by running the module on fewer tokens and rows. Of two axes that count tokens the second is "key"."""
+        module, own, ids = self._loaded(run), self._own(run, sites), run.ids.to(run.device)
+        full = _shapes(module, ids, own)
+        fewer_tokens = _shapes(module, ids[:, :-1], own) if ids.shape[1] > 1 else full
+        fewer_rows = _shapes(module, ids[:-1], own) if ids.shape[0] > 1 else full
+        return {
+            ours: _labels(shape, fewer_tokens.get(site, shape), fewer_rows.get(site, shape))
+            for site, shape in full.items()
+            for ours in sites_of(self._names, site)
+        }
+
+    def close(self) -> None:
+        """Let go of the module and its weights."""
+        self._module = None
+
+    def _loaded(self, run: RunSpec) -> nn.Module:
+        if self._module is None:
+            self._module = self._build(run)
+        return self._module
+
+    def _own(self, run: RunSpec, sites: Sequence[Site]) -> list[Site]:
+        """The submodules that are sites of the reference, by their name or by the name map, under their own names."""
+        wanted = {site.name for site in sites}
+        return [
+            replace(sites[0], name=name, module=name, where="output")
+            for name, _ in self._loaded(run).named_modules()
+            if name and not wanted.isdisjoint(sites_of(self._names, name))
+        ]
+
+
+class _Recording:
+    """Writes what the hooks see; the logits come last, because what the module returns is its answer."""
+
+    def __init__(
+        self, writer: ArchiveWriter, names: NameMap, sites: Sequence[Site], names_of: dict[str, list[str]]
+    ) -> None:
+        self._writer, self._names, self._names_of = writer, names, names_of
+        self._known, self._logits = {site.name for site in sites}, sites[-1].name
+        self._calls = 0
+        self._head: tuple[str, Tensor] | None = None
+
+    def tap(self, site: str, value: Tensor) -> Tensor:
+        """Record one call of a submodule; the n-th call of a shared one is that of the n-th place where it stands."""
+        self._calls += 1
+        name = self._place(site)
+        if self._logits in sites_of(self._names, name):
+            self._head = name, value
+        else:
+            self._writer.add(name, to_numpy(value), None)
+        return value
+
+    def _place(self, site: str) -> str:
+        first = without_call(site)
+        call = int(site[len(first) + 1 :] or 0)
+        places = self._names_of.get(first, [first])
+        if call < len(places):
+            return places[call]
+        if len(places) == 1 and any(numbered(name, call) in self._known for name in sites_of(self._names, first)):
+            return site
+        raise CandidateError(
+            f"the candidate calls {first} again in one forward pass, the reference does not (call {call + 1}). "
+            "Run all tokens in one call of the model, and give each call a module of its own."
+        )
+
+    def finish(self, logits: Tensor) -> None:
+        """Record what the module returned (b, t, vocab). Raises CandidateError if its head gave something else."""
+        if not self._calls:
+            raise CandidateError(
+                "the candidate has no submodule with a name that the reference has, so nothing could be recorded. "
+                "Name its modules as the checkpoint does (`parity sites` lists the names); nn.Identity will do."
+            )
+        name, head = self._head or (self._logits, logits)
+        if head.numel() != logits.numel():
+            # A port may answer for the last tokens alone; then its head has more to say.
+            self._require_end_of(name, head, logits)
+            logits = head
+        self._writer.add(name, to_numpy(logits), None)
+
+    def _require_end_of(self, name: str, head: Tensor, logits: Tensor) -> None:
+        fits = head.dim() == logits.dim() and logits.shape[-1] == head.shape[-1] and logits.shape[-2] <= head.shape[-2]
+        end = head[..., -logits.shape[-2] :, :] if fits else head
+        if end.shape != logits.shape or not bool((end.to(logits.dtype) == logits).all()):
+            raise CandidateError(
+                f"the candidate returns logits of shape {tuple(logits.shape)} that are not the last ones of {name}, "
+                f"of shape {tuple(head.shape)}. Return the logits of every token."
+            )
+
+
+def _made(spec: str, factory: Callable[..., Any], run: RunSpec) -> nn.Module:
+    """What the candidate's factory returns. Raises CandidateError for anything that goes wrong in it."""
+    path = run.checkpoint.path
     try:
         # Whatever a candidate prints, standard output belongs to the report.
         with redirect_stdout(sys.stderr):
-            module = factory(str(model_dir), dtype, device)
+            module = factory(str(path), run.dtype, run.device)
     except (Exception, SystemExit) as error:
-        raise CandidateError(f"candidate {spec!r}: loading {model_dir} failed with {describe(error)}") from error
+        raise CandidateError(f"candidate {spec!r}: loading {path} failed with {describe(error)}") from error
     if not isinstance(module, nn.Module):
         raise CandidateError(f"candidate {spec!r}: returned {type(module).__name__}, expected a torch.nn.Module.")
     return module.eval()
 
 
-def record(
-    module: nn.Module,
-    input_ids: Tensor,
-    sites: Sequence[Site],
-    path: Path,
-    info: RunInfo,
-    names: NameMap | None = None,
-) -> None:
-    """Run the module once on token ids (b, t), and write what it has of `sites` to `path`.
-
-    A site is the output of the module's submodule of the same name, or of one that `names` maps (it is recorded
-    under the submodule's name); the logits are what the module returns.
-    Raises CandidateError when the module fails, returns no logits or has no site at all.
-    """
-    with ArchiveWriter(path, info) as writer:
-        seen: set[str] = set()
-
-        def tap(site: str, value: Tensor) -> Tensor:
-            seen.add(site)
-            writer.add(site, to_numpy(value), None)
-            return value
-
-        logits = _run(module, input_ids, own_sites(module, sites, names), tap)
-        if not seen:
-            raise CandidateError(
-                "the candidate has no submodule with a name that the reference has, so nothing could be recorded. "
-                "Name its modules as the checkpoint does (`parity sites` lists the names); nn.Identity will do."
-            )
-        if not any(sites[-1].name in sites_of(names or {}, own) for own in seen):
-            tap(sites[-1].name, logits)
+def _names_of(module: nn.Module) -> dict[str, list[str]]:
+    """Every place where a submodule stands, by the first of them."""
+    places: dict[nn.Module, list[str]] = {}
+    for name, child in module.named_modules(remove_duplicate=False):
+        places.setdefault(child, []).append(name)
+    return {names[0]: names for names in places.values()}
 
 
-def known_axes(
-    module: nn.Module, input_ids: Tensor, sites: Sequence[Site], names: NameMap | None = None
-) -> dict[str, tuple[str, ...]]:
-    """Which axes of each site count tokens and rows of the batch, found by running the module on fewer of them.
-
-    The other axes are "_". Of two axes that count tokens the second counts keys.
-    """
-    own = own_sites(module, sites, names)
-    full = _shapes(module, input_ids, own)
-    fewer_tokens = _shapes(module, input_ids[:, :-1], own) if input_ids.shape[1] > 1 else full
-    fewer_rows = _shapes(module, input_ids[:-1], own) if input_ids.shape[0] > 1 else full
-    axes: dict[str, tuple[str, ...]] = {}
-    for site, shape in full.items():
-        labels = ["_"] * len(shape)
-        for i in _changed(shape, fewer_rows.get(site, shape)):
-            labels[i] = "batch"
-        for name, i in zip(("token", "key"), _changed(shape, fewer_tokens.get(site, shape)), strict=False):
-            labels[i] = name if labels[i] == "_" else "batch*token"
-        for ours in sites_of(names or {}, site):
-            axes[ours] = tuple(labels)
-    return axes
+def _labels(shape: Dims | tuple[int, ...], fewer_tokens: tuple[int, ...], fewer_rows: tuple[int, ...]) -> Dims:
+    labels = ["_"] * len(shape)
+    for i in _changed(shape, fewer_rows):
+        labels[i] = "batch"
+    for name, i in zip(("token", "key"), _changed(shape, fewer_tokens), strict=False):
+        labels[i] = name if labels[i] == "_" else "batch*token"
+    return tuple(labels)
 
 
-def _changed(shape: tuple[int, ...], other: tuple[int, ...]) -> list[int]:
+def _changed(shape: tuple[Any, ...], other: tuple[int, ...]) -> list[int]:
     return [i for i, (a, b) in enumerate(zip(shape, other, strict=False)) if a != b]
-
-
-def own_sites(module: nn.Module, sites: Sequence[Site], names: NameMap | None = None) -> list[Site]:
-    """The submodules that are sites of the reference, by their name or by the name map; each under its own name."""
-    wanted = {site.name: site for site in sites}
-    return [
-        replace(sites[0], name=name, module=name, where="output")
-        for name, _ in module.named_modules()
-        if name and any(site in wanted for site in sites_of(names or {}, name))
-    ]
 
 
 def _shapes(module: nn.Module, input_ids: Tensor, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
@@ -116,10 +204,12 @@ def _shapes(module: nn.Module, input_ids: Tensor, sites: Sequence[Site]) -> dict
     return shapes
 
 
-def _run(module: nn.Module, input_ids: Tensor, sites: Sequence[Site], tap: Callable[[str, Tensor], Tensor]) -> Tensor:
+def _run(module: nn.Module, input_ids: Tensor, sites: Sequence[Site], tap: Tap) -> Tensor:
     try:
         with quiet_torch(), redirect_stdout(sys.stderr), tapping(module, sites, tap, every_call=True):
             output: Any = module(input_ids)
+    except CandidateError:
+        raise
     except (Exception, SystemExit) as error:
         raise CandidateError(f"the candidate failed in its forward pass with {describe(error)}") from error
     logits = first_tensor(output)

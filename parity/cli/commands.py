@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parity.cli.console import explain, print_json, progress_bar, writable, write_report
-from parity.compare.options import EMBEDDED, Ask
+from parity.cli.console import explain, observed, print_json, writable, write_report
+from parity.cli.run_options import with_run_options
 from parity.errors import UsageError
+from parity.options import IMPL, WHAT, RunOptions, shell
+from parity.reference.checkpoint import EMBEDDED
 
 if TYPE_CHECKING:
-    from parity.compare.pipeline import Progress
+    from parity.observer import Observer
     from parity.results import Comparison
 
 app = typer.Typer(
@@ -24,43 +27,20 @@ app = typer.Typer(
     help="Where does a port of a language model differ from transformers, and is it a bug or rounding?",
 )
 
-_ASK = "What both sides are asked"
-_RUN = "How they run"
 _OUT = "What comes out"
 
-Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="Text to run.", rich_help_panel=_ASK)]
-PromptFile = Annotated[Path | None, typer.Option(help="A file that holds the text.", rich_help_panel=_ASK)]
-Tokens = Annotated[
-    str | None, typer.Option(help="Token ids: '1 2 3', or a file with one row a line.", rich_help_panel=_ASK)
+Candidate = Annotated[
+    str,
+    typer.Option("--candidate", "-c", help="module:factory, file.py:factory, or a dump.", rich_help_panel=WHAT),
+]
+Names = Annotated[
+    Path | None, typer.Option(help="A name map (JSON): the candidate's names to the reference's.", rich_help_panel=WHAT)
 ]
 Model = Annotated[
     str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        help=f"A directory or hub id; without it the embedded {EMBEDDED}.",
-        rich_help_panel=_ASK,
-    ),
+    typer.Option("--model", "-m", help=f"A directory or hub id; without it the embedded {EMBEDDED}."),
 ]
-DType = Annotated[
-    str | None,
-    typer.Option(help="float32, bfloat16 or float16. [default: the checkpoint's]", rich_help_panel=_RUN),
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …", rich_help_panel=_RUN)]
-Attention = Annotated[str, typer.Option(help="The reference's attention: eager or sdpa.", rich_help_panel=_RUN)]
-Inner = Annotated[
-    bool, typer.Option("--inner", help="Also scores and probs, in memory of tokens².", rich_help_panel=_RUN)
-]
-Candidate = Annotated[
-    str,
-    typer.Option("--candidate", "-c", help="module:factory, file.py:factory, or a dump.", rich_help_panel=_ASK),
-]
-Names = Annotated[
-    Path | None, typer.Option(help="A name map (JSON): the candidate's names to the reference's.", rich_help_panel=_ASK)
-]
-UserFaults = Annotated[
-    str | None, typer.Option("--faults", help="Your own faults: module:FAULTS or file.py:FAULTS.", rich_help_panel=_ASK)
-]
+UserFaults = Annotated[str | None, typer.Option("--faults", help="Your own faults: module:FAULTS or file.py:FAULTS.")]
 Json = Annotated[bool, typer.Option("--json", help="The report alone, as JSON on stdout.", rich_help_panel=_OUT)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every site.", rich_help_panel=_OUT)]
 
@@ -89,28 +69,17 @@ def options(
 
 
 @app.command()
+@with_run_options()
 def diff(
+    run: RunOptions,
     dumps: Annotated[list[Path] | None, typer.Argument(help="Dumps: REFERENCE CANDIDATE, or CANDIDATE alone.")] = None,
-    prompt: Prompt = None,
-    prompt_file: PromptFile = None,
-    tokens: Tokens = None,
-    model: Model = None,
-    candidate: Candidate = "impl.qwen3:load",
+    candidate: Candidate = IMPL,
     inject: Annotated[
         str | None,
         typer.Option(
-            help="FAULT[=NUMBER][@LAYER]: the candidate is the reference with this fault.", rich_help_panel=_ASK
+            help="FAULT[=NUMBER][@LAYER]: the candidate is the reference with this fault.", rich_help_panel=WHAT
         ),
     ] = None,
-    faults: UserFaults = None,
-    noise: Annotated[
-        int,
-        typer.Option(help="Passes with stochastic rounding that say how far rounding may go.", rich_help_panel=_RUN),
-    ] = 0,
-    dtype: DType = None,
-    device: Device = "cpu",
-    attention: Attention = "eager",
-    inner: Inner = False,
     names: Names = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the report.", rich_help_panel=_OUT)] = None,
     plots: Annotated[bool, typer.Option("--plots", help="Pictures too, as SVG and PNG.", rich_help_panel=_OUT)] = False,
@@ -121,54 +90,40 @@ def diff(
 
     Exit code 0: match, 1: diverged, 2: trouble or inconclusive.
     """
-    ask = Ask(prompt, prompt_file, tokens, model, dtype, device, attention, inner, faults, noise)
     folder = out or (None if json else Path("reports") / datetime.now().strftime("%Y%m%d-%H%M%S"))
     if folder is not None:
         writable(folder)
-    with progress_bar(quiet=json) as progress:
+    with observed(quiet=json) as observer:
         if inject is not None:
-            comparison = _diff_injected(ask, inject, progress)
+            comparison = _diff_injected(run, inject, observer)
         else:
-            comparison = _diff(ask, dumps or [], candidate, names, progress)
+            comparison = _diff(run, dumps or [], candidate, names, observer)
     write_report(comparison, folder, json=json, verbose=verbose, plots=plots)
     raise typer.Exit(comparison.exit_code)
 
 
 @app.command()
+@with_run_options("faults", "noise", "power")
 def record(
+    run: RunOptions,
     out: Annotated[Path, typer.Option("--out", "-o", help="The dump to write, *.h5.")],
-    prompt: Prompt = None,
-    prompt_file: PromptFile = None,
-    tokens: Tokens = None,
-    model: Model = None,
     candidate: Annotated[
         str | None, typer.Option("--candidate", "-c", help="Record this candidate in place of the reference.")
     ] = None,
-    dtype: DType = None,
-    device: Device = "cpu",
-    attention: Attention = "eager",
-    inner: Inner = False,
+    names: Names = None,
 ) -> None:
     """Record every activation of the reference (or of a candidate) to an HDF5 dump.
 
     The token ids are written beside it, as text that any language can read.
     """
-    question = Ask(prompt, prompt_file, tokens, model, dtype, device, attention, inner).question()
-    writable(out.parent)
-    from parity.compare.pipeline import record_candidate, record_reference
-    from parity.dump import write_tokens
+    from parity.api import recorded
+    from parity.candidates.base import open_candidate
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    with progress_bar(quiet=False) as progress:
-        if candidate:
-            missing = record_candidate(question, candidate, out)
-        else:
-            missing = []
-            record_reference(question, out, progress)
-    ids = out.with_suffix(".tokens.txt")
-    write_tokens(ids, question.token_ids)
-    print(f"{out}: {len(question.token_ids[0])} tokens, {out.stat().st_size / 1e6:.1f} MB; token ids in {ids}")
-    for site in missing:
+    with observed(quiet=False) as observer:
+        done = recorded(out, open_candidate(candidate, names) if candidate else None, run, observer)
+    print(f"{out}: {done.tokens} tokens, {out.stat().st_size / 1e6:.1f} MB; token ids in {done.ids}")
+    for site in done.missing:
         print(f"not recorded, no module of this name: {site}")
 
 
@@ -177,7 +132,7 @@ def check(
     dump: Annotated[Path, typer.Argument(help="The dump to look at.")],
     model: Model = None,
     names: Names = None,
-    tokens: Tokens = None,
+    tokens: Annotated[str | None, typer.Option(help="Token ids: '1 2 3', or a file with one row a line.")] = None,
 ) -> None:
     """Say whether a dump is well-formed and complete, and what each missing site costs. Runs no model.
 
@@ -188,19 +143,21 @@ def check(
     from parity.compare.dump_check import check as check_dump
     from parity.dump import open_dump
     from parity.report.terminal import show_check
+    from parity.run_spec import run_spec
 
     with open_dump(dump, names) as opened:
-        if not tokens and opened.info.token_ids is None:
-            raise UsageError(f"{dump}: does not say its token ids. Add parity.token_ids, or give --tokens.")
-        ask = Ask(tokens=tokens, model=model)
-        question = ask.question(None if tokens else opened.info.token_ids, opened.info.model)
-        found = check_dump(opened, question.reference(), len(question.token_ids), len(question.token_ids[0]))
+        run = run_spec(RunOptions(tokens=tokens, model=model), opened.info)
+        found = check_dump(opened, run.model(), *run.ids.shape)
     show_check(found, Console(highlight=False))
     raise typer.Exit(0 if found.is_complete else 1)
 
 
 @app.command()
-def sites(model: Model = None, inner: Inner = False, json: Json = False) -> None:
+def sites(
+    model: Model = None,
+    inner: Annotated[bool, typer.Option("--inner", help="Also scores and probs.")] = False,
+    json: Json = False,
+) -> None:
     """List what a port may dump: names, axes, sizes and dtypes."""
     from parity.reference.known_sites import known_sites
 
@@ -266,24 +223,16 @@ def faults(
 
 
 @app.command()
-def power(
-    prompt: Prompt = None,
-    prompt_file: PromptFile = None,
-    tokens: Tokens = None,
-    model: Model = None,
-    faults: UserFaults = None,
-    dtype: DType = None,
-    device: Device = "cpu",
-    json: Json = False,
-) -> None:
+@with_run_options("noise", "power", "attention", "inner")
+def power(run: RunOptions, json: Json = False) -> None:
     """Say which known bugs a run on this prompt would reveal, and which not: no candidate is needed."""
     from parity import words
     from parity.compare.inject import power_of
     from parity.report.json import to_json
+    from parity.run_spec import run_spec
 
-    question = Ask(prompt, prompt_file, tokens, model, dtype, device, faults=faults).question()
-    with progress_bar(quiet=json) as progress:
-        found = power_of(question, progress)
+    with observed(quiet=json) as observer:
+        found = power_of(run_spec(run), observer)
     if json:
         print_json(to_json(found))
         return
@@ -297,52 +246,24 @@ def power(
 # -- what the commands do ------------------------------------------------------------------------------------
 
 
-def _diff(ask: Ask, dumps: list[Path], candidate: str, names: Path | None, progress: Progress) -> Comparison:
-    from parity.candidates.spec import is_dump
+def _diff(options: RunOptions, dumps: list[Path], candidate: str, names: Path | None, observer: Observer) -> Comparison:
+    from parity.api import compared, diff_dumps
 
     if len(dumps) > 2:
         raise UsageError(f"{len(dumps)} dumps given. Give REFERENCE CANDIDATE, or CANDIDATE alone.")
-    if not dumps and is_dump(candidate):
-        dumps = [Path(candidate)]
-    if not dumps:
-        from parity.compare.pipeline import diff_live
-        from parity.dump import load_names
-
-        return diff_live(ask.question(), candidate, progress, load_names(names) if names else None)
-    return _diff_dumps(ask, dumps, names, progress)
+    command = shell(["parity", *sys.argv[1:]])
+    if len(dumps) == 2:
+        return diff_dumps((dumps[0], dumps[1]), names, options, command, observer)
+    return compared(dumps[0] if dumps else candidate, names, options, command, observer)
 
 
-def _diff_injected(ask: Ask, inject: str, progress: Progress) -> Comparison:
-    from parity.compare.inject import diff_injected
+def _diff_injected(options: RunOptions, inject: str, observer: Observer) -> Comparison:
+    from parity.compare.inject import Injected
+    from parity.compare.pipeline import diff as compare
     from parity.faults import parse
+    from parity.reference.replay import Reference
+    from parity.run_spec import run_spec
 
-    question = ask.question()
-    return diff_injected(question, parse(inject, question.faults), progress)
-
-
-def _diff_dumps(ask: Ask, dumps: list[Path], names: Path | None, progress: Progress) -> Comparison:
-    from parity.compare.pipeline import diff_dump, reference_for, working_dtype
-    from parity.dump import open_dump
-
-    with open_dump(dumps[0]) as first, open_dump(dumps[-1], names) as last:
-        ids = None if ask.says_what_to_run else (first.info.token_ids or last.info.token_ids)
-        if ids is None and not ask.says_what_to_run:
-            raise UsageError(
-                f"{dumps[-1]}: does not say its token ids. Give --prompt or --tokens, or add parity.token_ids."
-            )
-        ask.dtype = ask.dtype or working_dtype(last)
-        question = ask.question(ids, first.info.model)
-        for dump in (first, last):
-            _same_model(dump, question.checkpoint)
-        return diff_dump(question, last, reference_for(question), progress)
-
-
-def _same_model(dump: Any, checkpoint: Any) -> None:
-    from parity.errors import IncomparableError
-
-    theirs = dump.info.fingerprint
-    if theirs is not None and theirs != checkpoint.fingerprint():
-        raise IncomparableError(
-            f"{dump.path}: records model {dump.info.model!r} (fingerprint {theirs}), but {checkpoint.name!r} "
-            f"has fingerprint {checkpoint.fingerprint()}. Give --model the checkpoint that was recorded."
-        )
+    run = run_spec(options, command=shell(["parity", *sys.argv[1:]]))
+    reference = Reference(run.model())
+    return compare(run, Injected(parse(inject, run.faults), reference, observer), observer, reference)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parity.errors import UsageError
+from parity.observer import Observer
 
 if TYPE_CHECKING:
-    from parity.compare.pipeline import Progress
     from parity.faults import Fault
     from parity.results import Comparison
 
@@ -62,19 +62,19 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
-def progress_bar(*, quiet: bool) -> Iterator[Progress]:
+def observed(*, quiet: bool) -> Iterator[Observer]:
     """A bar with the current piece and an estimate; silent where nobody watches."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
-        yield lambda _what, _done, _total: None
+        yield Observer()
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+        yield Observer(lambda what, done, total: bar.update(task, description=what, completed=done, total=total))
 
 
 def explain(fault: Fault) -> str:

@@ -1,7 +1,7 @@
-"""From ratios to verdicts: of a site, of the run; and from wrong sites to findings.
+"""From a site's ratio to its verdict.
 
-The order of decisions: integrity first, then non-finite values, then the run's rounding mode, then each
-site's ratio, and only where that is too large the question whether the error is noise or has structure.
+The order of decisions: non-finite values first, then the run's rounding mode, then the site's ratio, and only
+where that is too large the question whether the error is noise or has structure.
 """
 
 from __future__ import annotations
@@ -12,22 +12,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
-from parity.reasons import Gap, Inconclusive
-from parity.results import (
-    BAD,
-    ROUNDING,
-    Check,
-    Coverage,
-    Finding,
-    Measurement,
-    NextToken,
-    RunVerdict,
-    SiteVerdict,
-    Structure,
-    logits_of,
-    worst_verdict,
-)
-from parity.sites import branch, family, is_stream, layer_of
+from parity.reasons import Gap
+from parity.results import ROUNDING, SiteVerdict, Structure
+from parity.sites import family
 
 if TYPE_CHECKING:
     from parity.reference.floor import Local
@@ -39,8 +26,6 @@ _COHERENT = 0.05
 _CONCENTRATED = 3.0
 # Truncation instead of rounding to nearest loses 0.7213 of a unit roundoff on average.
 _TRUNCATION_GAIN = -0.7213
-# The reference's own error is exceeded this many times at the logits only if something is wrong.
-_TOTAL = 4.0
 # A floor that is this much below its family's is no longer put down to chance.
 _LUCKIEST = 4.0
 # Where the reference itself is this far off, relative to the value, nothing can be said of a candidate.
@@ -142,120 +127,3 @@ def _spread(profile: Sequence[float]) -> float:
         return 1.0
     middle = median(profile)
     return max(profile) / middle if middle else float("inf")
-
-
-def findings(sites: Sequence[Measurement]) -> tuple[Finding, ...]:
-    """Bad sites grouped by family, in order of execution, with the span of unmeasured sites before each."""
-    groups: dict[str, list[Measurement]] = {}
-    for site in sites:
-        if site.verdict in BAD:
-            groups.setdefault(family(site.site), []).append(site)
-    order = {site.site: position for position, site in enumerate(sites)}
-    return tuple(_finding(name, group, sites, order) for name, group in groups.items())
-
-
-def _finding(name: str, group: list[Measurement], sites: Sequence[Measurement], order: dict[str, int]) -> Finding:
-    worst = max(group, key=lambda m: (m.ratio is not None, m.ratio))
-    layers = tuple(layer for m in group if (layer := layer_of(m.site)) is not None)
-    return Finding(
-        families=(name,),
-        sites=tuple(m.site for m in group),
-        layers=layers,
-        verdict=worst_verdict(m.verdict for m in group),
-        ratio=worst.ratio or 0.0,
-        first_token=min((first for m in group if (first := _first_token(m)) is not None), default=None),
-        evidence=tuple(evidence(worst)),
-        span=_span_before(sites, order[group[0].site]),
-    )
-
-
-def _first_token(m: Measurement) -> int | None:
-    return m.structure.first_token if m.structure else None
-
-
-def _span_before(sites: Sequence[Measurement], position: int) -> tuple[str, ...]:
-    """The unmeasured sites whose operations a site's verdict covers too: back to what was measured.
-
-    Walks backwards along the data: a measured site closes its branch (or the trunk), the residual stream closes
-    everything, and an unmeasured site of the trunk or stream opens what flows into it.
-    """
-    own = branch(sites[position].site)
-    closed: set[str] = set()
-    span: list[str] = []
-    for earlier in reversed(sites[:position]):
-        side, stream = branch(earlier.site), is_stream(earlier.site)
-        if own and side not in (own, ""):
-            continue
-        if earlier.verdict != "unmeasured":
-            if stream or own:
-                break
-            closed.add(side)
-        elif stream or side not in closed:
-            span.insert(0, earlier.site)
-            own = own if side else ""
-            closed = set() if stream else closed
-    return tuple(span)
-
-
-def evidence(m: Measurement) -> list[str]:
-    """What a finding can say of its worst site, in words."""
-    lines = [m.reason] if m.reason else []
-    s = m.structure
-    if s is None:
-        return lines
-    tokens = s.by_token
-    if len(tokens) > 3 and max(tokens) > ROUNDING:
-        if s.pooled == 1 and tokens[0] <= ROUNDING < max(tokens[1:4]):
-            lines.append("token 0 is right, later tokens are not")
-        clean = next((i for i, ratio in enumerate(tokens) if ratio > ROUNDING), 0)
-        if clean > 3:
-            lines.append(f"the first {clean * s.pooled} tokens are right")
-        third = len(tokens) // 3
-        early, late = median(tokens[:third] or tokens), median(tokens[-third:] or tokens)
-        if late > 2 * early:
-            lines.append("the error grows with position")
-        elif early > 2 * late:
-            lines.append("the error falls with position")
-    heads = [i for i, ratio in enumerate(s.by_head) if ratio > ROUNDING]
-    if s.by_head and 0 < len(heads) < len(s.by_head):
-        lines.append(f"heads {', '.join(map(str, heads[:8]))}{' …' if len(heads) > 8 else ''} only")
-    if s.channel_share > 0.2:
-        lines.append(f"{s.channel_share:.0%} of the error in channel {s.channel}")
-    if abs(s.cosine) > 0.9:
-        lines.append(f"mostly a gain of {1 + s.gain:.4g}")
-    return list(dict.fromkeys(lines))
-
-
-def judge_run(
-    sites: Sequence[Measurement],
-    bad: Sequence[Finding],
-    checks: Sequence[Check],
-    next_token: NextToken | None,
-) -> tuple[RunVerdict, Inconclusive | None]:
-    """The verdict of the run, and why it is inconclusive if it is; `bad` are its findings, after diagnosis."""
-    if bad:
-        return "diverged", None
-    why = _inconclusive(sites, checks, next_token)
-    return ("inconclusive", why) if why else ("match", None)
-
-
-def _inconclusive(
-    sites: Sequence[Measurement], checks: Sequence[Check], next_token: NextToken | None
-) -> Inconclusive | None:
-    if not all(check.ok for check in checks):
-        return Inconclusive("check failed")
-    logits = logits_of(sites)
-    if logits is None:
-        return Inconclusive("no site")
-    if logits.verdict == "unmeasured":
-        return Inconclusive("logits unmeasured")
-    if logits.total_ratio is not None and not logits.total_ratio <= _TOTAL:
-        return Inconclusive("logits off", ratio=logits.total_ratio)
-    if next_token is not None and next_token.unexplained_flips:
-        return Inconclusive("flips", count=next_token.unexplained_flips)
-    return None
-
-
-def covered(sites: Sequence[Measurement]) -> Coverage:
-    """How many of the known sites were measured."""
-    return Coverage(sum(s.verdict != "unmeasured" for s in sites), len(sites))

@@ -46,7 +46,7 @@ class Metrics:
     bit_equal: bool  # same dtype, same bits, no NaN; −0.0 and +0.0 have different bits
 
 
-def measure(candidate: Array, reference: Array) -> Metrics:
+def measure_arrays(candidate: Array, reference: Array) -> Metrics:
     """All elementwise metrics of a pair of arrays, in one pass and without copying either.
 
     Shapes: equal, any strides. Dtypes: floats of 8, 16, 32 or 64 bits (those of ml_dtypes too), integers and

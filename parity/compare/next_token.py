@@ -21,40 +21,35 @@ _SAMPLE, _LARGEST = 512, 64
 _SIGMAS = 5.0
 
 
-class NextTokenWatch:
-    """Keeps what is needed of the logits, and turns it into a NextToken."""
+@dataclass(frozen=True)
+class Ending:
+    """What the logits say of the whole run.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._result: NextToken | None = None
-        self._noise_ratio: float | None = None
+    noise_ratio  distance of the candidate's logits from the exact ones, in standard deviations of stochastic rounding
+    """
 
-    def see(self, logits: Replayed) -> None:
-        """Look at the logits (b, t, vocab) of both sides; without a candidate there is nothing to say."""
-        if logits.candidate is None or not bool(logits.candidate.isfinite().all()):
-            return
-        if logits.noise:
-            self._noise_ratio = _in_sigmas(logits.candidate.to(logits.own.device), logits.ideal, logits.noise)
-        rows = [_row(*row) for row in _rows(logits)]
-        name = _Names(self._checkpoint.path)
-        self._result = NextToken(
-            reference=_top(logits.own[-1, -1].float(), name),
-            candidate=_top(logits.candidate[-1, -1].float(), name),
-            flips=sum(row.flipped for row in rows),
-            unexplained_flips=sum(row.unexplained for row in rows),
-            positions=len(rows),
-            max_kl=max(row.kl for row in rows),
-            margin_sigma=rows[-1].noise,
-            sample=sample_of(logits.own[-1, -1].float().cpu(), logits.candidate[-1, -1].float().cpu()),
-        )
+    next_token: NextToken | None = None
+    noise_ratio: float | None = None
 
-    def noise_ratio(self) -> float | None:
-        """Distance of the candidate's logits from the exact ones, in standard deviations of stochastic rounding."""
-        return self._noise_ratio
 
-    def result(self) -> NextToken | None:
-        """What was seen, or None if the candidate has no finite logits."""
-        return self._result
+def ending(logits: Replayed, checkpoint: Checkpoint) -> Ending:
+    """What both sides say at the end, from the logits (b, t, vocab); nothing if the candidate's are not finite."""
+    if logits.candidate is None or not bool(logits.candidate.isfinite().all()):
+        return Ending()
+    rows = [_row(*row) for row in _rows(logits)]
+    name = _Names(checkpoint.path)
+    next_token = NextToken(
+        reference=_top(logits.own[-1, -1].float(), name),
+        candidate=_top(logits.candidate[-1, -1].float(), name),
+        flips=sum(row.flipped for row in rows),
+        unexplained_flips=sum(row.unexplained for row in rows),
+        positions=len(rows),
+        max_kl=max(row.kl for row in rows),
+        margin_sigma=rows[-1].noise,
+        sample=sample_of(logits.own[-1, -1].float().cpu(), logits.candidate[-1, -1].float().cpu()),
+    )
+    noise = _in_sigmas(logits.candidate.to(logits.own.device), logits.ideal, logits.noise) if logits.noise else None
+    return Ending(next_token, noise)
 
 
 def _in_sigmas(candidate: Tensor, ideal: Tensor, noise: Sequence[Tensor]) -> float:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from parity.diagnose.match import Bench
+from parity.diagnose.workbench import Workbench
 from parity.results import Finding, Measurement, Residual, four_digits
 from parity.sites import FLATTENED, Dims
 
@@ -17,13 +17,13 @@ from parity.sites import FLATTENED, Dims
 _TOKENS, _COLUMNS = 64, 32
 
 
-def with_residuals(findings: Sequence[Finding], sites: Sequence[Measurement], bench: Bench) -> tuple[Finding, ...]:
+def with_error_maps(findings: Sequence[Finding], sites: Sequence[Measurement], bench: Workbench) -> tuple[Finding, ...]:
     """The findings, each with the residual of its site with the largest ratio."""
     ratios = {m.site: m.ratio or 0.0 for m in sites}
     return tuple(replace(f, residual=residual(max(f.sites, key=ratios.__getitem__), bench)) for f in findings)
 
 
-def residual(site: str, bench: Bench) -> Residual | None:
+def residual(site: str, bench: Workbench) -> Residual | None:
     """The residual of one site; None if its operation cannot be run alone, or if it has no tokens."""
     working, precise = bench.reference.working, bench.reference.precise
     with bench.piece(working.piece_of(site)) as at:

@@ -8,22 +8,19 @@ apart are reported together, and where nothing fits nothing is said.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from parity.diagnose.readings import Uncertainty, best_value, difference, energy, uncertainty
-from parity.faults import Fault, Number, Scope, shows_at
-from parity.reference import one_operation as focus
-from parity.reference.floor import Local, local_error
-from parity.reference.one_operation import Focus
-from parity.reference.pieces import HEAD, Piece, PiecewiseModel
-from parity.reference.replay import Reference, Replayed
+from parity.diagnose.workbench import Workbench
+from parity.faults import Fault, Number, shows_at
+from parity.reference.floor import Local
+from parity.reference.one_operation import LoadedPiece
 from parity.results import FaultMatch, Finding, Reading
-from parity.sites import Site, layer_of, without_call
+from parity.sites import layer_of, without_call
 
 # A remainder up to this ratio is the fault's own rounding.
 CONFIRMED = 1.6
@@ -35,8 +32,6 @@ _LAYERS_TRIED = 3
 _NEAR = 16
 # Squares of numbers above this do not fit float32.
 _LARGE = 1e15
-
-Recorded = Callable[[Site], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -55,73 +50,7 @@ class Trial:
 Trials = dict[tuple[str, ...], list[Trial]]
 
 
-class Bench:
-    """A reference, a candidate's record and the pieces in between: where faults are tried."""
-
-    def __init__(self, reference: Reference, input_ids: Tensor, recorded: Recorded) -> None:
-        self.reference, self.input_ids, self._recorded = reference, input_ids, recorded
-        self.sites = {site.name: site for site in reference.working.sites}
-
-    @contextmanager
-    def piece(self, piece: Piece, tokens: int | None = None) -> Iterator[Focus | None]:
-        """A piece loaded in both precisions; None if the candidate did not record what goes into it.
-
-        `tokens` keeps only the last ones in the head.
-        """
-        working = self.reference.working
-        source = focus.input_site(working, piece)
-        hidden = self._recorded(self.sites[source]) if source else None
-        if source and hidden is None:
-            yield None
-            return
-        inside = {s.name: v for s in working.sites_of(piece) if (v := self._recorded(s)) is not None}
-        if piece == HEAD and tokens is not None and hidden is not None:
-            # Final norm and head treat every token alike, and a vocabulary is large.
-            hidden, inside = hidden[:, -tokens:], {name: value[:, -tokens:] for name, value in inside.items()}
-        with working.loaded(piece), self.reference.precise.loaded(piece):
-            self.reference.prepare(self.input_ids)
-            yield Focus(piece, self.input_ids, hidden, inside)
-
-    def scope(self, model: PiecewiseModel, piece: Piece) -> Scope:
-        """What a fault sees of a loaded piece."""
-        index = piece if isinstance(piece, int) else None
-        layer = None if index is None else model.layers[index]
-        kwargs = {} if index is None else model.arguments(index)
-
-        def weight(name: str) -> Tensor:
-            stored: Tensor = model.checkpoint.tensor(name)
-            return stored.to(model.device, model.dtype)
-
-        return Scope(model.model, model.config, layer, index, kwargs, weight)
-
-    def applies(self, fault: Fault, piece: Piece) -> bool:
-        """Whether a fault can be had in a piece."""
-        return fault.applies(self.scope(self.reference.working, piece))
-
-    def expected(self, fault: Fault, piece: Piece) -> float:
-        """The right value of the fault's number; 0 for a fault without one."""
-        return fault.number.expected(self.scope(self.reference.working, piece)) if fault.number else 0.0
-
-    def compute(
-        self, at: Focus, sites: Sequence[str], model: PiecewiseModel, fault: Fault | None = None, value: float = 0.0
-    ) -> dict[str, Tensor]:
-        """What a model computes at sites of a loaded piece, with a fault or without."""
-
-        def patch(patched: PiecewiseModel) -> AbstractContextManager[None]:
-            assert fault is not None, "unreachable because the patch is passed with a fault only"
-            return fault.patch(self.scope(patched, at.piece), value)
-
-        return focus.run(model, at, sites, patch) if fault else focus.run(model, at, sites)
-
-    def local(self, at: Focus, site: str, truth: Tensor, floor: Tensor) -> Local:
-        """The candidate's error at a site against any truth and floor."""
-        working = self.reference.working
-        one = self.sites[site]
-        replayed = Replayed(one, truth, truth, at.recorded[site], truth, floor, truth, working.summands(one))
-        return local_error(replayed, working.dtype, working.dtype, working.head_dim)
-
-
-def diagnose(findings: Sequence[Finding], bench: Bench, catalogue: Sequence[Fault]) -> tuple[Finding, ...]:
+def diagnose(findings: Sequence[Finding], bench: Workbench, catalogue: Sequence[Fault]) -> tuple[Finding, ...]:
     """The findings with their causes; those that one fault explains become one."""
     trials = {finding.families: _tried(finding, bench, catalogue) for finding in findings}
     return _assigned(findings, trials)
@@ -130,7 +59,7 @@ def diagnose(findings: Sequence[Finding], bench: Bench, catalogue: Sequence[Faul
 # -- trying --------------------------------------------------------------------------------------------------
 
 
-def _tried(finding: Finding, bench: Bench, catalogue: Sequence[Fault]) -> list[Trial]:
+def _tried(finding: Finding, bench: Workbench, catalogue: Sequence[Fault]) -> list[Trial]:
     """Faults that reproduce the candidate in every layer tried, best first."""
     merged: dict[str, list[Trial]] = {}
     excused: dict[str, int] = {}  # the last layer has no next one, to take a weight from
@@ -156,7 +85,7 @@ def _sample(sites: Sequence[str]) -> list[str]:
 
 def _at_site(
     site: str,
-    bench: Bench,
+    bench: Workbench,
     catalogue: Sequence[Fault],
     excused: dict[str, int],
     known: dict[str, list[Trial]] | None,
@@ -181,7 +110,7 @@ def _at_site(
                 yield trial
 
 
-def _try(fault: Fault, site: str, at: Focus, bench: Bench, truth: Tensor, floor: Tensor) -> Trial | None:
+def _try(fault: Fault, site: str, at: LoadedPiece, bench: Workbench, truth: Tensor, floor: Tensor) -> Trial | None:
     candidate, expected = at.recorded[site], bench.expected(fault, at.piece)
 
     def curve(value: float) -> Tensor:
@@ -216,7 +145,7 @@ def _try(fault: Fault, site: str, at: Focus, bench: Bench, truth: Tensor, floor:
     return Trial(fault, value, expected, unsure, explained, local.ratio)
 
 
-def _remainder(at: Focus, site: str, bench: Bench, faulty: Tensor, floor: Tensor) -> Local | None:
+def _remainder(at: LoadedPiece, site: str, bench: Workbench, faulty: Tensor, floor: Tensor) -> Local | None:
     """What a fault leaves of the candidate; None if one of the two is not finite where the other is."""
     candidate = at.recorded[site].to(floor.device)
     lost = ~floor.isfinite()
@@ -238,7 +167,7 @@ def _is_continuous(fault: Fault) -> bool:
 
 
 def _starts(
-    number: Number, expected: float, at: Focus, bench: Bench, truth: Tensor, floor: Tensor, site: str
+    number: Number, expected: float, at: LoadedPiece, bench: Workbench, truth: Tensor, floor: Tensor, site: str
 ) -> list[float]:
     """Numbers to start from: those seen in the wild, and what the residual or a coarse grid suggests."""
     starts = [value for value in number.typical if value != expected]

@@ -6,15 +6,16 @@ report that does not say so mistakes blindness for health.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from parity.diagnose.match import Bench
+from parity.diagnose.workbench import Workbench
 from parity.faults import Fault, shows_at
+from parity.observer import Observer
 from parity.reasons import Invisible, NotTried
-from parity.reference.one_operation import Focus
+from parity.reference.one_operation import LoadedPiece
 from parity.reference.pieces import EMBED, HEAD, Piece
 from parity.results import Power
 
@@ -33,15 +34,13 @@ class _Sight:
     applies: bool
 
 
-def power(
-    bench: Bench, catalogue: Iterable[Fault], progress: Callable[[int, int], None], found: Collection[str] = ()
-) -> Power:
+def power(bench: Workbench, catalogue: Iterable[Fault], observer: Observer, found: Collection[str] = ()) -> Power:
     """Which faults the run behind `bench` would have revealed; those that it has found it could see."""
     faults = list(catalogue)
     seen = {fault.id: _Sight(VISIBLE if fault.id in found else 0.0, applies=fault.id in found) for fault in faults}
     pieces = _pieces(bench)
     for done, piece in enumerate(pieces):
-        progress(done, len(pieces))
+        observer.show("what this run could have seen", done, len(pieces))
         missing = [fault for fault in faults if _worth_a_look(seen[fault.id], piece)]
         if not missing:
             break
@@ -60,18 +59,18 @@ def power(
     )
 
 
-def _shows_only_at_ends(fault: Fault, bench: Bench) -> bool:
+def _shows_only_at_ends(fault: Fault, bench: Workbench) -> bool:
     model = bench.reference.working
     inside = any(shows_at(fault, site.name) for site in model.sites_of(0))
     return not inside and any(shows_at(fault, site.name) for end in (EMBED, HEAD) for site in model.sites_of(end))
 
 
-def _pieces(bench: Bench) -> list[Piece]:
+def _pieces(bench: Workbench) -> list[Piece]:
     """The first and the middle layer and the ends: a fault that none of them shows is not counted as visible."""
     return [*sorted({0, len(bench.reference.working.layers) // 2}), *(() if _is_large(bench) else (EMBED, HEAD))]
 
 
-def _is_large(bench: Bench) -> bool:
+def _is_large(bench: Workbench) -> bool:
     """Whether copies of embedding and head would take more memory than all the rest."""
     config = bench.reference.working.config
     return bool(config.vocab_size * config.hidden_size > _LARGEST_HEAD)
@@ -82,7 +81,7 @@ def _worth_a_look(sight: _Sight, piece: Piece) -> bool:
     return sight.ratio < VISIBLE and (isinstance(piece, int) or not sight.applies)
 
 
-def _look(faults: Sequence[Fault], at: Focus, bench: Bench) -> Iterable[tuple[Fault, _Sight]]:
+def _look(faults: Sequence[Fault], at: LoadedPiece, bench: Workbench) -> Iterable[tuple[Fault, _Sight]]:
     names = [name for name in at.recorded if any(shows_at(fault, name) for fault in faults)]
     if not names:
         return
@@ -104,8 +103,8 @@ def _predicted(
     fault: Fault,
     value: float,
     sites: Sequence[str],
-    at: Focus,
-    bench: Bench,
+    at: LoadedPiece,
+    bench: Workbench,
     truth: dict[str, Tensor],
     floor: dict[str, Tensor],
 ) -> float:
@@ -118,7 +117,7 @@ def _predicted(
         return 0.0
     largest = 0.0
     for site in sites:
-        local = bench.local(Focus(at.piece, at.input_ids, at.hidden, faulty), site, truth[site], floor[site])
+        local = bench.local(LoadedPiece(at.piece, at.input_ids, at.hidden, faulty), site, truth[site], floor[site])
         largest = max(largest, float("inf") if local.nonfinite else local.ratio)
         if largest >= VISIBLE:
             break

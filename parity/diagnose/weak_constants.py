@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from parity.diagnose.match import Bench
+from parity.diagnose.workbench import Workbench
 from parity.faults import Fault, shows_at
-from parity.reference.one_operation import Focus
+from parity.reference.one_operation import LoadedPiece
 from parity.reference.precision import unit_roundoff
 from parity.results import FaultMatch, Finding, Measurement, Reading
 from parity.sites import family, layer_of
@@ -63,7 +63,7 @@ class _Sums:
         return abs(self.candidate) / math.sqrt(self.noise) if self.noise else 0.0
 
 
-def coherent(sites: Sequence[Measurement], bench: Bench, catalogue: Iterable[Fault]) -> list[Finding]:
+def weak_constants(sites: Sequence[Measurement], bench: Workbench, catalogue: Iterable[Fault]) -> list[Finding]:
     """Findings of wrong constants at sites whose error looks like rounding, one by one."""
     suspects = {m.site: m for m in sites if m.verdict == "rounding" and layer_of(m.site) is not None}
     faults = [fault for fault in catalogue if fault.number is not None and not fault.number.discrete]
@@ -90,7 +90,7 @@ def coherent(sites: Sequence[Measurement], bench: Bench, catalogue: Iterable[Fau
 
 
 def _regress(
-    at: Focus, suspects: dict[str, Measurement], faults: Sequence[Fault], bench: Bench
+    at: LoadedPiece, suspects: dict[str, Measurement], faults: Sequence[Fault], bench: Workbench
 ) -> Iterator[tuple[Fault, float, float, _Sums]]:
     """The sums of every fault at every suspect site of a loaded layer."""
     model = bench.reference.working
@@ -189,7 +189,9 @@ def _evidence(found: Sequence[_Sums]) -> float:
     return sum(s.candidate for s in found) ** 2 / sum(s.response for s in found)
 
 
-def _read_again(fault: Fault, guilty: Sequence[_Sums], value: float, step: float, bench: Bench) -> tuple[float, float]:
+def _read_again(
+    fault: Fault, guilty: Sequence[_Sums], value: float, step: float, bench: Workbench
+) -> tuple[float, float]:
     """The number and its standard error, regressed once more from a first reading of it.
 
     There the reference rounds as the candidate does, so that the bias which the two share can be told.
@@ -207,7 +209,12 @@ def _read_again(fault: Fault, guilty: Sequence[_Sums], value: float, step: float
 
 
 def _finding(
-    fault: Fault, guilty: Sequence[_Sums], expected: float, step: float, suspects: dict[str, Measurement], bench: Bench
+    fault: Fault,
+    guilty: Sequence[_Sums],
+    expected: float,
+    step: float,
+    suspects: dict[str, Measurement],
+    bench: Workbench,
 ) -> Finding:
     assert fault.number is not None, "unreachable because only faults with a number are regressed"
     slope, stderr = _reading(guilty)

@@ -21,7 +21,7 @@ Patch = Callable[[PiecewiseModel], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
-class Focus:
+class LoadedPiece:
     """A loaded piece, what goes into it and what the candidate recorded inside it.
 
     `hidden` (b, t, hidden) are the candidate's hidden states before the piece; None for the embedding.
@@ -41,7 +41,9 @@ def _unchanged(_model: PiecewiseModel) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def run(model: PiecewiseModel, focus: Focus, wanted: Collection[str], patch: Patch = _unchanged) -> dict[str, Tensor]:
+def run(
+    model: PiecewiseModel, at: LoadedPiece, wanted: Collection[str], patch: Patch = _unchanged
+) -> dict[str, Tensor]:
     """What the model computes at the wanted sites of a loaded piece, with `patch` applied to it meanwhile."""
     values: dict[str, Tensor] = {}
 
@@ -50,30 +52,30 @@ def run(model: PiecewiseModel, focus: Focus, wanted: Collection[str], patch: Pat
             values[site] = fresh.clone()
             if len(values) == len(wanted):
                 raise _SeenAllError
-        if site not in focus.recorded:
+        if site not in at.recorded:
             return fresh
-        return focus.recorded[site].to(fresh.device, fresh.dtype)
+        return at.recorded[site].to(fresh.device, fresh.dtype)
 
-    hidden = None if focus.hidden is None else focus.hidden.to(model.device, model.dtype)
-    with patch(model), _answered(model, focus, wanted), suppress(_SeenAllError):
-        model.run(focus.piece, focus.input_ids, hidden, tap)
+    hidden = None if at.hidden is None else at.hidden.to(model.device, model.dtype)
+    with patch(model), _answered(model, at, wanted), suppress(_SeenAllError):
+        model.run(at.piece, at.input_ids, hidden, tap)
     return values
 
 
 @contextmanager
-def _answered(model: PiecewiseModel, focus: Focus, wanted: Collection[str]) -> Iterator[None]:
+def _answered(model: PiecewiseModel, at: LoadedPiece, wanted: Collection[str]) -> Iterator[None]:
     """Matrix products that nobody asks for answer with what the candidate recorded."""
-    sites = model.sites_of(focus.piece)
+    sites = model.sites_of(at.piece)
     # One that is called again has more than one answer.
     again = {site.module for site in sites if site.name != without_call(site.name)}
     with ExitStack() as stack:
         for site in sites:
-            if site.module in again or site.where != "output" or site.name in wanted or site.name not in focus.recorded:
+            if site.module in again or site.where != "output" or site.name in wanted or site.name not in at.recorded:
                 continue
             module = model.model.get_submodule(site.module)
             # A patched product is part of the question.
             if isinstance(module, nn.Linear) and "forward" not in vars(module):
-                stack.enter_context(_answering(module, focus.recorded[site.name].to(model.device, model.dtype)))
+                stack.enter_context(_answering(module, at.recorded[site.name].to(model.device, model.dtype)))
         yield
 
 

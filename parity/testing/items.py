@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,9 +20,9 @@ from pathlib import Path
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
-from parity.candidates.spec import is_dump
-from parity.compare.options import Ask
+from parity.candidates.base import beside
 from parity.errors import ModelError, UsageError
+from parity.options import RunOptions, run_options, shell
 from parity.reference.checkpoint import EMBEDDED, find
 from parity.settings import NEXT_TOKEN, Settings, parse
 from parity.testing.acceptance import EMBEDDING, FINAL_NORM, LOGITS
@@ -42,14 +41,10 @@ class Port:
     """What `cases` was asked for."""
 
     candidate: str
-    model: str
     prompts: tuple[Prompt, ...]
-    dtype: str | None
+    options: RunOptions
     settings: Settings
     missing: str
-    device: str
-    attention: str
-    inner: bool
     names: str | None
 
 
@@ -58,33 +53,20 @@ class Run:
     """One comparison, which all items of a prompt share. `id` is the prompt's part of their names."""
 
     id: str
-    ask: Ask
+    options: RunOptions
     candidate: str
     names: str | None
 
     @property
     def key(self) -> str:
         """Short text that is equal where the comparison would be."""
-        what = json.dumps([asdict(self.ask), self.candidate, self.names], default=str, sort_keys=True)
+        what = json.dumps([asdict(self.options), self.candidate, self.names], default=str, sort_keys=True)
         return hashlib.sha256(what.encode()).hexdigest()[:12]
 
     @property
     def command(self) -> list[str]:
         """The same comparison as a command line."""
-        ask = self.ask
-        options = {
-            "--candidate": self.candidate,
-            "--names": self.names,
-            "--model": ask.model,
-            "--prompt": ask.prompt,
-            "--prompt-file": ask.prompt_file,
-            "--tokens": ask.tokens,
-            "--dtype": ask.dtype,
-            "--device": None if ask.device == "cpu" else ask.device,
-            "--attention": None if ask.attention == "eager" else ask.attention,
-        }
-        given = [str(part) for option, value in options.items() if value is not None for part in (option, value)]
-        return ["parity", "diff", *given, *["--inner"] * ask.inner]
+        return self.options.command(self.candidate, self.names)
 
 
 @dataclass(frozen=True)
@@ -106,15 +88,10 @@ def cases(
     *,
     candidate: str,
     prompts: Sequence[Prompt],
-    model: str = EMBEDDED,
-    dtype: str | None = None,
     thresholds: Mapping[str, Mapping[str, float]] | None = None,
     allow_unmeasured: Sequence[str] = (),
     missing: str = "error",
-    device: str = "cpu",
-    attention: str = "eager",
-    inner: bool = False,
-    names: str | None = None,
+    **options: Any,
 ) -> Callable[..., None]:
     """A test with one item for each prompt and layer, the embedding, final norm, logits and next token.
 
@@ -127,17 +104,18 @@ def cases(
                       rounding; mse, cosine and max_abs compare with the reference's own run; kl is the largest of
                       all positions, in nats
     allow_unmeasured  globs of sites that the candidate need not have
-    missing           "error" or "skip" where the model is not to be had
-    names             a name map (JSON), for a candidate whose modules are not named as the checkpoint's
+    missing           "error" or "skip" where there is no such model
+    options           those of `parity diff`: model, dtype, device, attention, inner, …; and names, a name map (JSON)
 
-    Raises UsageError where an argument cannot be meant; what needs a file is said at collection.
+    Raises UsageError where an argument makes no sense; what a missing file means is said at collection.
     """
     if missing not in ("error", "skip"):
         raise UsageError(f"cases(missing={missing!r}): not known. Give 'error' or 'skip'.")
     if isinstance(prompts, str) or not prompts:
         raise UsageError(f"cases(prompts={prompts!r}): a list of prompts is expected, of one or more.")
     settings = parse(thresholds or {}, allow_unmeasured, "cases()")
-    port = Port(candidate, model, tuple(prompts), dtype, settings, missing, device, attention, inner, names)
+    names = options.pop("names", None)
+    port = Port(candidate, tuple(prompts), run_options(options, "cases()"), settings, missing, names)
 
     # In a class, pytest hands over the instance first and expects it to be no fixture.
     def test(_self: object = None, /, *, parity_case: Case, parity_check: Callable[[Case], None]) -> None:
@@ -159,7 +137,8 @@ def _placed(code: CodeType, file: str, line: int) -> CodeType:
 
 def expand(port: Port, folder: Path, settings: Settings) -> list[Case]:
     """The items of a port whose test file lies in `folder`. Raises UsageError and ModelError."""
-    model = _beside(folder, port.model) if (folder / port.model).is_dir() else port.model
+    model = port.options.model or EMBEDDED
+    model = str(folder / model) if (folder / model).is_dir() else model
     parts = (EMBEDDING, *(f"layers.{i}" for i in range(_layers(model))), FINAL_NORM, LOGITS, NEXT_TOKEN)
     skip = port.missing == "skip"
     return [
@@ -170,23 +149,18 @@ def expand(port: Port, folder: Path, settings: Settings) -> list[Case]:
 
 
 def _runs(port: Port, model: str, folder: Path) -> Iterator[Run]:
-    candidate, beside = port.candidate, _beside(folder, port.candidate)
-    file = candidate.rpartition(":")[0]
-    if is_dump(beside):
-        candidate = beside
-    elif file.endswith(".py"):
-        candidate = f"{_existing(folder, file, f'candidate {candidate!r}')}{candidate.removeprefix(file)}"
+    candidate = beside(folder, port.candidate)
     names = str(_existing(folder, port.names, f"names {port.names!r}")) if port.names else None
     seen: dict[str, int] = {}
     for prompt in port.prompts:
         slug, what = _prompt(prompt, folder)
         seen[slug] = seen.get(slug, 0) + 1
-        ask = Ask(model=model, dtype=port.dtype, device=port.device, attention=port.attention, inner=port.inner, **what)
-        yield Run(slug if seen[slug] == 1 else f"{slug}-{seen[slug]}", ask, candidate, names)
+        options = replace(port.options, model=model, **what)
+        yield Run(slug if seen[slug] == 1 else f"{slug}-{seen[slug]}", options, candidate, names)
 
 
 def _prompt(prompt: Prompt, folder: Path) -> tuple[str, dict[str, Any]]:
-    """The slug of a prompt, and the option of Ask that says it."""
+    """The slug of a prompt, and the option that says it."""
     if not isinstance(prompt, str):
         ids = tuple(prompt)
         if not ids or not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in ids):
@@ -212,10 +186,6 @@ def _slug(text: str) -> str:
     if len(slug) > _LONGEST_SLUG:
         slug = slug[: _LONGEST_SLUG + 1].rpartition("-")[0] or slug[:_LONGEST_SLUG]
     return slug or "prompt"
-
-
-def _beside(folder: Path, path: str) -> str:
-    return str(folder / path)
 
 
 def _layers(model: str) -> int:
@@ -254,13 +224,6 @@ def _config(model: str) -> Path:
 
 def compare(run: Run) -> Comparison:
     """Make the comparison. Raises ParityError."""
-    from parity.compare.pipeline import diff_dump, diff_live, reference_for, working_dtype
-    from parity.dump import load_names, open_dump
+    from parity.api import compared
 
-    if not is_dump(run.candidate):
-        question = replace(run.ask.question(), command=shlex.join(run.command))
-        return diff_live(question, run.candidate, names=load_names(run.names) if run.names else None)
-    with open_dump(Path(run.candidate), run.names) as dump:
-        asked = replace(run.ask, dtype=run.ask.dtype or working_dtype(dump)).question()
-        question = replace(asked, command=shlex.join(run.command))
-        return diff_dump(question, dump, reference_for(question))
+    return compared(run.candidate, run.names, run.options, shell(run.command))

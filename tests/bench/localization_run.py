@@ -14,15 +14,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from impl.qwen3 import Config
-from parity.candidates import torch_module
-from parity.compare import pipeline as compare
+from parity.candidates.base import open_candidate
 from parity.compare.inject import power_of
-from parity.compare.run_spec import Question
-from parity.dump import ArchiveWriter, open_dump
+from parity.compare.pipeline import diff
+from parity.dump import ArchiveWriter
 from parity.faults import CATALOGUE, by_id
+from parity.observer import Observer
+from parity.options import RunOptions
 from parity.reference.checkpoint import find
 from parity.reference.replay import Reference
 from parity.results import Comparison, Finding
+from parity.run_spec import RunSpec
 from tests.planted import BUGS, CAUSES, CLEAN, Variant, build, threads
 
 VARIANTS = {v.id: v for v in (*CLEAN, *BUGS)}
@@ -107,9 +109,9 @@ def _outcome(run: Run) -> Outcome:
     faults = CATALOGUE if any(v.guilty for v in variants) else tuple(f for f in CATALOGUE if f.number)
     rows = (run.tokens,) * max(v.batch for v in variants)
     # What the run could have seen is asked below where it matters; it would take as long as all the rest.
-    question = Question(find(run.checkpoint), rows, run.dtype, run.device, faults=faults, power=False)
+    question = RunSpec(find(run.checkpoint), rows, run.dtype, RunOptions(device=run.device, power=False), faults=faults)
     key = (run.checkpoint, run.dtype, run.device)
-    reference = _references.get(key) or compare.reference_for(question)
+    reference = _references.get(key) or Reference(question.model())
     _references[key] = reference
     layers = [p.layers or variants[i].places(len(reference.working.layers)) for i, p in enumerate(run.plants)]
     module = build(variants[0], question.checkpoint.path, run.dtype, layers[0])
@@ -140,7 +142,7 @@ def _summary(run: Run, result: Comparison, guilty: set[str], named: Sequence[Nam
     )
 
 
-def _named(variant: Variant, sites: set[str], result: Comparison, question: Question) -> Named:
+def _named(variant: Variant, sites: set[str], result: Comparison, question: RunSpec) -> Named:
     """How the findings at a bug's sites name it: as the worst of them does."""
     cause = CAUSES[variant.id]
     found = [f for f in result.findings if sites & set(f.sites)]
@@ -171,9 +173,9 @@ def _naming(finding: Finding, right: Sequence[str]) -> str:
     return "tied" if set(right) & set(finding.fault.rivals) else "wrong name"
 
 
-def _unseen(question: Question, faults: Sequence[str]) -> str:
+def _unseen(question: RunSpec, faults: Sequence[str]) -> str:
     """Whether the report says of a bug that drowned that it could not have been seen."""
-    power = power_of(replace(question, faults=tuple(map(by_id, faults))))
+    power = power_of(replace(question, faults=tuple(map(by_id, faults))), Observer())
     return "invisible" if {i.fault for i in power.invisible} >= set(faults) else "unseen"
 
 
@@ -185,16 +187,15 @@ def _words(finding: Finding) -> str:
     return " = ".join((fault.id, *fault.rivals)) + "".join(numbers)
 
 
-def _diff(question: Question, module: Any, dump_dtype: str, reference: Reference) -> Comparison:
+def _diff(question: RunSpec, module: Any, dump_dtype: str, reference: Reference) -> Comparison:
     if not dump_dtype:
-        return compare.diff_module(question, module, "planted", reference)
+        return diff(question, open_candidate(module), reference=reference)
     sites = reference.working.sites
     with tempfile.TemporaryDirectory() as folder:
         narrow, wide = Path(folder) / "narrow.h5", Path(folder) / "wide.h5"
-        torch_module.record(module, question.ids.to(question.device), sites, narrow, question.info("planted"))
         dims = {site.name: site.dims for site in sites}
-        with open_dump(narrow) as dump, ArchiveWriter(wide, dump.info) as writer:
+        recorded = open_candidate(module).record(question, sites, narrow)
+        with recorded as dump, ArchiveWriter(wide, dump.info) as writer:
             for site in dump.entries:
                 writer.add(site, dump.read(site).astype(dump_dtype), dims[site])
-        with open_dump(wide) as dump:
-            return compare.diff_dump(question, dump, reference)
+        return diff(question, open_candidate(wide), reference=reference)

@@ -18,10 +18,10 @@ from statistics import median
 import torch
 
 from impl.qwen3 import load
-from parity.candidates import torch_module
-from parity.compare.run_spec import Question
+from parity.candidates.base import open_candidate
 from parity.dump import open_dump
 from parity.reference.checkpoint import find
+from parity.run_spec import RunSpec
 from tests.bench.large_model import make_checkpoint
 
 
@@ -40,14 +40,14 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=3)
     given = options.parse_args()
     path = make_checkpoint(Path(tempfile.gettempdir()), layers=28, hidden=1024)
-    question = Question(find(str(path)), (tuple(7919 * i % 151000 for i in range(given.tokens)),), "bfloat16")
-    sites = question.reference().sites
+    question = RunSpec(find(str(path)), (tuple(7919 * i % 151000 for i in range(given.tokens)),), "bfloat16")
+    sites = question.model().sites
     module = load(path, "bfloat16")
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder) / "candidate.h5"
 
         def record() -> None:
-            torch_module.record(module, question.ids, sites, dump, question.info("impl"))
+            open_candidate(module).record(question, sites, dump).close()
 
         module(question.ids)  # what is done once only
         rounds = [(seconds(lambda: module(question.ids)), seconds(record)) for _ in range(given.rounds)]

@@ -15,7 +15,9 @@ import pytest
 
 import parity.errors
 import parity.testing.items
-from parity.compare.options import Ask
+from parity.api import recorded
+from parity.candidates.base import open_candidate
+from parity.options import RunOptions
 from parity.reasons import Gap
 from parity.report import json as report_json
 from parity.results import Comparison, Measurement
@@ -52,8 +54,8 @@ def clean(four: Path) -> Comparison:
     return parity.testing.items.compare(parity.testing.items.Run("t", ask(four), "impl.qwen3:load", None))
 
 
-def ask(model: Path) -> Ask:
-    return Ask(model=str(model), tokens=" ".join(map(str, TOKENS)))
+def ask(model: Path) -> RunOptions:
+    return RunOptions(model=str(model), tokens=" ".join(map(str, TOKENS)))
 
 
 def suite(folder: Path, model: Path | str, more: str = "", prompts: object = (TOKENS,), candidate: str = "") -> None:
@@ -476,9 +478,7 @@ def test_a_bug_in_one_layer_fails_that_layer_alone(pytester: pytest.Pytester, fo
 
 def test_a_dump_beside_the_test_is_a_candidate(pytester: pytest.Pytester, four: Path, clean: Comparison) -> None:
     assert clean.sites, "everything is imported"
-    from parity.compare.pipeline import record_candidate
-
-    record_candidate(ask(four).question(), "impl.qwen3:load", pytester.path / "port.h5")
+    recorded(pytester.path / "port.h5", open_candidate("impl.qwen3:load"), ask(four))
     suite(pytester.path, four, candidate="port.h5")
     pytester.runpytest_inprocess(*QUIET).assert_outcomes(passed=ITEMS)
     suite(pytester.path, four, candidate="port.h5", prompts=[(1, 2)])

@@ -9,11 +9,12 @@ import pytest
 from torch import Tensor, nn
 
 from impl.qwen3 import load
-from parity.compare.pipeline import diff_module
-from parity.compare.run_spec import Question
+from parity.candidates.base import open_candidate
+from parity.compare.pipeline import diff
+from parity.options import RunOptions
 from parity.reference.checkpoint import find
-from parity.reference.replay import Reference
 from parity.results import ULP_BINS, Comparison, Residual
+from parity.run_spec import RunSpec
 
 TOKENS = 24
 
@@ -39,10 +40,10 @@ def compared(
 ) -> Comparison:
     """A candidate with one doubled module."""
     ids = tuple((97 * i * i + 31 * i + 7) % 200 for i in range(TOKENS))
-    question = Question(find(str(path)), (ids,), "bfloat16", faults=(), inner=inner)
+    question = RunSpec(find(str(path)), (ids,), "bfloat16", RunOptions(inner=inner), faults=())
     candidate = load(path, "bfloat16")
     candidate.set_submodule(module, Doubled(candidate.get_submodule(module), axis, stretch, first, factor))
-    return diff_module(question, candidate, "candidate", Reference(question.reference()))
+    return diff(question, open_candidate(candidate))
 
 
 def found(path: Path, module: str, axis: int, stretch: slice, first: int, factor: float = 2.0) -> Residual:

@@ -13,15 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from parity.compare.inject import diff_injected
-from parity.compare.pipeline import diff_dump, diff_module
-from parity.compare.run_spec import Question
-from parity.dump import ArchiveWriter, open_dump
-from parity.faults import CATALOGUE, parse
+from parity.candidates.base import open_candidate
+from parity.compare.inject import Injected
+from parity.compare.pipeline import diff
+from parity.dump import ArchiveWriter
+from parity.faults import parse
+from parity.observer import Observer
+from parity.options import RunOptions
 from parity.record.arrays import to_numpy
 from parity.reference.checkpoint import find
 from parity.reference.replay import Reference
 from parity.results import Comparison
+from parity.run_spec import RunSpec
 from tests import checkpoints
 from tests.bench.localization import summary
 from tests.bench.localization_run import Outcome, Plant, Run, run_one
@@ -69,20 +72,19 @@ def _forget() -> Iterable[None]:
 
 
 def compare(path: Path, variant: Variant, dtype: str, layers: tuple[int, ...] | None, folder: Path) -> Comparison:
-    question = Question(find(str(path)), (TOKENS,) * variant.batch, dtype, faults=())
-    reference = _references.setdefault((path, dtype), None) or Reference(question.reference())  # type: ignore[arg-type]
+    question = RunSpec(find(str(path)), (TOKENS,) * variant.batch, dtype, faults=())
+    reference = _references.setdefault((path, dtype), None) or Reference(question.model())  # type: ignore[arg-type]
     _references[path, dtype] = reference
     module = build(variant, path, dtype, layers)
     with threads(variant.threads):
         if not variant.dump_dtype:
-            return diff_module(question, module, variant.id, reference)
+            return diff(question, open_candidate(module), reference=reference)
         seen = observe(module, question.ids)
     with ArchiveWriter(folder / "dump.h5", question.info(variant.id)) as writer:
         for site in reference.working.sites:
             if site.name in seen:
                 writer.add(site.name, to_numpy(seen[site.name]).astype(variant.dump_dtype), site.dims)
-    with open_dump(folder / "dump.h5") as dump:
-        return diff_dump(question, dump, reference)
+    return diff(question, open_candidate(folder / "dump.h5"), reference=reference)
 
 
 def flagged(result: Comparison) -> set[str]:
@@ -213,8 +215,9 @@ def test_rounding_of_the_same_size_is_not_the_same_rounding(tmp_path: Path) -> N
     run = run_one(Run(str(path), "bfloat16", tokens, (Plant("weight-8bit-blocks"),)))
     assert (run.error, [n.causes for n in run.named]) == ("", ["unknown"])
     long_sums = checkpoints.qwen3(tmp_path / "long", layers=2, intermediate_size=2048)
-    question = Question(find(str(long_sums)), (TOKENS,), "bfloat16", faults=CATALOGUE, power=False)
-    (finding,) = diff_injected(question, parse("sums-low@1")).findings
+    question = RunSpec(find(str(long_sums)), (TOKENS,), "bfloat16", RunOptions(power=False))
+    injected = Injected(parse("sums-low@1"), Reference(question.model()), Observer())
+    (finding,) = diff(question, injected).findings
     assert finding.families[0].endswith("down_proj")
     assert finding.fault is not None
     assert (finding.fault.id, finding.fault.explained) == ("sums-low", pytest.approx(1.0, abs=1e-3))

@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from impl.qwen3 import load
-from parity.compare.pipeline import _storage, diff_dump, diff_module, working_dtype
-from parity.compare.run_spec import DTYPES, Question
+from parity.candidates.base import open_candidate
+from parity.candidates.dump_file import DumpFile, working_dtype
+from parity.compare.measure import Storage
+from parity.compare.pipeline import diff
 from parity.dump import open_dump
 from parity.dump.names import parse_names
 from parity.errors import IncomparableError
@@ -26,6 +28,7 @@ from parity.reference.chain import Chain
 from parity.reference.checkpoint import find
 from parity.reference.replay import Reference
 from parity.results import Comparison
+from parity.run_spec import DTYPES, RunSpec
 from parity.sites import family
 from tests.conftest import slow_but
 from tests.model.test_discover import whole
@@ -45,25 +48,24 @@ def _forget() -> Iterable[None]:
     _references.clear()
 
 
-def ask(path: Path, dtype: str = "bfloat16", rows: tuple[tuple[int, ...], ...] = (TOKENS,)) -> Question:
+def ask(path: Path, dtype: str = "bfloat16", rows: tuple[tuple[int, ...], ...] = (TOKENS,)) -> RunSpec:
     """Without diagnosis, which has tests of its own."""
-    return Question(find(str(path)), rows, dtype, faults=())
+    return RunSpec(find(str(path)), rows, dtype, faults=())
 
 
-def reference(question: Question) -> Reference:
+def reference(question: RunSpec) -> Reference:
     key = (question.checkpoint.path, question.dtype)
     if key not in _references:
-        _references[key] = Reference(question.reference())
+        _references[key] = Reference(question.model())
     return _references[key]
 
 
-def live(question: Question, module: nn.Module, **more: Any) -> Comparison:
-    return diff_module(question, module, "candidate", reference(question), **more)
+def live(question: RunSpec, module: nn.Module, **more: Any) -> Comparison:
+    return diff(question, open_candidate(module, **more), reference=reference(question))
 
 
-def offline(question: Question, path: Path) -> Comparison:
-    with open_dump(path) as dump:
-        return diff_dump(question, dump, reference(question))
+def offline(question: RunSpec, path: Path) -> Comparison:
+    return diff(question, DumpFile(path, {}), reference=reference(question))
 
 
 def verdicts(result: Comparison) -> dict[str, str]:
@@ -74,7 +76,7 @@ def bad(result: Comparison) -> set[str]:
     return {m.site for m in result.sites if m.verdict in ("wrong", "imprecise", "nonfinite")}
 
 
-def planted(question: Question, *places: tuple[str, tuple[int, ...]]) -> nn.Module:
+def planted(question: RunSpec, *places: tuple[str, tuple[int, ...]]) -> nn.Module:
     (first, layers), *rest = places
     module = build(VARIANTS[first], question.checkpoint.path, question.dtype, layers)
     for name, where in rest:
@@ -82,7 +84,7 @@ def planted(question: Question, *places: tuple[str, tuple[int, ...]]) -> nn.Modu
     return module
 
 
-def recorded(question: Question, module: nn.Module) -> dict[str, Tensor]:
+def recorded(question: RunSpec, module: nn.Module) -> dict[str, Tensor]:
     """What a port would dump: every site that the module has."""
     known = {s.name for s in reference(question).working.sites}
     return {name: x for name, x in observe(module, question.ids).items() if name in known}
@@ -92,7 +94,7 @@ GELU = ("act-gelu", (1,))
 GUILTY = {"model.layers.1.mlp.act_fn"}
 
 
-def clean(question: Question) -> nn.Module:
+def clean(question: RunSpec) -> nn.Module:
     return load(question.checkpoint.path, question.dtype)
 
 
@@ -226,7 +228,7 @@ def bits(x: Tensor) -> NDArray[Any]:
     return x.contiguous().view(torch.int16).numpy().view(np.uint16)
 
 
-def other_layout(question: Question, dims: Callable[[str], tuple[str, ...]], values: Arrays) -> tuple[Arrays, Any]:
+def other_layout(question: RunSpec, dims: Callable[[str], tuple[str, ...]], values: Arrays) -> tuple[Arrays, Any]:
     """Heads before tokens in the norms, heads flattened behind the tokens after RoPE, and no batch axis anywhere."""
     arrays, declared = {}, {}
     for name, x in values.items():
@@ -269,7 +271,7 @@ def write_folder(path: Path, arrays: Arrays, metadata: dict[str, str]) -> Path:
 WRITERS = {"port.safetensors": write_safetensors, "port.npz": write_npz, "port": write_folder}
 
 
-def written(question: Question, module: nn.Module, path: Path, *, wide: bool, declare: bool) -> Path:
+def written(question: RunSpec, module: nn.Module, path: Path, *, wide: bool, declare: bool) -> Path:
     dims = {s.name: s.dims for s in reference(question).working.sites}
     values = {name: (numbers if wide else bits)(x) for name, x in recorded(question, module).items()}
     arrays, declared = other_layout(question, dims.__getitem__, values)
@@ -382,7 +384,7 @@ def test_a_name_map_for_a_dump(small: Path, tmp_path: Path) -> None:
 # -- dumps with little in them -------------------------------------------------------------------------------
 
 
-def part(question: Question, module: nn.Module, keep: Callable[[str], bool], path: Path) -> Comparison:
+def part(question: RunSpec, module: nn.Module, keep: Callable[[str], bool], path: Path) -> Comparison:
     arrays = {name: bits(x) for name, x in recorded(question, module).items() if keep(name)}
     write_safetensors(path, arrays, {"token_ids": json.dumps(question.token_ids)})
     return offline(question, path)
@@ -476,11 +478,11 @@ def test_a_model_that_cannot_be_cut_is_run_whole(small: Path, monkeypatch: pytes
     expected = [live(question, module) for module in modules]
     with monkeypatch.context() as patch:
         patch.setattr(Chain, "is_whole", lambda _chain, _count: False)
-        undivided = Reference(question.reference())
+        undivided = Reference(question.model())
     assert not undivided.working.is_cut
     assert undivided.working.pieces == [pieces.HEAD]
     for module, other in zip(modules, expected, strict=True):
-        result = diff_module(question, module, "candidate", undivided)
+        result = diff(question, open_candidate(module), reference=undivided)
         assert verdicts(result) == verdicts(other)
         assert (result.verdict, result.headline) == (other.verdict, other.headline)
         assert [m.ratio for m in result.sites] == [m.ratio for m in other.sites]
@@ -542,5 +544,5 @@ def test_a_narrow_grid_is_storage_only_where_all_of_the_dump_has_it(
         values = values.bfloat16()
     if array.startswith("float32"):
         values = values.float()
-    said = _storage(values, DTYPES[working], DTYPES[stored] if stored else None)
+    said = Storage(DTYPES[working], DTYPES[stored] if stored else None).dtype_of(values)
     assert said is DTYPES[expected]

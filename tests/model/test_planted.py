@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from impl.qwen3 import Config, load
-from parity.compare.pipeline import reference_for
-from parity.compare.run_spec import Question
-from parity.diagnose.match import Bench
+from parity.diagnose.workbench import Workbench
 from parity.faults import CATALOGUE, by_id
 from parity.reference.checkpoint import find
+from parity.reference.replay import Reference
+from parity.run_spec import RunSpec
 from tests.planted import BUGS, CAUSES, CLEAN, UNPLANTED, Variant, build, observe, threads
 from tests.planted.causes import NAMES, NUMBERS
 from tests.planted.kinds import KINDS, checkpoint
@@ -154,9 +154,9 @@ def test_excuses_hold(model_dirs: dict[str, Path]) -> None:
 
 
 def _applicable(path: Path) -> set[str]:
-    question = Question(find(str(path)), ((1, 2, 3),), "float32")
-    reference = reference_for(question)
-    bench = Bench(reference, question.ids, lambda _site: None)
+    question = RunSpec(find(str(path)), ((1, 2, 3),), "float32")
+    reference = Reference(question.model())
+    bench = Workbench(reference, question.ids, lambda _site: None)
     found = set()
     reference.prepare(question.ids)
     for piece in reference.working.pieces:

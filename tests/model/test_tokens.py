@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from parity.compare.tokens import token_check
+from parity.candidates.tokens import token_check
 from parity.dump import RunInfo
 from parity.errors import UsageError
 from parity.reference.checkpoint import EMBEDDED, Checkpoint, find

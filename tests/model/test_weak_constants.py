@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from parity.compare.inject import diff_injected
-from parity.compare.pipeline import diff_module, reference_for
-from parity.compare.run_spec import Question
+from parity.candidates.base import open_candidate
+from parity.compare.inject import Injected
+from parity.compare.pipeline import diff
 from parity.faults import CATALOGUE, parse
+from parity.observer import Observer
 from parity.reference.checkpoint import find
+from parity.reference.replay import Reference
 from parity.results import Comparison
+from parity.run_spec import RunSpec
 from tests import checkpoints
 from tests.planted import CLEAN, build
 
@@ -23,9 +26,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.qwen3(tmp_path_factory.mktemp("coherence") / "model", layers=3)
 
 
-def question(model: Path, tokens: int, dtype: str = "bfloat16") -> Question:
+def question(model: Path, tokens: int, dtype: str = "bfloat16") -> RunSpec:
     ids = tuple((97 * i * i + 31 * i) % 301 for i in range(tokens))
-    return Question(find(str(model)), (ids,), dtype, faults=NUMBERS)
+    return RunSpec(find(str(model)), (ids,), dtype, faults=NUMBERS)
+
+
+def injected(run: RunSpec, fault: str) -> Comparison:
+    return diff(run, Injected(parse(fault), Reference(run.model()), Observer()))
 
 
 def leaning(comparison: Comparison) -> list[tuple[str, ...]]:
@@ -35,7 +42,7 @@ def leaning(comparison: Comparison) -> list[tuple[str, ...]]:
 
 
 def test_an_eps_that_no_single_value_shows_is_found(model: Path) -> None:
-    found = diff_injected(question(model, 61), parse("norm-eps=2e-3@2"))
+    found = injected(question(model, 61), "norm-eps=2e-3@2")
     assert found.verdict == "diverged"
     guilty = [f for f in found.findings if f.fault is not None and f.fault.id == "norm-eps"]
     assert guilty
@@ -45,7 +52,7 @@ def test_an_eps_that_no_single_value_shows_is_found(model: Path) -> None:
 
 
 def test_an_eps_below_the_rounding_is_read_where_the_reference_rounds_as_the_candidate_does(model: Path) -> None:
-    found = diff_injected(question(model, 80), parse("norm-eps=1e-3"))
+    found = injected(question(model, 80), "norm-eps=1e-3")
     reads = {
         f.families: f.fault.reads["eps"] for f in found.findings if f.fault is not None and f.families in leaning(found)
     }
@@ -59,6 +66,6 @@ def test_an_eps_below_the_rounding_is_read_where_the_reference_rounds_as_the_can
 def test_a_legal_variant_is_not_accused(model: Path, variant: str, tokens: int) -> None:
     asked = question(model, tokens, "float16")
     chosen = next(v for v in CLEAN if v.id == variant)
-    found = diff_module(asked, build(chosen, model, "float16"), variant, reference_for(asked))
+    found = diff(asked, open_candidate(build(chosen, model, "float16")))
     assert found.findings == ()
     assert found.verdict == "match"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from parity.compare.tokens import difference, require_same_model, require_same_tokens
+from parity.candidates.tokens import difference, require_same_model, require_same_tokens
 from parity.dump import Dump, RunInfo
 from parity.errors import IncomparableError
 from parity.reference.checkpoint import EMBEDDED, find

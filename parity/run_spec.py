@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
@@ -12,33 +12,35 @@ from torch import Tensor
 
 from parity.dump import RunInfo
 from parity.errors import UsageError
-from parity.faults import CATALOGUE, Fault
-from parity.reference.checkpoint import Checkpoint
+from parity.faults import CATALOGUE, Fault, load_user_faults
+from parity.options import RunOptions
+from parity.reference.checkpoint import EMBEDDED, Checkpoint, default_dtype, find
 from parity.reference.pieces import PiecewiseModel
+from parity.reference.tokenizer import tokenize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Question:
+class RunSpec:
     """What both sides are asked: the model, the tokens, and how to run.
 
     `token_ids` (b, t) are the rows of the batch, `prompt` the text they came from, if any; `faults` are the
-    known bugs that a diagnosis tries, `noise` how many stochastically rounded passes estimate the total noise;
-    `power` asks which of the faults the run would have revealed.
+    known bugs that a diagnosis tries; `command` repeats the run. Everything else is as the `options` say.
     """
 
     checkpoint: Checkpoint
     token_ids: tuple[tuple[int, ...], ...]
     dtype: str
-    device: str = "cpu"
-    attention: str = "eager"
+    options: RunOptions = field(default_factory=RunOptions)
     prompt: str | None = None
-    inner: bool = False
-    command: str = ""
     faults: tuple[Fault, ...] = CATALOGUE
-    noise: int = 0
-    power: bool = True
+    command: str = ""
+
+    @property
+    def device(self) -> str:
+        """Where both sides compute."""
+        return self.options.device
 
     @property
     def ids(self) -> Tensor:
@@ -46,7 +48,7 @@ class Question:
         return torch.tensor(self.token_ids, dtype=torch.long)
 
     def info(self, producer: str) -> RunInfo:
-        """What a dump of an answer to this question says of itself."""
+        """What a dump of this run says of itself."""
         return RunInfo(
             producer=producer,
             model=self.checkpoint.name,
@@ -54,17 +56,19 @@ class Question:
             token_ids=self.token_ids,
             dtype=self.dtype,
             device=self.device,
-            attention=self.attention,
+            attention=self.options.attention,
             prompt=self.prompt,
             versions=versions(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
-    def reference(self) -> PiecewiseModel:
-        """The model that answers, no weight of it loaded. Raises UsageError if the question makes no sense to it."""
+    def model(self) -> PiecewiseModel:
+        """The reference's model, no weight of it loaded. Raises UsageError if the run makes no sense to it."""
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}.")
-        model = PiecewiseModel(self.checkpoint, DTYPES[self.dtype], self.device, self.attention, self.inner)
+        model = PiecewiseModel(
+            self.checkpoint, DTYPES[self.dtype], self.device, self.options.attention, self.options.inner
+        )
         self._check_tokens(model.config.vocab_size, getattr(model.config, "max_position_embeddings", None))
         return model
 
@@ -79,6 +83,43 @@ class Question:
         outside = [token for row in rows for token in row if not 0 <= token < vocabulary]
         if outside:
             raise UsageError(f"token id {outside[0]} is outside the vocabulary of {name} (0 … {vocabulary - 1}).")
+
+
+def run_spec(options: RunOptions, said: RunInfo | None = None, command: str = "") -> RunSpec:
+    """The run that options amount to; model, token ids and dtype that they leave out are those `said` by a dump.
+
+    Raises UsageError and ModelError.
+    """
+    said = said or RunInfo()
+    checkpoint = find(options.model or said.model or EMBEDDED)
+    text = options.text
+    known = None if options.says_what_to_run else said.token_ids
+    _check_device(options.device)
+    return RunSpec(
+        checkpoint=checkpoint,
+        token_ids=known or options.token_ids or _tokenized(checkpoint, text, said),
+        dtype=options.dtype or said.dtype or default_dtype(checkpoint),
+        options=options,
+        prompt=text,
+        faults=CATALOGUE + (load_user_faults(options.faults) if options.faults else ()),
+        command=command,
+    )
+
+
+def _tokenized(checkpoint: Checkpoint, prompt: str | None, said: RunInfo) -> tuple[tuple[int, ...], ...]:
+    if prompt is None:
+        where = "" if said == RunInfo() else ": the dump does not say its token ids (parity.token_ids)"
+        raise UsageError(f"nothing to run{where}. Give --prompt TEXT, --prompt-file FILE or --tokens IDS.")
+    if not prompt:
+        raise UsageError("the prompt is empty: no token to run. Give it some text.")
+    return (tokenize(checkpoint, prompt).ids,)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {device!r}: not usable here ({str(error).splitlines()[0]}).") from error
 
 
 def versions() -> dict[str, str]:

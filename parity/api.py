@@ -1,0 +1,127 @@
+"""What `import parity` offers, and what the commands do: a comparison or a recording in one call."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parity.candidates.base import Candidate, open_candidate
+from parity.dump import open_dump, write_tokens
+from parity.errors import UsageError
+from parity.observer import Observer
+from parity.options import IMPL, RunOptions, run_options, shell
+
+if TYPE_CHECKING:
+    from parity.results import Comparison
+
+
+def diff(
+    candidate: Any = IMPL, *, names: Path | str | None = None, observer: Observer | None = None, **options: Any
+) -> Comparison:
+    """Compare a candidate with transformers, operation by operation, on the candidate's own inputs.
+
+    candidate  a torch module, or a SPEC: module:factory, file.py:factory, a dump
+    names      a name map (JSON): the candidate's names to the reference's
+    observer   is told how far the comparison is
+    options    those of `parity diff`: model, prompt, prompt_file, tokens, dtype, device, attention, inner, …
+
+    Raises ParityError, with one line that says what is wrong, what was found and how to mend it.
+    """
+    chosen = run_options(options, "parity.diff")
+    command = chosen.command(str(candidate), names) if isinstance(candidate, (str, Path)) else []
+    return compared(candidate, names, chosen, shell(command), observer)
+
+
+def compared(
+    candidate: Any, names: Path | str | None, options: RunOptions, command: str, observer: Observer | None = None
+) -> Comparison:
+    """Compare a candidate (as `diff` takes it); what the options leave out is as the candidate itself says."""
+    opened = open_candidate(candidate, names)
+    from parity.compare.pipeline import diff as compare
+    from parity.run_spec import run_spec
+
+    run = run_spec(options, opened.said(), command)
+    return compare(run, opened, observer)
+
+
+def diff_dumps(
+    dumps: tuple[Path, Path],
+    names: Path | str | None,
+    options: RunOptions,
+    command: str,
+    observer: Observer | None = None,
+) -> Comparison:
+    """Compare a candidate's dump, the second, with the run that the reference's recording, the first, holds.
+
+    Raises UsageError if the first dump is not the reference's.
+    """
+    from parity.candidates.tokens import require_same_model, require_same_tokens
+    from parity.compare.pipeline import diff as compare
+    from parity.run_spec import run_spec
+
+    first, second = dumps
+    candidate = open_candidate(second, names)
+    with open_dump(first) as recording:
+        asked = recording.info
+        if not (asked.producer or "").startswith("transformers "):
+            raise UsageError(
+                f"{first}: recorded by {asked.producer or 'an unknown program'}, not by the reference, so its arrays "
+                f"would not be used. Give the candidate alone: parity diff {second} --model DIR."
+            )
+        said = candidate.said()
+        said = replace(said, token_ids=asked.token_ids or said.token_ids, model=asked.model)
+        run = run_spec(options, said, command)
+        require_same_model(recording, run.checkpoint)
+        require_same_tokens(recording, run.token_ids)
+    return compare(run, candidate, observer)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a recording left.
+
+    ids      the file of the token ids, as text that any language can read
+    tokens   how many there are in a row
+    missing  the reference's sites that the candidate does not have
+    """
+
+    ids: Path
+    tokens: int
+    missing: tuple[str, ...] = ()
+
+
+def record(
+    path: Path | str,
+    candidate: Any = None,
+    *,
+    names: Path | str | None = None,
+    observer: Observer | None = None,
+    **options: Any,
+) -> Recorded:
+    """Record every activation of the reference, or of a candidate, to an HDF5 dump, and the token ids beside it.
+
+    The arguments are those of `diff`. Raises ParityError.
+    """
+    opened = None if candidate is None else open_candidate(candidate, names)
+    return recorded(Path(path), opened, run_options(options, "parity.record"), observer)
+
+
+def recorded(
+    path: Path, candidate: Candidate | None, options: RunOptions, observer: Observer | None = None
+) -> Recorded:
+    """Record the reference, or an open candidate."""
+    from parity.compare.recording import record_reference
+    from parity.run_spec import run_spec
+
+    run = run_spec(options)
+    model, ids = run.model(), path.with_suffix(".tokens.txt")
+    missing: tuple[str, ...] = ()
+    if candidate is None:
+        record_reference(run, path, model, observer or Observer())
+    else:
+        with closing(candidate), candidate.record(run, model.sites, path) as dump:
+            missing = tuple(site.name for site in model.sites if site.name not in dump.entries)
+    write_tokens(ids, run.token_ids)
+    return Recorded(ids, len(run.token_ids[0]), missing)

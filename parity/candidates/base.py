@@ -1,0 +1,108 @@
+"""What is compared with the reference, whatever runtime it lives in, and what a SPEC means.
+
+A new kind of candidate is one file with a subclass of `Candidate`, and a row in `KINDS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import parse_qsl
+
+from parity.dump import Dump, NameMap, RunInfo, load_names
+from parity.errors import CandidateError
+from parity.load_object import Kind, load
+from parity.results import Check
+from parity.sites import Dims, Site
+
+if TYPE_CHECKING:
+    from parity.reference.checkpoint import Checkpoint
+    from parity.run_spec import RunSpec
+
+DUMPS = (".h5", ".hdf5", ".safetensors", ".npz")
+_FACTORY = Kind("candidate", "function", "impl.qwen3:load or my_port.py:load", CandidateError)
+# PREFIX:REST in a SPEC → where `open(rest, options, names) -> Candidate` is; options are what follows a "?".
+KINDS: dict[str, str] = {}
+
+
+class Candidate(Protocol):
+    """An implementation under test. A subclass has a name and records; the rest may stay as it is here."""
+
+    name: str
+
+    def said(self) -> RunInfo:
+        """What the candidate itself says of the run: token ids, model, dtype. Empty for one that is told."""
+        return RunInfo()
+
+    def record(self, run: RunSpec, sites: Sequence[Site], path: Path) -> Dump:
+        """One run on `run.ids` (b, t), as an open dump with what there is of `sites`.
+
+        `path` is where an HDF5 archive may be written. Raises CandidateError when the candidate fails.
+        """
+        ...
+
+    def checks(self, checkpoint: Checkpoint) -> list[Check]:
+        """What can be checked before anything is measured: that the weights are the checkpoint's, for one."""
+        return []
+
+    def axes(self, run: RunSpec, sites: Sequence[Site]) -> dict[str, Dims]:
+        """Which axis of a recorded site counts what ("_" where it is not known), where shapes leave it open."""
+        return {}
+
+    def close(self) -> None:
+        """Give back what the candidate holds: after this it only has its name."""
+        return
+
+
+def open_candidate(spec: Any, names: NameMap | Path | str | None = None) -> Candidate:
+    """The candidate that a SPEC means; nothing of it is loaded yet.
+
+    spec   a torch module; module:factory or file.py:factory; a dump; or a kind in KINDS, `kind:rest?option=value`
+    names  a name map, or its file (JSON): the candidate's names to the reference's
+
+    Raises CandidateError, DumpError and UsageError.
+    """
+    table = load_names(names) if isinstance(names, (str, Path)) else names or {}
+    if not isinstance(spec, (str, Path)):
+        from parity.candidates.torch_module import TorchModule
+
+        return TorchModule.of(spec, table)
+    if is_dump(spec):
+        from parity.candidates.dump_file import DumpFile
+
+        return DumpFile(Path(spec), table)
+    kind, _, rest = str(spec).partition(":")
+    if kind in KINDS:
+        module, _, name = KINDS[kind].partition(":")
+        rest, _, query = rest.partition("?")
+        opened: Candidate = getattr(import_module(module), name)(rest, dict(parse_qsl(query)), table)
+        return opened
+    factory = load(str(spec), _FACTORY)  # what is wrong with it is said before torch is imported
+    from parity.candidates.torch_module import TorchModule
+
+    return TorchModule.from_factory(str(spec), factory, table)
+
+
+def is_dump(spec: str | Path) -> bool:
+    """Whether a SPEC names a file or folder of recorded activations."""
+    path = Path(spec)
+    return path.is_dir() or path.suffix in DUMPS
+
+
+def beside(folder: Path, spec: str) -> str:
+    """The SPEC with its relative path taken from `folder`. Raises CandidateError where a file.py is missing."""
+    if is_dump(folder / spec):
+        return str(folder / spec)
+    kind, _, rest = spec.partition(":")
+    if kind in KINDS:
+        return f"{kind}:{folder / rest}"
+    file = spec.rpartition(":")[0]
+    if not file.endswith(".py"):
+        return spec
+    if not (folder / file).is_file():
+        raise CandidateError(
+            f"candidate {spec!r}: no file {folder / file}. Give its path from the folder of the test file."
+        )
+    return str(folder / spec)

@@ -1,0 +1,108 @@
+"""The last stage: from what was judged and explained to the verdict of the run and its Comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import torch
+
+from parity import words
+from parity.compare.explain import Explained
+from parity.compare.measure import Measured
+from parity.compare.sides import Sides
+from parity.observer import Observer
+from parity.reasons import Inconclusive
+from parity.results import (
+    Check,
+    Comparison,
+    Coverage,
+    Environment,
+    Finding,
+    Measurement,
+    NextToken,
+    RunVerdict,
+    logits_of,
+)
+from parity.run_spec import versions
+
+# The reference's own error is exceeded this many times at the logits only if something is wrong.
+_TOTAL = 4.0
+
+
+def conclude(sides: Sides, measured: Measured, explained: Explained, observer: Observer) -> Comparison:
+    """The Comparison of a run."""
+    sites, end = explained.sites, measured.ending
+    verdict, why = judge_run(sites, explained.findings, sides.checks, end.next_token)
+    comparison = Comparison(
+        verdict=verdict,
+        headline="",
+        answer="",
+        findings=explained.findings,
+        sites=sites,
+        next_token=end.next_token,
+        coverage=covered(sites),
+        checks=sides.checks,
+        environment=_environment(sides, measured, observer),
+        power=explained.power,
+        noise_ratio=end.noise_ratio,
+        inconclusive=why,
+    )
+    return words.spoken(comparison)
+
+
+def judge_run(
+    sites: Sequence[Measurement],
+    bad: Sequence[Finding],
+    checks: Sequence[Check],
+    next_token: NextToken | None,
+) -> tuple[RunVerdict, Inconclusive | None]:
+    """The verdict of the run, and why it is inconclusive if it is; `bad` are its findings, after diagnosis."""
+    if bad:
+        return "diverged", None
+    why = _inconclusive(sites, checks, next_token)
+    return ("inconclusive", why) if why else ("match", None)
+
+
+def _inconclusive(
+    sites: Sequence[Measurement], checks: Sequence[Check], next_token: NextToken | None
+) -> Inconclusive | None:
+    if not all(check.ok for check in checks):
+        return Inconclusive("check failed")
+    logits = logits_of(sites)
+    if logits is None:
+        return Inconclusive("no site")
+    if logits.verdict == "unmeasured":
+        return Inconclusive("logits unmeasured")
+    if logits.total_ratio is not None and not logits.total_ratio <= _TOTAL:
+        return Inconclusive("logits off", ratio=logits.total_ratio)
+    if next_token is not None and next_token.unexplained_flips:
+        return Inconclusive("flips", count=next_token.unexplained_flips)
+    return None
+
+
+def covered(sites: Sequence[Measurement]) -> Coverage:
+    """How many of the known sites were measured."""
+    return Coverage(sum(s.verdict != "unmeasured" for s in sites), len(sites))
+
+
+def _environment(sides: Sides, measured: Measured, observer: Observer) -> Environment:
+    run, working = sides.run, sides.reference.working.dtype
+    kinds = [m.dtype for m in measured.sites.values()]
+    return Environment(
+        model=run.checkpoint.name,
+        fingerprint=sides.dump.info.fingerprint or run.checkpoint.fingerprint(),
+        candidate=sides.name,
+        prompt=run.prompt,
+        tokens=len(run.token_ids[0]),
+        batch=len(run.token_ids),
+        working_dtype=run.dtype,
+        candidate_dtype=max(set(kinds), key=kinds.count) if kinds else "unknown",
+        truth_dtype="float64" if working is torch.float32 else "float32",
+        device=run.device,
+        attention=run.options.attention,
+        versions=versions(),
+        command=run.command,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds={what: round(seconds, 3) for what, seconds in observer.seconds.items()},
+    )

@@ -1,0 +1,113 @@
+"""The second and third stage: judge what was measured, and explain what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from parity.compare.findings import findings
+from parity.compare.judge import RoundingMode, judge_site, luck, rounding_mode
+from parity.compare.measure import Measured, MeasuredSite
+from parity.compare.sides import Sides
+from parity.diagnose.error_map import with_error_maps
+from parity.diagnose.match import diagnose
+from parity.diagnose.power import power
+from parity.diagnose.weak_constants import weak_constants
+from parity.diagnose.workbench import Workbench
+from parity.observer import Observer
+from parity.reasons import Gap
+from parity.reference.precision import unit_roundoff
+from parity.results import Finding, Measurement, Power
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Every site of the reference with its verdict, in order of execution, and the wrong ones by family."""
+
+    mode: RoundingMode
+    sites: tuple[Measurement, ...]
+    findings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True)
+class Explained:
+    """The findings with their causes, and what the run could have seen; `sites` are judged in that light."""
+
+    sites: tuple[Measurement, ...]
+    findings: tuple[Finding, ...]
+    power: Power | None
+
+
+def judge(sides: Sides, measured: Measured) -> Judged:
+    """Give every site a verdict, now that the run's rounding mode is known."""
+    locals_ = {site: m.local for site, m in measured.sites.items()}
+    mode = rounding_mode(locals_.values(), unit_roundoff(sides.reference.working.dtype))
+    lucky = luck(locals_)
+    sites = tuple(
+        Measurement(site, "unmeasured", "", gap=pair)
+        if isinstance(pair, Gap)
+        else _judged(measured.sites[site], mode, lucky[site])
+        for site, pair in sides.pairs.items()
+    )
+    return Judged(mode, sites, findings(sites))
+
+
+def explain(sides: Sides, judged: Judged, observer: Observer) -> Explained:
+    """Find the cause of each finding, constants that are wrong below the rounding, and what would have shown."""
+    run, model = sides.run, sides.reference.working
+    sites, found = judged.sites, judged.findings
+    if not model.is_cut:
+        return Explained(sites, found, None)
+    bench = Workbench(sides.reference, run.ids, sides.recorded)
+    if found:
+        observer.show("looking for causes", 0, 0)
+        with observer.timed("diagnose"):
+            found = with_error_maps(diagnose(found, bench, run.faults), sites, bench)
+    if model.dtype is not torch.float32 and not judged.mode.truncates:
+        with observer.timed("wrong constants"):
+            leaning = weak_constants(sites, bench, run.faults)
+        sites, found = _accused(sites, leaning), (*found, *leaning)
+    could_see = None
+    if run.options.power:
+        with observer.timed("power"):
+            named = {finding.fault.id for finding in found if finding.fault}
+            could_see = power(bench, run.faults, observer, named)
+    return Explained(sites, found, could_see)
+
+
+def _accused(sites: Sequence[Measurement], leaning: Sequence[Finding]) -> tuple[Measurement, ...]:
+    """The sites with the verdict that a finding of weak constants gives them."""
+    guilty = {site: finding for finding in leaning for site in finding.sites}
+    return tuple(
+        replace(m, verdict="wrong", reason=guilty[m.site].evidence[0]) if m.site in guilty else m for m in sites
+    )
+
+
+def _judged(m: MeasuredSite, mode: RoundingMode, lucky: float) -> Measurement:
+    verdict, ratio, reason = judge_site(m.local, mode, lucky)
+    x, local = m.metrics, m.local
+    return Measurement(
+        site=m.pair.site.name,
+        verdict=verdict,
+        reason="" if isinstance(reason, Gap) else reason,
+        gap=reason if isinstance(reason, Gap) else None,
+        ratio=ratio,
+        row_max=local.row_max,
+        local_rel=local.local_rel,
+        inherited_rel=local.inherited_rel,
+        floor_rel=local.floor_rel,
+        total_ratio=local.total_ratio,
+        bit_equal=local.bit_equal,
+        mse=x.mse,
+        cosine=x.cosine,
+        max_abs=x.max_abs,
+        rel_l2=x.rel_l2,
+        ulp_max=x.ulp_max,
+        ulps=m.ulps,
+        structure=local.structure.shortened(),
+        dtype=m.dtype,
+        shape=m.pair.site.shape,
+        steps=m.pair.steps,
+    )

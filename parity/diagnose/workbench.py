@@ -1,0 +1,89 @@
+"""The workbench of trials: one piece of the reference in two precisions, on the candidate's own inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+from torch import Tensor
+
+from parity.faults import Fault, Scope
+from parity.reference import one_operation
+from parity.reference.floor import Local, local_error
+from parity.reference.one_operation import LoadedPiece
+from parity.reference.pieces import HEAD, Piece, PiecewiseModel
+from parity.reference.replay import Reference, Replayed
+from parity.sites import Site
+
+Recorded = Callable[[Site], Tensor | None]
+
+
+class Workbench:
+    """A reference, a candidate's record and the pieces in between: where faults are tried."""
+
+    def __init__(self, reference: Reference, input_ids: Tensor, recorded: Recorded) -> None:
+        self.reference, self.input_ids, self._recorded = reference, input_ids, recorded
+        self.sites = {site.name: site for site in reference.working.sites}
+
+    @contextmanager
+    def piece(self, piece: Piece, tokens: int | None = None) -> Iterator[LoadedPiece | None]:
+        """A piece loaded in both precisions; None if the candidate did not record what goes into it.
+
+        `tokens` keeps only the last ones in the head.
+        """
+        working = self.reference.working
+        source = one_operation.input_site(working, piece)
+        hidden = self._recorded(self.sites[source]) if source else None
+        if source and hidden is None:
+            yield None
+            return
+        inside = {s.name: v for s in working.sites_of(piece) if (v := self._recorded(s)) is not None}
+        if piece == HEAD and tokens is not None and hidden is not None:
+            # Final norm and head treat every token alike, and a vocabulary is large.
+            hidden, inside = hidden[:, -tokens:], {name: value[:, -tokens:] for name, value in inside.items()}
+        with working.loaded(piece), self.reference.precise.loaded(piece):
+            self.reference.prepare(self.input_ids)
+            yield LoadedPiece(piece, self.input_ids, hidden, inside)
+
+    def scope(self, model: PiecewiseModel, piece: Piece) -> Scope:
+        """What a fault sees of a loaded piece."""
+        index = piece if isinstance(piece, int) else None
+        layer = None if index is None else model.layers[index]
+        kwargs = {} if index is None else model.arguments(index)
+
+        def weight(name: str) -> Tensor:
+            stored: Tensor = model.checkpoint.tensor(name)
+            return stored.to(model.device, model.dtype)
+
+        return Scope(model.model, model.config, layer, index, kwargs, weight)
+
+    def applies(self, fault: Fault, piece: Piece) -> bool:
+        """Whether a fault can be had in a piece."""
+        return fault.applies(self.scope(self.reference.working, piece))
+
+    def expected(self, fault: Fault, piece: Piece) -> float:
+        """The right value of the fault's number; 0 for a fault without one."""
+        return fault.number.expected(self.scope(self.reference.working, piece)) if fault.number else 0.0
+
+    def compute(
+        self,
+        at: LoadedPiece,
+        sites: Sequence[str],
+        model: PiecewiseModel,
+        fault: Fault | None = None,
+        value: float = 0.0,
+    ) -> dict[str, Tensor]:
+        """What a model computes at sites of a loaded piece, with a fault or without."""
+
+        def patch(patched: PiecewiseModel) -> AbstractContextManager[None]:
+            assert fault is not None, "unreachable because the patch is passed with a fault only"
+            return fault.patch(self.scope(patched, at.piece), value)
+
+        return one_operation.run(model, at, sites, patch) if fault else one_operation.run(model, at, sites)
+
+    def local(self, at: LoadedPiece, site: str, truth: Tensor, floor: Tensor) -> Local:
+        """The candidate's error at a site against any truth and floor."""
+        working = self.reference.working
+        one = self.sites[site]
+        replayed = Replayed(one, truth, truth, at.recorded[site], truth, floor, truth, working.summands(one))
+        return local_error(replayed, working.dtype, working.dtype, working.head_dim)

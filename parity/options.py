@@ -1,0 +1,123 @@
+"""The options of a run, written once: command line, `parity.diff`, `cases()` and rerun command read this table."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from parity.errors import UsageError
+from parity.reference.checkpoint import EMBEDDED
+
+WHAT = "What both sides are asked"
+HOW = "How they run"
+IMPL = "impl.qwen3:load"  # the candidate that is meant where none is given
+
+
+def _option(default: Any, panel: str, help: str, *flags: str) -> Any:
+    """A field of RunOptions and its row on the command line; `flags` where they are not --field-name."""
+    return field(default=default, metadata={"panel": panel, "help": help, "flags": flags})
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a user may say of a run. Raises UsageError where two options contradict each other."""
+
+    prompt: str | None = _option(None, WHAT, "Text to run.", "--prompt", "-p")
+    prompt_file: Path | None = _option(None, WHAT, "A file that holds the text.")
+    tokens: str | None = _option(None, WHAT, "Token ids: '1 2 3', or a file with one row a line.")
+    model: str | None = _option(
+        None, WHAT, f"A directory or hub id; without it the embedded {EMBEDDED}.", "--model", "-m"
+    )
+    faults: str | None = _option(None, WHAT, "Your own faults: module:FAULTS or file.py:FAULTS.")
+    dtype: str | None = _option(None, HOW, "float32, bfloat16 or float16. [default: the checkpoint's]")
+    device: str = _option("cpu", HOW, "cpu, cuda, cuda:1, …")
+    attention: str = _option("eager", HOW, "The reference's attention: eager or sdpa.")
+    inner: bool = _option(False, HOW, "Also scores and probs, in memory of tokens².", "--inner")
+    noise: int = _option(0, HOW, "Passes with stochastic rounding that say how far rounding may go.")
+    power: bool = _option(True, HOW, "Say which known bugs this run could not have seen.")
+
+    def __post_init__(self) -> None:
+        given = [flag(name) for name in _ASKING if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UsageError(f"{given[0]} and {given[1]} both say what to run. Give one of them.")
+
+    @property
+    def says_what_to_run(self) -> bool:
+        """Whether there is a prompt or token ids."""
+        return any(getattr(self, name) is not None for name in _ASKING)
+
+    @property
+    def text(self) -> str | None:
+        """The prompt, from its file if it is in one. Raises UsageError."""
+        return self.prompt if self.prompt_file is None else _read_text("prompt file", self.prompt_file)
+
+    @property
+    def token_ids(self) -> tuple[tuple[int, ...], ...] | None:
+        """The token ids (b, t) that were given as such. Raises UsageError."""
+        return None if self.tokens is None else _parse_tokens(self.tokens)
+
+    def command(self, candidate: str, names: Path | str | None = None) -> list[str]:
+        """The comparison of a candidate with these options as a command line."""
+        given = {"--candidate": candidate if candidate != IMPL else None, "--names": names}
+        said = [part for name, value in given.items() if value is not None for part in (name, str(value))]
+        return ["parity", "diff", *said, *self._arguments()]
+
+    def _arguments(self) -> Iterator[str]:
+        for row in dataclasses.fields(self):
+            value = getattr(self, row.name)
+            if value == row.default:
+                continue
+            if isinstance(value, bool):
+                yield flag(row.name) if value else f"--no-{row.name}"
+            else:
+                yield from (flag(row.name), str(value))
+
+
+_ASKING = ("prompt", "prompt_file", "tokens")
+NAMES = tuple(row.name for row in dataclasses.fields(RunOptions))
+
+
+def flag(name: str) -> str:
+    """An option's name on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def run_options(given: dict[str, Any], what: str) -> RunOptions:
+    """Options given by name, as `parity.diff` and `cases()` take them. Raises UsageError for one there is not."""
+    unknown = [name for name in given if name not in NAMES]
+    if unknown:
+        raise UsageError(f"{what}: no option {unknown[0]!r}. The options of a run are {', '.join(NAMES)}.")
+    return RunOptions(**given)
+
+
+def shell(command: list[str]) -> str:
+    """A command line as it can be pasted."""
+    return shlex.join(command)
+
+
+def _read_text(what: str, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise UsageError(f"{what} {path}: not a readable text file ({reason}).") from error
+
+
+def _parse_tokens(text: str) -> tuple[tuple[int, ...], ...]:
+    if not set(text) <= set("0123456789, \n"):
+        text = _read_text("--tokens", Path(text))
+    try:
+        rows = tuple(
+            tuple(int(t) for t in line.replace(",", " ").split()) for line in text.strip().splitlines() if line.strip()
+        )
+    except ValueError as error:
+        raise UsageError(f"--tokens: {error}. Give numbers such as '1 2 3', or a file with one row a line.") from error
+    if len({len(row) for row in rows}) > 1:
+        raise UsageError(
+            f"--tokens: rows of {', '.join(str(len(r)) for r in rows)} ids. All rows must be equally long."
+        )
+    return rows
