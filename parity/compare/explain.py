@@ -12,6 +12,7 @@ from parity.compare.judge import RoundingMode, judge_site, luck, rounding_mode
 from parity.compare.measure import Measured, MeasuredSite
 from parity.compare.sides import Sides
 from parity.diagnose.error_map import with_error_maps
+from parity.diagnose.idle_faults import refuse_idle
 from parity.diagnose.match import diagnose
 from parity.diagnose.power import power
 from parity.diagnose.weak_constants import weak_constants
@@ -61,6 +62,7 @@ def explain(sides: Sides, judged: Judged, observer: Observer) -> Explained:
     if not model.is_cut:
         return Explained(sites, found, None)
     bench = Workbench(sides.reference, run.ids, sides.recorded)
+    refuse_idle(run.faults, bench)
     if found:
         observer.show("looking for causes", 0, 0)
         with observer.timed("diagnose"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from parity.candidates.base import Candidate
 from parity.compare.recording import record_reference
+from parity.diagnose.idle_faults import refuse_idle
 from parity.diagnose.power import power
 from parity.diagnose.workbench import Workbench
 from parity.dump import Dump, open_dump
@@ -61,4 +62,5 @@ def power_of(run: RunSpec, observer: Observer) -> Power:
         record_reference(run, path, reference.working, observer)
         with open_dump(path) as dump:
             bench = Workbench(reference, run.ids, lambda site: to_torch(dump.read(site.name)))
+            refuse_idle(run.faults, bench)
             return power(bench, run.faults, observer)

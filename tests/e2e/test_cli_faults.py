@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 from parity.faults import CATALOGUE
 from tests.conftest import Ran
@@ -43,3 +44,20 @@ def test_a_word_of_none_is_an_error(cli: Cli) -> None:
     ran = cli("faults", "rope-interleaves")
     assert ran.code == 2
     assert "rope-interleaved" in ran.err
+
+
+_IDLE = """
+from contextlib import nullcontext
+from parity.faults import Fault
+FAULTS = (Fault(id="mine", title="title", sites=("act_fn",), fix="fix", patch=lambda scope, number: nullcontext(),
+                applies=lambda scope: scope.layer is not None),)
+"""
+
+
+def test_a_fault_of_ones_own_that_changes_nothing_is_an_error(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(_IDLE)
+    given = ("--faults", tmp_path / "mine.py:FAULTS", "--tokens", "5 17 3")
+    for command in (("power",), ("diff", "--inject", "mine")):
+        ran = cli(*command, *given)
+        assert ran.code == 2
+        assert "'mine' changes nothing at act_fn" in ran.err
