@@ -19,17 +19,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from parity.columns import BY_KEY, LIMITED
 from parity.errors import UsageError
 
 NEXT_TOKEN = "next_token"
-SITE_KEYS = ("ratio", "mse", "cosine", "max_abs")
+SITE_KEYS = tuple(column.key for column in LIMITED)
 TOKEN_KEYS = ("kl",)
 KEYS = ("allow_unmeasured", "thresholds")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The numbers that hold where `glob` matches: maxima, and for cosine a minimum.
+    """The numbers that hold where `glob` matches: maxima, and minima where a larger number is the better one.
 
     Without any number the verdict decides, as where no glob matches.
     """
@@ -98,9 +99,13 @@ def _limits(glob: str, numbers: Any, where: str) -> Limits:
     for key, value in numbers.items():
         if key not in known:
             raise UsageError(f"{where}: {_unknown(key, value, known)}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= (-1 if key == "cosine" else 0):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= _least(key):
             raise UsageError(f"{where}: {key} is {value!r}. Give a number, not negative.")
     return Limits(glob, tuple((key, float(value)) for key, value in numbers.items()))
+
+
+def _least(key: str) -> float:
+    return BY_KEY[key].least if key in BY_KEY else 0.0
 
 
 def _unknown(key: str, value: Any, known: Sequence[str]) -> str:

@@ -102,13 +102,15 @@ def answer(c: Comparison) -> str:
     logits = c.logits
     if logits is None or logits.verdict == "unmeasured" or logits.mse is None or logits.total_ratio is None:
         return "the logits were not measured"
+    noise = "" if c.noise_ratio is None else f"; {c.noise_ratio:.2g} standard deviations of stochastic rounding"
+    if logits.max_abs == 0:
+        hidden = ", although not every operation is right: see the findings" if c.verdict == "diverged" else ""
+        return f"logits MSE 0: the same values as in the reference's own run{hidden}{noise}"
     size = f"logits MSE {logits.mse:.2g}, cosine {logits.cosine:.6f}"
     if logits.total_ratio <= ROUNDING:
         explained = "rounding explains all of it"
         if c.verdict == "diverged":
-            explained = "no more than rounding makes: what is wrong does not show at the logits of this run"
+            explained = "as large as rounding makes, although not all of it is rounding: see the findings"
     else:
         explained = "rounding does not explain it" if c.verdict == "diverged" else "more than rounding usually makes"
-    if c.noise_ratio is not None:
-        explained += f"; {c.noise_ratio:.2g} standard deviations of stochastic rounding"
-    return f"{size}: {logits.total_ratio:.2g}x the reference's own rounding error, {explained}"
+    return f"{size}: {logits.total_ratio:.2g}x the reference's own rounding error, {explained}{noise}"

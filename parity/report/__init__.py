@@ -1,1 +1,1 @@
-"""A Comparison as something to read: terminal and JSON. Nothing here sees more than the Comparison."""
+"""A Comparison as something to read: terminal, HTML, Markdown, pictures and JSON. Nothing here sees more than it."""

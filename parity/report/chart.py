@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from parity.report.summaries import Depth
+from parity.report.layers import Depth
 from parity.report.text import number, visible
 
 WIDTH, HEIGHT = 960.0, 300.0

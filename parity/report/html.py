@@ -14,31 +14,16 @@ from jinja2 import FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from parity import words
-from parity.report import summaries as gather
-from parity.report import text
+from parity.columns import COLUMNS, LAYER_COLUMNS, Column
+from parity.report import summaries, text
 from parity.report.chart import chart
 from parity.report.grid import grid, legend
-from parity.report.layers import rows
-from parity.results import ROUNDING, SEVERITY, Comparison, Finding, Measurement, Structure
+from parity.report.layers import by_depth, rows
+from parity.results import ROUNDING, SEVERITY, Comparison, Finding, Measurement, NextToken, Structure
 
 _TEMPLATES = Path(__file__).with_name("templates")
 # A profile of more bins than this is drawn narrower than one can see.
 _BINS = 128
-_METRICS = (
-    "ratio",
-    "row_max",
-    "local_rel",
-    "floor_rel",
-    "inherited_rel",
-    "rel_l2",
-    "total_ratio",
-    "mse",
-    "max_abs",
-    "cosine",
-    "ulp_max",
-)
-# A cosine near 1 says something only in its last digits.
-_DIGITS = {"cosine": 9}
 
 
 def render(comparison: Comparison) -> str:
@@ -48,15 +33,19 @@ def render(comparison: Comparison) -> str:
     return page.render(
         c=comparison,
         env=comparison.environment,
-        text=text,
-        gather=gather,
         counts=_counts(comparison),
         layers=text.count_layers(comparison),
         findings=[_finding(f, comparison) for f in comparison.findings],
         grid=grid(comparison.sites),
         legend=legend(),
-        chart=chart(gather.by_depth(comparison.sites)),
+        chart=chart(by_depth(comparison.sites)),
         rows=rows(comparison.sites),
+        columns=LAYER_COLUMNS,
+        next_token=_next_token(comparison.next_token),
+        power=_power(comparison),
+        coverage=summaries.coverage(comparison),
+        unmeasured=summaries.unmeasured(comparison.sites),
+        steps=summaries.steps(comparison.sites),
         severity={verdict: rank for rank, verdict in enumerate(SEVERITY)},
         data=_script_safe(_details(comparison)),
         style=Markup(style),
@@ -76,7 +65,12 @@ def _templates() -> Templates:
         keep_trailing_newline=True,
     )
     templates.filters.update(
-        visible=text.visible, quoted=text.quoted, number=text.number, times=text.times, plain=_keep_newlines
+        visible=text.visible,
+        quoted=text.quoted,
+        number=text.number,
+        times=text.times,
+        plural=text.plural,
+        plain=_keep_newlines,
     )
     return templates
 
@@ -101,7 +95,7 @@ def _counts(comparison: Comparison) -> list[tuple[str, int]]:
 
 def _finding(finding: Finding, comparison: Comparison) -> dict[str, Any]:
     index = {m.site: i for i, m in enumerate(comparison.sites)}
-    worst = gather.worst_site(finding, comparison)
+    worst = summaries.worst_site(finding, comparison)
     return {
         "data": finding,
         "families": text.families(finding),
@@ -112,22 +106,39 @@ def _finding(finding: Finding, comparison: Comparison) -> dict[str, Any]:
     }
 
 
+def _next_token(token: NextToken | None) -> dict[str, Any] | None:
+    if token is None:
+        return None
+    return {"ranks": summaries.ranks(token), "margins": summaries.margins(token), "data": token}
+
+
+def _power(comparison: Comparison) -> dict[str, Any] | None:
+    power = comparison.power
+    if power is None:
+        return None
+    return {"visible": power.visible, "unseen": len(power.unseen), "groups": summaries.invisible(comparison)}
+
+
 # -- details of each site, for the script ---------------------------------------------------------------------
 
 
 def _details(comparison: Comparison) -> dict[str, Any]:
-    """Compact rows in the order of `Comparison.sites`; the script knows the order of the columns."""
-    verdicts = sorted({m.verdict for m in comparison.sites})
-    reasons = _Numbered()
+    """What the script shows of each site, in the order of `Comparison.sites`; texts that recur are numbered."""
+    shared = _Numbered()
     return {
         "tokens": comparison.environment.tokens,
         "rounding": ROUNDING,
-        "metrics": _METRICS,
+        "columns": [_column(column) for column in COLUMNS],
         "ulp_bins": text.ulp_bins(),
-        "verdicts": verdicts,
-        "sites": [_site(m, verdicts.index(m.verdict), reasons, comparison) for m in comparison.sites],
-        "texts": reasons.texts,
+        "sites": [_site(m, shared) for m in comparison.sites],
+        "texts": shared.texts,
     }
+
+
+def _column(column: Column) -> dict[str, Any]:
+    """`decimals` are those of a form like `.7f`; where there are none, the script chooses."""
+    decimals = int(column.form[1:-1]) if column.form.endswith("f") else None
+    return {"key": column.key, "meaning": column.meaning, "decimals": decimals}
 
 
 class _Numbered:
@@ -144,35 +155,36 @@ class _Numbered:
         return self._numbers[value]
 
 
-def _site(m: Measurement, verdict: int, number_of: _Numbered, comparison: Comparison) -> list[Any]:
-    return [
-        text.visible(m.site),
-        verdict,
-        number_of(words.reason(m)),
-        [_rounded(getattr(m, name), _DIGITS.get(name, 5)) for name in _METRICS],
-        None if m.bit_equal is None else int(m.bit_equal),
-        text.visible(m.dtype or ""),
-        list(m.shape),
-        [number_of(step) for step in m.steps],
-        None if m.ulps is None else list(m.ulps),
-        _structure(m.structure) if m.structure else 0,
-    ]
+def _site(m: Measurement, number_of: _Numbered) -> dict[str, Any]:
+    values = {column.key: _rounded(getattr(m, column.key), column.digits) for column in COLUMNS}
+    return {
+        "name": text.visible(m.site),
+        "verdict": m.verdict,
+        "reason": number_of(words.reason(m)),
+        "values": {key: value for key, value in values.items() if value is not None},
+        "bit_equal": m.bit_equal,
+        "dtype": text.visible(m.dtype or ""),
+        "shape": list(m.shape),
+        "steps": [number_of(step) for step in m.steps],
+        "ulps": None if m.ulps is None else list(m.ulps),
+        "structure": _structure(m.structure) if m.structure else None,
+    }
 
 
-def _structure(s: Structure) -> list[Any]:
-    """Profiles at most `_BINS` wide, each bin the largest of its neighbours; and how many tokens a bin holds."""
+def _structure(s: Structure) -> dict[str, Any]:
+    """Profiles at most `_BINS` wide, each bin the largest of its neighbours; `width` tokens are in a bin."""
     width = math.ceil(len(s.by_token) / _BINS) or 1
     pooled = [_largest(s.by_token[i : i + width]) for i in range(0, len(s.by_token), width)]
-    return [
-        [_rounded(v, 3) for v in pooled],
-        width * s.pooled,
-        [_rounded(v, 3) for v in s.by_head],
-        _rounded(s.gain, 4),
-        _rounded(s.cosine, 3),
-        s.channel,
-        _rounded(s.channel_share, 3),
-        s.first_token,
-    ]
+    return {
+        "by_token": [_rounded(v, 3) for v in pooled],
+        "width": width * s.pooled,
+        "by_head": [_rounded(v, 3) for v in s.by_head],
+        "gain": _rounded(s.gain, 4),
+        "cosine": _rounded(s.cosine, 3),
+        "channel": s.channel,
+        "share": _rounded(s.channel_share, 3),
+        "first_token": s.first_token,
+    }
 
 
 def _largest(values: tuple[float, ...]) -> float:

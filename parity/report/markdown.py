@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from parity.columns import LAYER_COLUMNS
 from parity.errors import UsageError
-from parity.report import summaries as gather
-from parity.report import text
-from parity.report.layers import rows
+from parity.report import summaries, text
+from parity.report.layers import LayerRow, rows
 from parity.results import Comparison, Finding
 
 # Longer tables are folded away.
@@ -98,7 +98,7 @@ def _head(comparison: Comparison) -> Iterator[str]:
     yield ""
     tokens = f"{env.tokens}{f' × {env.batch}' if env.batch > 1 else ''} tokens"
     yield (
-        f"{code(env.candidate)} against {code(env.model)}: {gather.coverage(comparison)}, {tokens}, "
+        f"{code(env.candidate)} against {code(env.model)}: {summaries.coverage(comparison)}, {tokens}, "
         f"{escape(env.working_dtype)} on {escape(env.device)}."
     )
     yield ""
@@ -139,6 +139,8 @@ def _reasons(finding: Finding) -> Iterator[str]:
         yield f"- **{escape(fault.title)}**"
         yield from (f"- {escape(line)}" for line in text.explanation(fault))
         yield f"- **fix:** {escape(fault.fix)}"
+    else:
+        yield "- no known fault matched"
     yield from (f"- {escape(line)}" for line in finding.evidence)
     if finding.span:
         yield f"- {escape(text.span(finding))}"
@@ -156,19 +158,18 @@ def _layers(comparison: Comparison, pictures: Mapping[str, str]) -> Iterator[str
     for name, words in _PICTURES:
         if picture := list(_picture(name, words, pictures)):
             yield from [*picture, ""]
-    lines = ["| layer | verdict | sites | ratio | at | worst MSE | worst cosine |", "|:--|:--|--:|--:|:--|--:|--:|"]
-    for row in table:
-        cells = (
-            escape(row.label),
-            row.verdict,
-            f"{row.measured}/{row.known}",
-            text.number(row.ratio),
-            code(row.ratio_site, cell=True) if row.ratio_site else "",
-            text.number(row.mse, ".2e"),
-            text.number(row.cosine, ".7f"),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    yield from _folded(f"{text.plural(len(table), 'row')}: verdict, ratio, MSE and cosine", lines, len(table) > _LONG)
+    heads = ["layer", "verdict", "sites", "ratio", "at", *(f"worst {column.title}" for column in LAYER_COLUMNS[1:])]
+    lines = [f"| {' | '.join(heads)} |", f"|:--|:--|--:|--:|:--{'|--:' * (len(heads) - 5)}|"]
+    lines += [f"| {' | '.join(_cells(row))} |" for row in table]
+    titles = " and ".join([", ".join(["verdict", *(c.title for c in LAYER_COLUMNS[:-1])]), LAYER_COLUMNS[-1].title])
+    yield from _folded(f"{text.plural(len(table), 'row')}: {titles}", lines, len(table) > _LONG)
+
+
+def _cells(row: LayerRow) -> Iterator[str]:
+    ratio, *others = row.worst
+    yield from (escape(row.label), row.verdict, f"{row.measured}/{row.known}", text.number(ratio.value))
+    yield code(ratio.site, cell=True) if ratio.site else ""
+    yield from (text.number(each.value, each.column.form) for each in others)
 
 
 def _folded(summary: str, lines: Iterable[str], fold: bool) -> Iterator[str]:
@@ -183,7 +184,7 @@ def _folded(summary: str, lines: Iterable[str], fold: bool) -> Iterator[str]:
 
 
 def _end(comparison: Comparison) -> Iterator[str]:
-    groups = gather.invisible(comparison)
+    groups = summaries.invisible(comparison)
     if groups:
         yield "### Could not have been seen with this run"
         yield ""
@@ -192,8 +193,8 @@ def _end(comparison: Comparison) -> Iterator[str]:
             yield f"- {escape(reason)}: {names}"
         yield ""
     for title, notes in (
-        ("Unmeasured", gather.unmeasured(comparison.sites)),
-        ("Applied to align the two sides", gather.steps(comparison.sites)),
+        ("Unmeasured", summaries.unmeasured(comparison.sites)),
+        ("Applied to align the two sides", summaries.steps(comparison.sites)),
     ):
         if notes:
             yield f"### {title}"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parity.errors import UsageError
-from parity.report import summaries as gather
 from parity.report.grid import STEPS, Cell, grid
+from parity.report.layers import by_depth
+from parity.report.summaries import worst_site
 from parity.report.text import quoted, visible
 from parity.results import Comparison, LogitSample, Measurement, NextToken, Residual, Structure, Token
 from parity.sites import group_label, short
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.ticker import Formatter
 
+Whole = Callable[[Path], AbstractContextManager[Path]]
 # Findings after these are in the report but get no pictures of their own.
 MOST_FINDINGS = 8
 _SETTINGS: Any = {
@@ -43,8 +46,11 @@ _COLOURS = ("#eaf0ee", "#fdebc3", "#fdd28f", "#f9ab69", "#e8714f", "#b5355c", "#
 _DARK = 5
 
 
-def write(comparison: Comparison, folder: Path) -> dict[str, Path]:
-    """Write every picture twice, into `folder`; returns the paths by file name: `depth.svg`, `depth.png`, …"""
+def write(comparison: Comparison, folder: Path, whole: Whole = nullcontext) -> dict[str, Path]:
+    """Write every picture twice, into `folder`; returns the paths by file name: `depth.svg`, `depth.png`, …
+
+    `whole` gives the path to write to in place of the file's own (see files.whole).
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -66,7 +72,8 @@ def write(comparison: Comparison, folder: Path) -> dict[str, Path]:
                 figure.set_layout_engine("none")
             for suffix, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
                 path = folder / f"{name}.{suffix}"
-                figure.savefig(path, format=suffix, dpi=110, metadata=metadata)
+                with whole(path) as target:
+                    figure.savefig(target, format=suffix, dpi=110, metadata=metadata)
                 written[path.name] = path
     return written
 
@@ -75,7 +82,7 @@ def _pictures(comparison: Comparison) -> dict[str, Callable[[], Figure]]:
     """What there is to draw, by name, in the order of the report."""
     pictures: dict[str, Callable[[], Figure]] = {}
     for position, finding in enumerate(comparison.findings[:MOST_FINDINGS], 1):
-        worst = gather.worst_site(finding, comparison)
+        worst = worst_site(finding, comparison)
         if worst is not None and worst.structure is not None:
             pictures[f"finding-{position}"] = _finding(worst, finding.residual, comparison.environment.tokens)
     if comparison.sites:
@@ -120,7 +127,7 @@ def _finite(values: Sequence[float | None]) -> list[float]:
 
 
 def _depth(comparison: Comparison) -> Figure:
-    points = gather.by_depth(comparison.sites)
+    points = by_depth(comparison.sites)
     places = [float(i) for i in range(len(points))]
     figure, (axes,) = _figure(9.0, 3.4)
     low, high = _finite([p.floor_low for p in points]), _finite([p.floor_high for p in points])

@@ -1,4 +1,4 @@
-"""What several reports show alike: sites gathered by reason and by step, and the error by depth."""
+"""What several reports show alike: sites gathered by reason and by step, what could not be seen, the next token."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from itertools import zip_longest
 
 from parity import words
 from parity.report.text import flips, number, plural, quoted, ranges, visible
-from parity.results import BAD, Comparison, Finding, Measurement, NextToken, Token
-from parity.sites import family, group_label, layer_of
+from parity.results import Comparison, Finding, Measurement, NextToken, Token
+from parity.sites import family, layer_of
 
 
 @dataclass(frozen=True)
@@ -61,51 +61,6 @@ def invisible(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]
         reason, detail = map(visible, words.unseen(item, power.dtype if power else ""))
         groups.setdefault(reason, []).append((visible(item.fault), detail))
     return list(groups.items())
-
-
-@dataclass(frozen=True)
-class Depth:
-    """The errors of one layer, or of one site outside the layers, relative to the values.
-
-    local      of the site with the largest ratio; `site` is its name
-    floor_low  the smallest and the largest floor of its sites: the band that rounding fills
-    total      candidate against the plain reference at the last measured site
-    inherited  what of that came in with the inputs
-    """
-
-    label: str
-    site: str
-    bad: bool
-    local: float | None
-    floor_low: float | None
-    floor_high: float | None
-    total: float | None
-    inherited: float | None
-
-
-def by_depth(sites: Sequence[Measurement]) -> list[Depth]:
-    """One point for each row of the layer table."""
-    groups: dict[str, list[Measurement]] = {}
-    for m in sites:
-        groups.setdefault(group_label(m.site), []).append(m)
-    return [_depth(label, group) for label, group in groups.items()]
-
-
-def _depth(label: str, group: list[Measurement]) -> Depth:
-    measured = [m for m in group if m.verdict != "unmeasured" and m.local_rel is not None]
-    floors = [m.floor_rel for m in measured if m.floor_rel]
-    worst = max(measured, key=lambda m: (m.verdict in BAD, m.ratio or 0.0), default=None)
-    last = measured[-1] if measured else None
-    return Depth(
-        label=label,
-        site=worst.site if worst else "",
-        bad=worst is not None and worst.verdict in BAD,
-        local=worst.local_rel if worst else None,
-        floor_low=min(floors, default=None),
-        floor_high=max(floors, default=None),
-        total=last.rel_l2 if last else None,
-        inherited=last.inherited_rel if last else None,
-    )
 
 
 def worst_site(finding: Finding, comparison: Comparison) -> Measurement | None:

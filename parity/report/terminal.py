@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from parity import words
+from parity.columns import LAYER_COLUMNS, SITE_COLUMNS
 from parity.report.layers import LayerRow, rows
 from parity.report.summaries import invisible
 from parity.report.text import (
@@ -17,6 +18,7 @@ from parity.report.text import (
     explanation,
     families,
     number,
+    plural,
     quoted,
     ranges,
     span,
@@ -24,11 +26,20 @@ from parity.report.text import (
     visible,
     where,
 )
-from parity.results import Comparison, DumpCheck, Finding
+from parity.results import SEVERITY, Comparison, DumpCheck, Finding
 
 CHECK_STYLES = {"present": "green", "missing": "yellow", "misshapen": "bold red", "ambiguous": "bold red"}
 _MOST_UNKNOWN = 10
-_MOST_FAULTS = 4
+_MOST_FAULTS = 3
+_MOST_LAYERS = 6
+# The columns of a table of layers that are never left out: up to the name of the worst site.
+_LEAST = 5
+_BETWEEN = 2
+_NAMES = ("layer", "verdict", "at")
+_NUMBERS = (
+    "ratio: local error / the reference's own rounding, on the same inputs (= bit-equal); "
+    "MSE and cosine: against the reference's own run, inherited error included"
+)
 STYLES = {
     "match": "bold green",
     "diverged": "bold red",
@@ -43,7 +54,7 @@ STYLES = {
 
 
 def show(comparison: Comparison, console: Console, *, verbose: bool = False) -> None:
-    """Print a Comparison: verdict, findings, next token, power, layers; every site if `verbose`."""
+    """Print a Comparison: verdict, findings, next token, power, the worst layers; all of each if `verbose`."""
     line(
         console,
         Text.assemble((comparison.verdict.upper(), STYLES[comparison.verdict]), "  ", visible(comparison.headline)),
@@ -52,7 +63,7 @@ def show(comparison: Comparison, console: Console, *, verbose: bool = False) -> 
     layers = count_layers(comparison)
     for position, finding in enumerate(comparison.findings, 1):
         console.print()
-        _finding(position, finding, layers, console)
+        _finding(position, finding, layers, console, verbose=verbose)
     if comparison.findings:
         console.print()
     for sentence in ending(comparison, token=quoted, prose=visible):
@@ -62,7 +73,7 @@ def show(comparison: Comparison, console: Console, *, verbose: bool = False) -> 
             line(console, Text(f"check failed: {visible(check.name)}: {visible(check.detail)}", style="yellow"))
     _power(comparison, console, verbose=verbose)
     console.print()
-    console.print(_layer_table(rows(comparison.sites)))
+    _layers(rows(comparison.sites), console, verbose=verbose)
     if verbose:
         console.print()
         console.print(_site_table(comparison))
@@ -83,7 +94,7 @@ def _asked(comparison: Comparison) -> str:
     return f"{sides}: {sites}, {tokens}, {visible(env.working_dtype)} on {visible(env.device)}"
 
 
-def _finding(position: int, finding: Finding, layers: int, console: Console) -> None:
+def _finding(position: int, finding: Finding, layers: int, console: Console, *, verbose: bool) -> None:
     head = Text.assemble(
         f"{position:2d}  ", (families(finding), "bold"), "  ", (finding.verdict, STYLES[finding.verdict])
     )
@@ -96,60 +107,85 @@ def _finding(position: int, finding: Finding, layers: int, console: Console) -> 
         for sentence in explanation(fault):
             line(console, Text(sentence), 4)
         line(console, Text.assemble(("fix: ", "green"), visible(fault.fix)), 4)
-    for sentence in finding.evidence:
+    else:
+        line(console, Text("no known fault matched"), 4)
+    # Where the cause is named, how the error looks helps only who doubts it.
+    for sentence in finding.evidence if verbose or fault is None else ():
         line(console, Text(visible(sentence), style="dim" if fault else ""), 4)
     if finding.span:
         line(console, Text(span(finding)), 4)
 
 
 def _power(comparison: Comparison, console: Console, *, verbose: bool) -> None:
-    """The faults that this run could not have revealed, by reason; a few of each unless `verbose`."""
+    """The faults that this run could not have revealed: how many, and a few; all, by reason, if `verbose`."""
     groups = invisible(comparison)
     if not groups:
         return
-    parts = []
-    for reason, faults in groups:
-        names = [f"{id} ({detail})" if detail and verbose else id for id, detail in faults]
-        shown = names if verbose else names[:_MOST_FAULTS]
-        more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-        parts.append(f"{', '.join(shown)}{more} [{reason}]")
-    line(console, Text("could not have been seen with this run: " + "; ".join(parts), style="dim"))
+    if verbose:
+        for reason, faults in groups:
+            names = ", ".join(f"{id} ({detail})" if detail else id for id, detail in faults)
+            line(console, Text(f"could not have been seen with this run, {reason}: {names}", style="dim"))
+        return
+    ids = [id for _, faults in groups for id, _ in faults]
+    some = f"{', '.join(ids[:_MOST_FAULTS])}{', …' if len(ids) > _MOST_FAULTS else ''}"
+    said = f"could not have been seen with this run: {plural(len(ids), 'known fault')} ({some}); -v says why"
+    line(console, Text(said, style="dim"))
 
 
-def _layer_table(layer_rows: Sequence[LayerRow]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("layer", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    table.add_column("sites", justify="right", no_wrap=True)
-    table.add_column("ratio", justify="right", no_wrap=True)
-    # The one column that may shrink.
-    table.add_column("at", overflow="ellipsis", max_width=22)
-    table.add_column("worst MSE", justify="right", no_wrap=True)
-    table.add_column("worst cosine", justify="right", no_wrap=True)
-    for row in layer_rows:
-        table.add_row(
-            visible(row.label),
-            Text(row.verdict, style=STYLES[row.verdict]),
-            f"{row.measured}/{row.known}",
-            number(row.ratio),
-            Text(visible(row.ratio_site)),
-            number(row.mse, ".2e"),
-            number(row.cosine, ".7f"),
+def _layers(layer_rows: Sequence[LayerRow], console: Console, *, verbose: bool) -> None:
+    """The worst layers in order of execution, all if `verbose`, and what their numbers are."""
+    worst = sorted(layer_rows, key=lambda row: row.rank)[: None if verbose else _MOST_LAYERS]
+    shown = [row for row in layer_rows if any(row is each for each in worst)]
+    console.print(_layer_table(shown, console.width))
+    if rest := [row for row in layer_rows if not any(row is each for each in worst)]:
+        verdicts = [row.verdict for row in rest]
+        counts = ", ".join(f"{verdicts.count(v)} {v}" for v in SEVERITY if v in verdicts)
+        line(console, Text(f"and {plural(len(rest), 'more row')}: {counts}; -v shows them", style="dim"))
+    line(console, Text(_NUMBERS, style="dim"))
+
+
+def _layer_table(layer_rows: Sequence[LayerRow], width: int) -> Table:
+    """The table, without the last columns of numbers if the names would not fit beside them."""
+    table = [_cells(row) for row in layer_rows]
+    heads = ["layer", "verdict", "sites", "ratio", "at", *(f"worst {column.title}" for column in LAYER_COLUMNS[1:])]
+    columns = zip(heads, *([cell.plain for cell in cells] for cells in table), strict=True)
+    needed = [max(map(len, column)) + _BETWEEN for column in columns]
+    count = next((n for n in range(len(heads), _LEAST, -1) if sum(needed[:n]) - _BETWEEN <= width), _LEAST)
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for head in heads[:count]:
+        # Where even the fewest columns are too wide, the name goes on in the next line.
+        made.add_column(
+            head, justify="left" if head in _NAMES else "right", no_wrap=head != "at", overflow="fold", min_width=4
         )
-    return table
+    for cells in table:
+        made.add_row(*cells[:count])
+    return made
+
+
+def _cells(row: LayerRow) -> list[Text]:
+    """The cells of a layer; "=" in place of a ratio where every measured site is bit-equal."""
+    ratio, *others = row.worst
+    share = f"{row.measured}/{row.known}"
+    return [
+        Text(visible(row.label)),
+        Text(row.verdict, style=STYLES[row.verdict]),
+        Text(share, style="" if row.measured == row.known else "yellow"),
+        Text("=" if row.verdict == "exact" else number(ratio.value)),
+        Text("" if row.verdict == "exact" or row.known == 1 else visible(ratio.site)),
+        *(Text(number(each.value, each.column.form)) for each in others),
+    ]
 
 
 def _site_table(comparison: Comparison) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("verdict", no_wrap=True)
-    for name in ("ratio", "local", "inherited", "floor"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for column in SITE_COLUMNS:
+        table.add_column(column.title, justify="right", no_wrap=True)
     table.add_column("site", overflow="fold")
     for m in comparison.sites:
         table.add_row(
             Text(m.verdict, style=STYLES[m.verdict]),
-            number(m.ratio),
-            *(number(value, ".1e") for value in (m.local_rel, m.inherited_rel, m.floor_rel)),
+            *(number(getattr(m, column.key), column.form) for column in SITE_COLUMNS),
             Text(visible(m.site) + (f": {visible(words.reason(m))}" if m.verdict == "unmeasured" else "")),
         )
     return table

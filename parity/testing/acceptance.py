@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from parity import words
+from parity.columns import BY_KEY
+from parity.report.text import visible
 from parity.results import BAD, ROUNDING, Comparison, Finding, Measurement, logits_of
 from parity.settings import NEXT_TOKEN, Settings
 from parity.sites import layer_of
@@ -13,7 +15,6 @@ from parity.testing.baseline import is_worse
 
 EMBEDDING, FINAL_NORM, LOGITS = "embedding", "final_norm", "logits"
 _MOST = 6
-_FORMS = {"mse": "MSE {:.3g}", "cosine": "cosine {:.7g}", "max_abs": "max abs {:.3g}", "ratio": "ratio {:.3g}"}
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,12 @@ def _site(m: Measurement, settings: Settings, baseline: Mapping[str, float]) -> 
 
 def _beyond(m: Measurement, key: str, limit: float) -> str:
     """What to say of a number that is beyond its limit, NaN included; empty if it is not."""
-    value: float | None = getattr(m, key)
+    column, value = BY_KEY[key], getattr(m, key)
     if value is None:
         return f"{key} was not measured (limit {limit:g})"
-    if value >= limit if key == "cosine" else value <= limit:
+    if column.holds(value, limit):
         return ""
-    return f"{_FORMS[key].format(value)} (threshold: {limit:g})"
+    return f"{column.title} {value:{column.said}} (threshold: {limit:g})"
 
 
 def _next_token(c: Comparison, settings: Settings) -> Iterator[Failure]:
@@ -107,7 +108,10 @@ def _next_token(c: Comparison, settings: Settings) -> Iterator[Failure]:
 
 
 def explain(failed: Sequence[Failure], c: Comparison) -> list[str]:
-    """The failures as lines, each finding's cause and evidence after the sites that it covers."""
+    """The failures as lines, each finding's cause and evidence after the sites that it covers.
+
+    A candidate's or a dump's text stands in some of them: none of it can act on a terminal.
+    """
     lines = [f"{failure.site}: {failure.text}" for failure in failed[:_MOST]]
     if len(failed) > _MOST:
         lines.append(f"… and {len(failed) - _MOST} more sites")
@@ -116,7 +120,7 @@ def explain(failed: Sequence[Failure], c: Comparison) -> list[str]:
         if sites.intersection(finding.sites):
             said = " ".join(lines)
             lines += [line for line in _cause(finding) if line.strip() not in said]
-    return lines
+    return [visible(line) for line in lines]
 
 
 def _cause(finding: Finding) -> list[str]:

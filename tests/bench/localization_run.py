@@ -176,7 +176,7 @@ def _naming(finding: Finding, right: Sequence[str]) -> str:
 def _unseen(question: RunSpec, faults: Sequence[str]) -> str:
     """Whether the report says of a bug that drowned that it could not have been seen."""
     power = power_of(replace(question, faults=tuple(map(by_id, faults))), Observer())
-    return "invisible" if {i.fault for i in power.invisible} >= set(faults) else "unseen"
+    return "invisible" if {i.fault for i in power.unseen} >= set(faults) else "unseen"
 
 
 def _words(finding: Finding) -> str:

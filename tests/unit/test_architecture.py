@@ -20,7 +20,8 @@ FLOORS: dict[str, set[str]] = {
     "observer": set(),
     "load_object": {"errors"},
     "sites": set(),
-    "settings": {"errors"},
+    "columns": set(),
+    "settings": {"errors", "columns"},
     "reasons": set(),
     "results": {"reasons"},
     "words": {"reasons", "results"},
@@ -51,7 +52,7 @@ FLOORS: dict[str, set[str]] = {
         "diagnose",
     },
     "api": {"errors", "observer", "options", "results", "dump", "run_spec", "candidates", "compare"},
-    "report": {"errors", "untrusted", "sites", "reasons", "results", "words"},
+    "report": {"errors", "untrusted", "columns", "sites", "reasons", "results", "words"},
     "cli": {
         "errors",
         "preflight",
@@ -76,6 +77,7 @@ FLOORS: dict[str, set[str]] = {
         "reasons",
         "words",
         "options",
+        "columns",
         "sites",
         "settings",
         "results",
@@ -160,7 +162,7 @@ def test_an_import_from_above_is_found(package: str, source: str) -> None:
 
 
 def test_reports_see_nothing_but_results() -> None:
-    assert FLOORS["report"] == {"errors", "untrusted", "sites", "reasons", "results", "words"}
+    assert FLOORS["report"] == {"errors", "untrusted", "columns", "sites", "reasons", "results", "words"}
     assert forbidden("report", "from parity.dump import open_dump") == {"dump"}
 
 

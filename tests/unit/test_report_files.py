@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from parity.errors import UsageError
 from parity.report import html, markdown, plots
 from parity.report import json as report_json
 from parity.report.files import write_all
@@ -27,6 +29,35 @@ def test_what_is_written_is_what_was_rendered(make: object, tmp_path: Path) -> N
     assert written["report.md"].read_text(encoding="utf-8") == markdown.render(run)
 
 
+class Stopped(BaseException):
+    """As Ctrl-C."""
+
+
+@pytest.mark.parametrize("error", [Stopped(), OSError(28, "No space left on device", "disk")])
+def test_what_is_stopped_halfway_leaves_the_report_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    before = {name: path.read_bytes() for name, path in write_all(matching(), tmp_path, plots=False).items()}
+    write_text = Path.write_text
+
+    def half(path: Path, text: str, *args: Any, **options: Any) -> int:
+        write_text(path, text[: len(text) // 2], *args, **options)
+        raise error
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises((Stopped, UsageError)) as caught:
+        write_all(everything(), tmp_path, plots=False)
+    assert isinstance(error, Stopped) or "cannot be written (No space left on device)" in str(caught.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="the report cannot be written"):
+        write_all(matching(), tmp_path / "file" / "report", plots=False)
+
+
+@pytest.mark.slow
 def test_with_pictures(tmp_path: Path) -> None:
     written = write_all(everything(), tmp_path)
     assert {"plots/map.svg", "plots/finding-1.png"} <= set(written)

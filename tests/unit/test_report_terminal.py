@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import pytest
 from rich.console import Console
 
 from parity.report import json as report_json
+from parity.report.layers import rows
 from parity.report.terminal import show
 from parity.results import Comparison
 from tests import goldens, report_example
+from tests.report_example import measurement
 
 
 def printed(comparison: Comparison, *, verbose: bool = False, width: int = 80, **options: bool) -> str:
@@ -70,3 +73,50 @@ def test_a_report_read_back_prints_the_same(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     path.write_text(report_json.dumps(report_example.everything()), encoding="utf-8")
     assert printed(report_json.load(path), verbose=True) == printed(report_example.everything(), verbose=True)
+
+
+def test_a_match_is_short_and_shows_the_worst_layers() -> None:
+    run = report_example.matching()
+    sites = [
+        dataclasses.replace(m, site=f"model.layers.{i}.x", ratio=1 + i / 100) for i in range(30) for m in run.sites[:1]
+    ]
+    text = printed(dataclasses.replace(run, sites=tuple(sites)))
+    head, _, table = text.partition("\nlayer ")
+    assert len(head.splitlines()) <= 6
+    assert [row.split()[0] for row in table.splitlines()[1:7]] == [f"layers.{i}" for i in range(24, 30)]
+    assert "and 24 more rows: 24 rounding; -v shows them" in table
+    assert "layers.3 " not in table
+    assert "layers.3 " in printed(dataclasses.replace(run, sites=tuple(sites)), verbose=True)
+
+
+def test_a_layer_with_a_gap_has_the_verdict_of_what_was_measured() -> None:
+    (row,) = rows([measurement("m.layers.0.a", "unmeasured", None), measurement("m.layers.0.b", "rounding", 1.0)])
+    assert (row.verdict, row.measured, row.known) == ("rounding", 1, 2)
+    (row,) = rows([measurement("m.layers.0.a", "unmeasured", None)])
+    assert row.verdict == "unmeasured"
+
+
+def test_a_bit_equal_layer_shows_no_ratio() -> None:
+    run = dataclasses.replace(report_example.matching(), sites=(measurement("m.layers.0.a", "exact", 1.0),))
+    line = next(line for line in printed(run).splitlines() if line.startswith("layers.0"))
+    assert line.split()[:4] == ["layers.0", "exact", "1/1", "="]
+    assert "1.00 " not in line
+
+
+def test_what_no_fault_explains_is_said_and_the_look_of_the_error_only_where_it_helps() -> None:
+    run = report_example.everything()
+    named, unnamed, *_ = printed(run).split("\n\n")[1:]
+    assert "no known fault matched" not in named
+    assert "the error grows with position" not in named
+    assert "the error grows with position" in printed(run, verbose=True)
+    assert "no known fault matched" in unnamed
+
+
+@pytest.mark.parametrize("width", [50, 60, 70, 80, 100])
+def test_names_are_whole_while_columns_of_less_use_are_there(width: int) -> None:
+    long = "model.layers.0.self_attn.a_name_of_some_length"
+    sites = (measurement(long, "wrong", 9.0), measurement("model.layers.0.x", "rounding", 1.0))
+    text = printed(dataclasses.replace(report_example.everything(), sites=sites), width=width)
+    assert "…" not in text.partition("\nlayer ")[2]
+    assert "self_attn.a_name_of_some_length" in text or "worst" not in text.partition("\nlayer ")[2]
+    assert ("worst cosine" in text) == (width == 100)

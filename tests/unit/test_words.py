@@ -80,4 +80,7 @@ def test_a_bug_that_the_logits_do_not_show_is_not_explained_away() -> None:
     run = replace(everything(), sites=(measurement("lm_head", "rounding", 1.0),))
     said = words.answer(run)
     assert "explains" not in said
-    assert "what is wrong does not show at the logits" in said
+    assert "as large as rounding makes, although not all of it is rounding" in said
+    same = replace(run, sites=(measurement("lm_head", "exact", 1.0, max_abs=0.0, mse=0.0),))
+    assert words.answer(same).endswith("although not every operation is right: see the findings")
+    assert words.answer(replace(same, verdict="match")).endswith("the same values as in the reference's own run")

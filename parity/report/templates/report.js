@@ -5,12 +5,6 @@
   const hint = document.getElementById("hint");
   const cells = [...document.querySelectorAll(".grid button")];
   const cellOf = new Map(cells.map((cell) => [Number(cell.dataset.i), cell]));
-  const LABELS = {
-    ratio: "local error / floor", row_max: "same, worst row", local_rel: "local error, relative",
-    floor_rel: "floor, relative", inherited_rel: "inherited error, relative", rel_l2: "total error, relative",
-    total_ratio: "total / reference's own", mse: "total error, MSE", max_abs: "total error, largest",
-    ulp_max: "total error, largest ULP", cosine: "cosine",
-  };
 
   function element(name, text, attributes) {
     const made = document.createElement(name);
@@ -25,10 +19,10 @@
     return made;
   }
 
-  function number(value, name) {
+  function number(value, decimals) {
     if (value === null) return "–";
     if (typeof value === "string") return value;
-    if (name === "cosine") return value.toFixed(7);
+    if (decimals) return value.toFixed(decimals);
     if (value === 0) return "0";
     const size = Math.abs(value);
     return size >= 1e5 || size < 1e-3 ? value.toExponential(2) : String(value);
@@ -59,16 +53,15 @@
   }
 
   function structure(s) {
-    const [byToken, width, byHead, gain, cosine, channel, share, first] = s;
-    if (byToken.length > 1) {
-      bars(byToken, width > 1 ? `Ratio by token, ${width} in a bar` : "Ratio by token", "token 0", `token ${data.tokens - 1}`);
+    if (s.by_token.length > 1) {
+      bars(s.by_token, s.width > 1 ? `Ratio by token, ${s.width} in a bar` : "Ratio by token", "token 0", `token ${data.tokens - 1}`);
     }
-    if (byHead.length > 1) bars(byHead, "Ratio by head", "head 0", `head ${byHead.length - 1}`);
+    if (s.by_head.length > 1) bars(s.by_head, "Ratio by head", "head 0", `head ${s.by_head.length - 1}`);
     const list = element("dl");
-    if (first !== null) fact(list, "first token beyond rounding", String(first));
-    fact(list, "gain of the error", number(gain));
-    fact(list, "error · value, cosine", number(cosine));
-    fact(list, `energy in channel ${channel}`, typeof share === "number" ? `${(100 * share).toFixed(1)} %` : number(share));
+    if (s.first_token !== null) fact(list, "first token beyond rounding", String(s.first_token));
+    fact(list, "gain of the error", number(s.gain));
+    fact(list, "error · value, cosine", number(s.cosine));
+    fact(list, `energy in channel ${s.channel}`, typeof s.share === "number" ? `${(100 * s.share).toFixed(1)} %` : number(s.share));
     panel.append(list);
   }
 
@@ -100,30 +93,29 @@
   function show(index) {
     const site = data.sites[index];
     if (!site) return false;
-    const [name, verdict, reason, metrics, bitEqual, dtype, shape, steps, counts, shaped] = site;
     panel.replaceChildren();
     panel.classList.add("open");
     panel.dataset.shown = index;
     const close = element("button", "×", { type: "button", class: "close", "aria-label": "Close the details" });
     close.addEventListener("click", hide);
-    const badge = element("span", data.verdicts[verdict], { class: `badge v-${data.verdicts[verdict]}` });
+    const badge = element("span", site.verdict, { class: `badge v-${site.verdict}` });
     const line = element("p", undefined, { class: "reason" });
-    line.append(badge, ` ${data.texts[reason]}`);
-    panel.append(close, element("h3", name), line);
+    line.append(badge, ` ${data.texts[site.reason]}`);
+    panel.append(close, element("h3", site.name), line);
     const list = element("dl");
-    data.metrics.forEach((key, i) => {
-      if (metrics[i] !== null) fact(list, LABELS[key] || key, number(metrics[i], key));
+    data.columns.forEach((column) => {
+      if (column.key in site.values) fact(list, column.meaning, number(site.values[column.key], column.decimals));
     });
-    if (bitEqual !== null) fact(list, "bit-equal, same inputs", bitEqual ? "yes" : "no");
-    if (dtype) fact(list, "dtype", dtype);
-    if (shape.length) fact(list, "shape", shape.join(" × "));
+    if (site.bit_equal !== null) fact(list, "bit-equal, same inputs", site.bit_equal ? "yes" : "no");
+    if (site.dtype) fact(list, "dtype", site.dtype);
+    if (site.shape.length) fact(list, "shape", site.shape.join(" × "));
     panel.append(list);
-    if (bitEqual !== null) ulps(counts, bitEqual);
-    if (shaped) structure(shaped);
-    if (steps.length) {
+    if (site.bit_equal !== null) ulps(site.ulps, site.bit_equal);
+    if (site.structure) structure(site.structure);
+    if (site.steps.length) {
       panel.append(element("h4", "Alignment"));
       const items = element("ul");
-      steps.forEach((step) => items.append(element("li", data.texts[step])));
+      site.steps.forEach((step) => items.append(element("li", data.texts[step])));
       panel.append(items);
     }
     cells.forEach((cell) => cell.removeAttribute("aria-pressed"));
