@@ -10,11 +10,7 @@ from torch import Tensor
 from parity.faults.fault import Change, Fault, Scope, fault
 from parity.faults.patches.modules import linears_of
 from parity.faults.patches.numbers import as_written, stored_as, truncated
-from parity.faults.patches.weight import (
-    LINEARS,
-    each,
-    has_linears,
-)
+from parity.faults.patches.weight import LINEARS, each, has_linears
 
 
 def _as_float16(w: Tensor) -> Tensor:

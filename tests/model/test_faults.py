@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from parity.errors import UsageError
 from parity.faults import CATALOGUE, Fault, Scope, by_id, load_user_faults, shows_at
 from parity.faults.fault import attribute, source_of
+from parity.faults.patches import attention
 from parity.faults.patches.numbers import rounded
 from parity.reference.checkpoint import find
 from parity.reference.pieces import Piece, PiecewiseModel
@@ -184,6 +185,20 @@ def test_tf32_rounds_ties_away_from_zero() -> None:
     wanted = torch.tensor([1 + 2**-10, 1 + 2**-9, 1.0, 1 + 2**-10, 2.0, 0.0])
     for dtype in (torch.float32, torch.float64):
         assert rounded(x.to(dtype), 11).tolist() == torch.cat([wanted, -wanted]).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_mask_shows_what_it_was_made_to_show(dtype: torch.dtype) -> None:
+    hidden = torch.tensor([[[[False, True, True], [False, False, True], [False, False, False]]]])
+    mask = attention.hiding(hidden, dtype)
+    assert mask.dtype is dtype
+    for seen in map(attention.shown, (mask, mask + 7, ~hidden)):
+        assert torch.equal(seen, ~hidden)
+
+
+def test_a_word_on_what_a_run_needs_says_nothing_of_rounding() -> None:
+    assert by_id("softmax-low").only_rounds
+    assert not dataclasses.replace(by_id("act-gelu"), needs="bfloat16").only_rounds
 
 
 def test_words() -> None:
