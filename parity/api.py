@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parity.candidates.base import Candidate, open_candidate
+from parity.candidates.base import Candidate, dump_file, open_candidate
 from parity.dump import open_dump, write_tokens
 from parity.errors import UsageError
 from parity.observer import Observer
@@ -62,7 +62,7 @@ def diff_dumps(
     from parity.run_spec import run_spec
 
     first, second = dumps
-    candidate = open_candidate(second, names)
+    candidate = dump_file(second, names)
     with open_dump(first) as recording:
         asked = recording.info
         if not (asked.producer or "").startswith("transformers "):
@@ -116,12 +116,13 @@ def recorded(
     from parity.run_spec import run_spec
 
     run = run_spec(options)
-    model, ids = run.model(), path.with_suffix(".tokens.txt")
+    model = run.model()
     missing: tuple[str, ...] = ()
     if candidate is None:
         record_reference(run, path, model, observer or Observer())
     else:
         with closing(candidate), candidate.record(run, model.sites, path) as dump:
             missing = tuple(site.name for site in model.sites if site.name not in dump.entries)
+    ids = path.with_suffix(".tokens.txt")
     write_tokens(ids, run.token_ids)
     return Recorded(ids, len(run.token_ids[0]), missing)

@@ -26,12 +26,12 @@ def _option(default: Any, panel: str, help: str, *flags: str) -> Any:
 class RunOptions:
     """What a user may say of a run. Raises UsageError where two options contradict each other."""
 
-    prompt: str | None = _option(None, WHAT, "Text to run.", "--prompt", "-p")
-    prompt_file: Path | None = _option(None, WHAT, "A file that holds the text.")
-    tokens: str | None = _option(None, WHAT, "Token ids: '1 2 3', or a file with one row a line.")
     model: str | None = _option(
         None, WHAT, f"A directory or hub id; without it the embedded {EMBEDDED}.", "--model", "-m"
     )
+    prompt: str | None = _option(None, WHAT, "Text to run.", "--prompt", "-p")
+    prompt_file: Path | None = _option(None, WHAT, "A file that holds the text.")
+    tokens: str | None = _option(None, WHAT, "Token ids: '1 2 3', or a file with one row a line.")
     faults: str | None = _option(None, WHAT, "Your own faults: module:FAULTS or file.py:FAULTS.")
     dtype: str | None = _option(None, HOW, "float32, bfloat16 or float16. [default: the checkpoint's]")
     device: str = _option("cpu", HOW, "cpu, cuda, cuda:1, …")
@@ -62,7 +62,7 @@ class RunOptions:
 
     def command(self, candidate: str, names: Path | str | None = None) -> list[str]:
         """The comparison of a candidate with these options as a command line."""
-        given = {"--candidate": candidate if candidate != IMPL else None, "--names": names}
+        given = {"--candidate": candidate, "--names": names}
         said = [part for name, value in given.items() if value is not None for part in (name, str(value))]
         return ["parity", "diff", *said, *self._arguments()]
 
@@ -116,6 +116,10 @@ def _parse_tokens(text: str) -> tuple[tuple[int, ...], ...]:
         )
     except ValueError as error:
         raise UsageError(f"--tokens: {error}. Give numbers such as '1 2 3', or a file with one row a line.") from error
+    if not any(rows):
+        raise UsageError(
+            "--tokens: empty, no token to run. Give numbers such as '1 2 3', or a file with one row a line."
+        )
     if len({len(row) for row in rows}) > 1:
         raise UsageError(
             f"--tokens: rows of {', '.join(str(len(r)) for r in rows)} ids. All rows must be equally long."

@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from urllib.parse import parse_qsl
 
-from parity.dump import Dump, NameMap, RunInfo, load_names
 from parity.errors import CandidateError
 from parity.load_object import Kind, load
 from parity.results import Check
 from parity.sites import Dims, Site
 
 if TYPE_CHECKING:
+    from parity.dump import Dump, NameMap, RunInfo
     from parity.reference.checkpoint import Checkpoint
     from parity.run_spec import RunSpec
 
@@ -27,6 +27,7 @@ _FACTORY = Kind("candidate", "function", "impl.qwen3:load or my_port.py:load", C
 KINDS: dict[str, str] = {}
 
 
+@runtime_checkable
 class Candidate(Protocol):
     """An implementation under test. A subclass has a name and records; the rest may stay as it is here."""
 
@@ -34,6 +35,8 @@ class Candidate(Protocol):
 
     def said(self) -> RunInfo:
         """What the candidate itself says of the run: token ids, model, dtype. Empty for one that is told."""
+        from parity.dump import RunInfo
+
         return RunInfo()
 
     def record(self, run: RunSpec, sites: Sequence[Site], path: Path) -> Dump:
@@ -59,20 +62,20 @@ class Candidate(Protocol):
 def open_candidate(spec: Any, names: NameMap | Path | str | None = None) -> Candidate:
     """The candidate that a SPEC means; nothing of it is loaded yet.
 
-    spec   a torch module; module:factory or file.py:factory; a dump; or a kind in KINDS, `kind:rest?option=value`
+    spec   a candidate; a torch module; module:factory or file.py:factory; a dump; or a kind in KINDS, `kind:rest?option=value`
     names  a name map, or its file (JSON): the candidate's names to the reference's
 
     Raises CandidateError, DumpError and UsageError.
     """
-    table = load_names(names) if isinstance(names, (str, Path)) else names or {}
+    table = _name_map(names)
+    if isinstance(spec, Candidate):
+        return spec
     if not isinstance(spec, (str, Path)):
         from parity.candidates.torch_module import TorchModule
 
         return TorchModule.of(spec, table)
     if is_dump(spec):
-        from parity.candidates.dump_file import DumpFile
-
-        return DumpFile(Path(spec), table)
+        return dump_file(Path(spec), table)
     kind, _, rest = str(spec).partition(":")
     if kind in KINDS:
         module, _, name = KINDS[kind].partition(":")
@@ -83,6 +86,19 @@ def open_candidate(spec: Any, names: NameMap | Path | str | None = None) -> Cand
     from parity.candidates.torch_module import TorchModule
 
     return TorchModule.from_factory(str(spec), factory, table)
+
+
+def dump_file(path: Path, names: NameMap | Path | str | None = None) -> Candidate:
+    """A recorded run, whatever its file is called."""
+    from parity.candidates.dump_file import DumpFile
+
+    return DumpFile(path, _name_map(names))
+
+
+def _name_map(names: NameMap | Path | str | None) -> NameMap:
+    from parity.dump import load_names
+
+    return load_names(names) if isinstance(names, (str, Path)) else names or {}
 
 
 def is_dump(spec: str | Path) -> bool:

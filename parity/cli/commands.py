@@ -119,6 +119,7 @@ def record(
     from parity.api import recorded
     from parity.candidates.base import open_candidate
 
+    writable(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     with observed(quiet=False) as observer:
         done = recorded(out, open_candidate(candidate, names) if candidate else None, run, observer)
@@ -248,13 +249,14 @@ def power(run: RunOptions, json: Json = False) -> None:
 
 def _diff(options: RunOptions, dumps: list[Path], candidate: str, names: Path | None, observer: Observer) -> Comparison:
     from parity.api import compared, diff_dumps
+    from parity.candidates.base import dump_file
 
     if len(dumps) > 2:
         raise UsageError(f"{len(dumps)} dumps given. Give REFERENCE CANDIDATE, or CANDIDATE alone.")
     command = shell(["parity", *sys.argv[1:]])
     if len(dumps) == 2:
         return diff_dumps((dumps[0], dumps[1]), names, options, command, observer)
-    return compared(dumps[0] if dumps else candidate, names, options, command, observer)
+    return compared(dump_file(dumps[0], names) if dumps else candidate, names, options, command, observer)
 
 
 def _diff_injected(options: RunOptions, inject: str, observer: Observer) -> Comparison:
