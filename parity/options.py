@@ -118,7 +118,7 @@ def _parse_tokens(text: str) -> tuple[tuple[int, ...], ...]:
         raise UsageError(f"--tokens: {error}. Give numbers such as '1 2 3', or a file with one row a line.") from error
     if not any(rows):
         raise UsageError(
-            "--tokens: empty, no token to run. Give numbers such as '1 2 3', or a file with one row a line."
+            "--tokens: empty, no token to run. Give numbers such as '1 2 3', or a file."
         )
     if len({len(row) for row in rows}) > 1:
         raise UsageError(

@@ -62,7 +62,7 @@ class Candidate(Protocol):
 def open_candidate(spec: Any, names: NameMap | Path | str | None = None) -> Candidate:
     """The candidate that a SPEC means; nothing of it is loaded yet.
 
-    spec   a candidate; a torch module; module:factory or file.py:factory; a dump; or a kind in KINDS, `kind:rest?option=value`
+    spec   a candidate; a torch module; module:factory or file.py:factory; a dump; or `kind:rest?option=value` (KINDS)
     names  a name map, or its file (JSON): the candidate's names to the reference's
 
     Raises CandidateError, DumpError and UsageError.
