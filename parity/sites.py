@@ -28,7 +28,7 @@ class Site:
 
     `dims` are the axis names of the reference's own layout, `shape` the sizes in one run, `dtype` as torch
     spells it. `where` tells how the value is reached: a module's `output`, a module's `input`, or `attention`
-    (inside the attention function of `module`).
+    (inside the attention function of `module`). `overwritten` says that the model later writes into the value.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Site:
     dtype: str
     module: str
     where: str = "output"
+    overwritten: bool = False
 
 
 def numbered(name: str, call: int) -> str:

@@ -32,18 +32,20 @@ class Workbench:
         `tokens` keeps only the last ones in the head.
         """
         working = self.reference.working
-        source = one_operation.input_site(working, piece)
+        source = working.source_of(piece)
         hidden = self._recorded(self.sites[source]) if source else None
         if source and hidden is None:
             yield None
             return
+        ids = self.input_ids
         inside = {s.name: v for s in working.sites_of(piece) if (v := self._recorded(s)) is not None}
         if piece == HEAD and tokens is not None and hidden is not None:
             # Final norm and head treat every token alike, and a vocabulary is large.
+            ids = ids[:, -tokens:]
             hidden, inside = hidden[:, -tokens:], {name: value[:, -tokens:] for name, value in inside.items()}
         with working.loaded(piece), self.reference.precise.loaded(piece):
             self.reference.prepare(self.input_ids)
-            yield LoadedPiece(piece, self.input_ids, hidden, inside)
+            yield LoadedPiece(piece, ids, hidden, inside)
 
     def scope(self, model: PiecewiseModel, piece: Piece) -> Scope:
         """What a fault sees of a loaded piece."""

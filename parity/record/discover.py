@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from parity.record.attention import INSIDE, attention_taps
+from parity.record.chain import Chain, taken, watch_chain
 from parity.record.tap import first_tensor, quiet_torch
 from parity.sites import Dims, Site, numbered, without_call
 
@@ -27,6 +28,23 @@ _COSTLY = ("scores", "probs")
 _SWITCH = (bool, int, float, str)
 
 
+@dataclass(frozen=True)
+class Discovery:
+    """The sites of a model in order of execution, and how its layers were called."""
+
+    sites: tuple[Site, ...]
+    chain: Chain
+
+
+@dataclass
+class _Seen:
+    """A value when it was last seen. It is kept so that no other gets its identity."""
+
+    value: Tensor
+    version: int
+    name: str | None = None
+
+
 @dataclass
 class _Watch:
     """What the probe has seen so far."""
@@ -34,15 +52,30 @@ class _Watch:
     batch: int
     token: int
     sites: dict[str, Site] = field(default_factory=dict)
-    # Storages by identity; the tensors are kept so that no identity is reused.
-    known: dict[int, Tensor] = field(default_factory=dict)
+    storages: dict[int, _Seen] = field(default_factory=dict)
+    noted: dict[str, _Seen] = field(default_factory=dict)  # the values of the sites, by name
 
     def is_new(self, value: Tensor) -> bool:
-        """Whether no module has returned this value, or a view of it, before."""
-        key = value.untyped_storage()._cdata
-        fresh = key not in self.known
-        self.known[key] = value
-        return fresh
+        """Whether no module has returned this value, or a view of it, before; one written into since is new."""
+        key, seen = value.untyped_storage()._cdata, self._seen(value)
+        if seen is None:
+            self.storages[key] = _Seen(value, value._version)
+        return seen is None
+
+    def _seen(self, value: Tensor) -> _Seen | None:
+        seen = self.storages.get(value.untyped_storage()._cdata)
+        return seen if seen is not None and seen.version == value._version else None
+
+    def name_of(self, value: Tensor) -> str | None:
+        """The site that a value is, if it is one."""
+        seen = self._seen(value)
+        return seen.name if seen else None
+
+    def know(self, value: Tensor, name: str) -> None:
+        """A value is that of a site."""
+        seen = _Seen(value, value._version, name)
+        self.storages[value.untyped_storage()._cdata] = seen
+        self.noted.setdefault(name, seen)
 
     def note(self, name: str, value: Tensor, module: str, where: str, dims: Dims | None = None) -> None:
         """Remember a site, unless its value does not belong to the tokens of this run (RoPE tables)."""
@@ -50,6 +83,14 @@ class _Watch:
         if "batch" in dims or "batch*token" in dims:
             dtype = str(value.dtype).removeprefix("torch.")
             self.sites[name] = Site(name, dims, tuple(value.shape), dtype, module, where)
+            self.know(value, name)
+
+    def copy(self, first: str, other: str) -> None:
+        """The layer named `other` has the sites of the layer `first`, which is of its kind."""
+        for site in [s for s in self.sites.values() if s.module.startswith(f"{first}.")]:
+            name = other + site.name[len(first) :]
+            self.sites[name] = replace(site, name=name, module=other + site.module[len(first) :])
+            self.noted[name] = self.noted[site.name]
 
     def label(self, name: str, shape: tuple[int, ...]) -> Dims:
         """Name the axes of a value by their sizes, which the probe has chosen to be unmistakable."""
@@ -59,27 +100,62 @@ class _Watch:
         names = iter(["head", "head_dim"] if len(rest) == 2 else [last] * len(rest))
         return tuple(own[size] if size in own else next(names) for size in shape)
 
+    def result(self) -> tuple[Site, ...]:
+        """The sites; those whose value a later operation wrote into are marked."""
+        written = {name for name, seen in self.noted.items() if seen.value._version != seen.version}
+        return tuple(replace(site, overwritten=site.name in written) for site in self.sites.values())
 
-def discover(model: nn.Module, layers: Sequence[nn.Module] = (), *, inner: bool = False) -> tuple[Site, ...]:
-    """The sites of a transformers causal LM on the meta device, in order of execution.
 
-    The model must have been built with an attention implementation of `parity.record.attention`.
+def discover(model: nn.Module, layers: Sequence[nn.Module] = (), *, inner: bool = False) -> Discovery:
+    """The sites of a transformers causal LM on the meta device, in order of execution; the model stays as it was.
+
+    For sites inside attention it must have been built with an implementation of `parity.record.attention`.
     Of its decoder `layers` only the first of each kind is run: the others have sites like it.
     `inner` adds scores and probs, which need memory that grows with the square of the tokens.
     Shapes hold the probe's batch and token counts; `with_sizes` puts a run's own in their place.
     """
     batch, token = _unmistakable_sizes(model)
-    watch = _Watch(batch, token)
-    with quiet_torch(), _watching(model, watch, inner=inner), _one_of_each_kind(model, layers, watch):
-        ids = torch.zeros(batch, token, dtype=torch.long, device="meta")
-        dtype = next(model.parameters()).dtype
-        # A ready mask spares the model from looking at values that the meta device does not have.
-        mask = torch.zeros(batch, 1, token, token, dtype=dtype, device="meta")
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    dtype = next(model.parameters()).dtype
+    ids = torch.zeros(batch, token, dtype=torch.long, device="meta")
+    # A ready mask spares most models from looking at values that the meta device does not have; some want none.
+    ready = torch.zeros(batch, 1, token, token, dtype=dtype, device="meta")
+    try:
+        return _probed(model, layers, _Watch(batch, token), inner=inner, input_ids=ids, attention_mask=ready)
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return _probed(model, layers, _Watch(batch, token), inner=inner, input_ids=ids)
+
+
+def _probed(
+    model: nn.Module, layers: Sequence[nn.Module], watch: _Watch, *, inner: bool, **inputs: Tensor
+) -> Discovery:
+    with (
+        quiet_torch(),
+        _as_it_was(model),
+        _watching(model, watch, inner=inner),
+        watch_chain(list(layers), watch.name_of) as chain,
+        _one_of_each_kind(model, layers, watch),
+    ):
+        logits = model(**inputs, use_cache=False).logits
         if watch.is_new(logits):
             # What the model does to the head's output, a softcap for one, is an operation too.
             watch.note("logits", logits, "", "output")
-    return tuple(watch.sites.values())
+    return Discovery(watch.result(), chain)
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """What a forward pass leaves in modules (RoPE tables made for its length) is gone after the block."""
+    modules = list(model.modules())
+    before = [(dict(vars(m)), dict(m._buffers), set(m._non_persistent_buffers_set)) for m in modules]
+    try:
+        yield
+    finally:
+        for module, (attributes, buffers, passing) in zip(modules, before, strict=True):
+            vars(module).clear()
+            vars(module).update(attributes)
+            for kept, was in ((module._buffers, buffers), (module._non_persistent_buffers_set, passing)):
+                kept.clear()
+                kept.update(was)  # type: ignore[arg-type]
 
 
 def with_sizes(sites: Iterable[Site], batch: int, token: int) -> tuple[Site, ...]:
@@ -126,24 +202,45 @@ def _watching(model: nn.Module, watch: _Watch, *, inner: bool) -> Iterator[None]
         yield
 
 
+@dataclass(frozen=True)
+class _Ran:
+    """A layer that was run: `source` is the site of its output if not its own; does it write into what it takes?"""
+
+    name: str
+    output: Any
+    source: str | None
+    writes: bool
+
+
 @contextmanager
 def _one_of_each_kind(model: nn.Module, layers: Sequence[nn.Module], watch: _Watch) -> Iterator[None]:
     """Let a layer that is like one already run answer with its sites, under the layer's own name."""
     names = {module: name for name, module in model.named_modules()}
-    run: dict[Any, tuple[str, Any]] = {}
+    run: dict[Any, _Ran] = {}
 
     def forward_of(layer: nn.Module) -> Callable[..., Any]:
         original, kind, name = layer.forward, _kind(layer), names[layer]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            took = taken(args, kwargs)
             if kind not in run:
-                run[kind] = name, original(*args, **kwargs)
-                return run[kind][1]
-            first, output = run[kind]
-            for site in [s for s in watch.sites.values() if s.module.startswith(f"{first}.")]:
-                own = replace(site, name=name + site.name[len(first) :], module=name + site.module[len(first) :])
-                watch.sites[own.name] = own
-            return tree_map(lambda value: torch.empty_like(value) if isinstance(value, Tensor) else value, output)
+                version = took._version if took is not None else 0
+                output = original(*args, **kwargs)
+                gave = first_tensor(output)
+                source = watch.name_of(gave) if gave is not None else None
+                run[kind] = _Ran(name, output, source, took is not None and took._version != version)
+                return output
+            first = run[kind]
+            watch.copy(first.name, name)
+            if took is not None and first.writes:
+                took.add_(0)  # as the layer itself would have done
+            output = tree_map(
+                lambda value: torch.empty_like(value) if isinstance(value, Tensor) else value, first.output
+            )
+            gave = first_tensor(output)
+            if gave is not None and first.source is not None and first.source.startswith(f"{first.name}."):
+                watch.know(gave, name + first.source[len(first.name) :])
+            return output
 
         return forward
 
@@ -173,7 +270,7 @@ def _hooks(name: str, watch: _Watch) -> tuple[Any, Any]:
     calls = {"input": count(), "output": count()}
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        value = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+        value = taken(args, kwargs)
         call = next(calls["input"]) if value is not None else 0
         if value is not None and value.is_floating_point() and watch.is_new(value):
             watch.note(numbered(_name_of_input(name), call), value, name, "input")

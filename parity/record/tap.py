@@ -7,7 +7,7 @@ A tap that returns its argument records; a tap that returns something else repla
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from typing import Any
@@ -28,8 +28,10 @@ def tapping(model: nn.Module, sites: Iterable[Site], tap: Tap, *, every_call: bo
     Outputs are tapped by forward hooks, inputs by forward pre-hooks, values inside attention by the
     attention function of `parity.record.attention` (the model must have been built with it). Further calls of a
     module are tapped where they are among the sites, or with `every_call` in any case, under their numbers.
+    Of a value that the model writes into later the tap gets a copy, and the model gets one of what the tap gives.
     """
     sites = list(sites)
+    tap = _protected(tap, {site.name for site in sites if site.overwritten})
     known = {site.name for site in sites}
     hooked: set[tuple[str, str]] = set()
     inside_attention: dict[nn.Module, dict[str, str]] = {}
@@ -43,6 +45,20 @@ def tapping(model: nn.Module, sites: Iterable[Site], tap: Tap, *, every_call: bo
                 stack.callback(_hook(module, name, site.where, _numbering(tap, None if every_call else known)))
         stack.enter_context(attention_taps(inside_attention, tap))
         yield
+
+
+def _protected(tap: Tap, overwritten: Collection[str]) -> Tap:
+    if not overwritten:
+        return tap
+
+    def protected(site: str, value: Tensor) -> Tensor:
+        if site not in overwritten:
+            return tap(site, value)
+        kept = value.clone()
+        new = tap(site, kept)
+        return value if new is kept else new.clone()
+
+    return protected
 
 
 def _numbering(tap: Tap, known: set[str] | None) -> Tap:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from parity.reference.pieces import EMBED, Piece, PiecewiseModel
+from parity.reference.pieces import Piece, PiecewiseModel
 from parity.sites import without_call
 
 Patch = Callable[[PiecewiseModel], AbstractContextManager[None]]
@@ -73,9 +73,10 @@ def _answered(model: PiecewiseModel, at: LoadedPiece, wanted: Collection[str]) -
             if site.module in again or site.where != "output" or site.name in wanted or site.name not in at.recorded:
                 continue
             module = model.model.get_submodule(site.module)
-            # A patched product is part of the question.
-            if isinstance(module, nn.Linear) and "forward" not in vars(module):
-                stack.enter_context(_answering(module, at.recorded[site.name].to(model.device, model.dtype)))
+            # A patched product is part of the question; a subclass may return more than its product.
+            if type(module).forward is nn.Linear.forward and "forward" not in vars(module):
+                value = at.recorded[site.name].to(model.device, model.dtype)
+                stack.enter_context(_answering(module, value.clone() if site.overwritten else value))
         yield
 
 
@@ -89,12 +90,3 @@ def _answering(module: nn.Module, value: Tensor) -> Iterator[None]:
         yield
     finally:
         del module.forward
-
-
-def input_site(model: PiecewiseModel, piece: Piece) -> str | None:
-    """The site whose value goes into a piece: the last one of the piece before."""
-    if piece == EMBED or not model.is_cut:
-        return None
-    before = model.pieces[model.pieces.index(piece) - 1]
-    sites = model.sites_of(before)
-    return sites[-1].name if sites else None

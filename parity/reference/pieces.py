@@ -8,22 +8,21 @@ and what the stubs were handed (mask, position embeddings, …) is kept for the 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from parity.errors import ModelError, ParityError
-from parity.record.attention import register
-from parity.record.discover import discover
+from parity.record.chain import find_layers
+from parity.record.discover import Discovery, discover
 from parity.record.tap import Tap, first_tensor, quiet_torch, tapping
-from parity.reference.chain import find_layers, watch_chain
-from parity.reference.checkpoint import Checkpoint, first_sentence, foreign_code
+from parity.reference.build import build
+from parity.reference.checkpoint import Checkpoint
 from parity.reference.precision import promoted
+from parity.reference.weights import cast, check_complete, fill_buffers, layer_of_key, move, read
 from parity.sites import Site
 
 EMBED, HEAD = "embed", "head"
@@ -64,24 +63,25 @@ class PiecewiseModel:
     ) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
         self.attention = attention
-        self.model = _build(checkpoint, dtype, attention)
+        self.model = build(checkpoint, dtype, attention)
         self.config = self.model.config.get_text_config()
         self.layers = find_layers(self.model)
-        self.sites: tuple[Site, ...] = original.sites if original else ()
-        self.is_cut: bool = original.is_cut if original else False
         if original is None:
             # The meta kernel of the default grouped product takes bfloat16 alone.
-            with self._experts("batched_mm"), watch_chain(self.layers) as chain:
-                self.sites = discover(self.model, self.layers, inner=inner)
-            self.is_cut = bool(self.layers) and chain.is_whole(len(self.layers))
+            with self._experts("batched_mm"):
+                self._found: Discovery = discover(self.model, self.layers, inner=inner)
+        else:
+            self._found = original._found
+        self.sites = self._found.sites
+        self.is_cut = bool(self.layers) and self._found.chain.is_whole(len(self.layers))
         if not self.is_cut:
             self.layers = []
+        self._container = _container(self.model, self.layers)
         self._sites = self._sort_sites()
         self._calls: list[_Call] = []
         self._prepared: Tensor | None = None  # the token ids that the calls were captured for
         self._held: set[Piece] = set()
         self._original = original
-        self._mapping: list[Any] | None = None
         self._is_small = checkpoint.size <= SMALL
         self._is_whole = False  # all weights of a small model are in memory
 
@@ -138,78 +138,35 @@ class PiecewiseModel:
         finally:
             self._held.discard(key)
             if not self._is_whole:
-                for one in pieces:
-                    for module in self._modules(one):
-                        module.to("meta")
+                move((module for one in pieces for module in self._modules(one)), "meta")
 
     def _load(self, pieces: list[Piece]) -> None:
+        modules = [module for piece in pieces for module in self._modules(piece)]
         if self._original is None:
-            self._read(pieces)
-        copies: dict[Tensor, nn.Parameter] = {}
-        for piece in pieces:
-            modules = self._modules(piece)
-            if self._original is not None:
-                for mine, theirs in zip(modules, self._original._modules(piece), strict=True):
-                    _copy_weights(mine, theirs, copies)
-            if not isinstance(piece, int):
-                self.model.tie_weights()
-            for module in modules:
-                self._fill_buffers(module)
-                module.to(self.device)
+            numbers = {piece if isinstance(piece, int) else None for piece in pieces}
+            read(
+                self.model,
+                self.checkpoint,
+                self.dtype,
+                lambda key: not self.is_cut or layer_of_key(key, self._container) in numbers,
+            )
+            check_complete(self.model, self.checkpoint, modules, bool(self.config.tie_word_embeddings))
+            fill_buffers(self.model, modules)
+        else:
+            copies: dict[Tensor, Tensor] = {}
+            theirs = [module for piece in pieces for module in self._original._modules(piece)]
+            for mine, other in zip(modules, theirs, strict=True):
+                cast(mine, other, self.dtype, copies)
+        if any(not isinstance(piece, int) for piece in pieces):
+            self.model.tie_weights()
+        move(modules, self.device)
 
     def _modules(self, piece: Piece) -> list[nn.Module]:
         """The modules that hold the weights of a piece."""
         if isinstance(piece, int):
-            return [self.layers[piece]]
+            return list(self.layers[piece].modules())
         inside = {m for layer in self.layers for m in layer.modules()}
-        return [m for m in self.model.modules() if m not in inside and _holds_tensors(m)]
-
-    def _read(self, pieces: list[Piece]) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-
-        if self._mapping is None:
-            self._mapping = get_model_conversion_mapping(self.model)
-        config = LoadStateDictConfig(dtype=self.dtype, weight_mapping=self._mapping)
-        numbers = {piece if isinstance(piece, int) else None for piece in pieces}
-
-        def wanted(key: str) -> bool:
-            return not self.is_cut or _layer_of_key(key) in numbers
-
-        with ExitStack() as stack:
-            tensors: dict[str, Any] = {}
-            for shard in self.checkpoint.open(stack, wanted):
-                tensors |= {key: shard.get_slice(key) for key in shard.keys() if wanted(key)}  # noqa: SIM118
-            with _no_progress_bar():
-                info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
-        self._check_complete(pieces, info)
-
-    def _check_complete(self, pieces: list[Piece], info: Any) -> None:
-        if info.mismatched_keys:
-            key, found, expected = next(iter(info.mismatched_keys))
-            raise ModelError(
-                f"model {self.checkpoint.name!r}: {key} has shape {tuple(found)}, "
-                f"config.json asks for {tuple(expected)}."
-            )
-        tied = self.model.all_tied_weights_keys if self.config.tie_word_embeddings else {}
-        for module, recurse in ((m, isinstance(p, int)) for p in pieces for m in self._modules(p)):
-            for name, parameter in module.named_parameters(recurse=recurse):
-                if parameter.is_meta and (full := _full_name(self.model, module, name)) not in tied:
-                    raise ModelError(
-                        f"model {self.checkpoint.name!r}: the checkpoint has no {full}. "
-                        "It does not belong to its config.json, or a shard is missing."
-                    )
-
-    def _fill_buffers(self, module: nn.Module) -> None:
-        """Buffers that no checkpoint holds (RoPE frequencies) are computed by the model's own initializer."""
-        for child in module.modules():
-            names = [n for n, b in child.named_buffers(recurse=False) if b.is_meta]
-            for name in names:
-                empty = torch.empty_like(child._buffers[name], device="cpu")  # type: ignore[arg-type]
-                child._buffers[name] = empty
-            if names:
-                self.model._init_weights(child)
+        return [m for m in self.model.modules() if m not in inside]
 
     # -- running ---------------------------------------------------------------------------------------------
 
@@ -256,7 +213,8 @@ class PiecewiseModel:
         """Output (b, t, hidden) of one loaded layer on hidden states (b, t, hidden), for the prepared token ids."""
         call = self._calls[index]
         with self._running(index, tap):
-            out = first_tensor(self.layers[index](hidden, *call.args, **call.kwargs))
+            # A layer may write into what it takes.
+            out = first_tensor(self.layers[index](hidden.clone(), *call.args, **call.kwargs))
         assert out is not None, "unreachable because discovery saw this layer return a tensor"
         return out
 
@@ -293,6 +251,12 @@ class PiecewiseModel:
         """The piece that computes a site."""
         return next(piece for piece, sites in self._sites.items() if any(s.name == site for s in sites))
 
+    def source_of(self, piece: Piece) -> str | None:
+        """The site of the hidden states that go into a piece; None if they have none, or if nothing goes in."""
+        if piece == EMBED or not self.is_cut:
+            return None
+        return self._found.chain.sources[piece if isinstance(piece, int) else -1]
+
     def arguments(self, layer: int) -> dict[str, Any]:
         """What a layer gets beside hidden states, for the prepared token ids; changing it changes that call."""
         return self._calls[layer].kwargs
@@ -317,8 +281,14 @@ class PiecewiseModel:
     def _stubbed(self, stub: Callable[[int, Tensor, _Call], Tensor]) -> Iterator[None]:
         """Every layer answers with `stub(index, hidden, other arguments)` in place of its own forward."""
 
-        def forward_of(index: int) -> Callable[..., Tensor]:
-            return lambda hidden, *args, **kwargs: stub(index, hidden, _Call(args, kwargs))
+        def forward_of(index: int) -> Callable[..., Any]:
+            more = (None,) * (self._found.chain.links[index].returned - 1)
+
+            def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+                answer = stub(index, hidden, _Call(args, kwargs))
+                return (answer, *more) if self._found.chain.links[index].returned else answer
+
+            return forward
 
         try:
             for index, layer in enumerate(self.layers):
@@ -329,69 +299,7 @@ class PiecewiseModel:
                 del layer.forward
 
 
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """One bar of ours over all pieces instead of one of theirs for each."""
-    from transformers.utils import logging
-
-    was_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            logging.enable_progress_bar()
-
-
-def _build(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        name = register(attention)
-        trust = checkpoint.trust_remote_code
-        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=name, trust_remote_code=trust
-            )
-    except ParityError:
-        raise
-    except Exception as error:
-        # Validation errors of a config are of many classes, some of them the hub client's own.
-        reason = foreign_code(checkpoint, error) or first_sentence(error)
-        raise ModelError(
-            f"model {checkpoint.name!r}: transformers cannot build it from {checkpoint.path / 'config.json'}: {reason}"
-        ) from error
-    return model.eval()
-
-
-_LAYER_KEY = re.compile(r"(?:^|\.)(\d+)\.")
-
-
-def _layer_of_key(key: str) -> int | None:
-    """The layer that a checkpoint key belongs to: its first number."""
-    found = _LAYER_KEY.search(key)
-    return int(found.group(1)) if found else None
-
-
-def _holds_tensors(module: nn.Module) -> bool:
-    return bool(module._parameters or module._buffers)
-
-
-def _full_name(model: nn.Module, module: nn.Module, name: str) -> str:
-    owner = next(n for n, m in model.named_modules() if m is module)
-    return f"{owner}.{name}"
-
-
-def _copy_weights(mine: nn.Module, theirs: nn.Module, copies: dict[Tensor, nn.Parameter]) -> None:
-    """Weights of `theirs` in the dtype of `mine`; exact when that dtype is the wider one. Tied ones are copied once."""
-    for own, other in zip(mine.modules(), theirs.modules(), strict=True):
-        for name, parameter in other._parameters.items():
-            if parameter is None:
-                continue
-            if parameter not in copies:
-                wide = parameter.detach().to(own._parameters[name].dtype)  # type: ignore[union-attr]
-                copies[parameter] = nn.Parameter(wide, requires_grad=False)
-                # transformers' initializer, which fills the buffers, would otherwise draw this weight anew.
-                copies[parameter]._is_hf_initialized = True  # type: ignore[attr-defined]
-            own._parameters[name] = copies[parameter]
+def _container(model: nn.Module, layers: list[nn.Module]) -> str:
+    """What the model calls the list that holds its layers: `layers`, `h`, …"""
+    names = (name for name, module in model.named_modules() if layers and module is layers[0])
+    return next(names, ".").split(".")[-2]

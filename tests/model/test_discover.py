@@ -101,7 +101,7 @@ def test_every_layer_has_the_same_sites(checkpoint: Callable[..., Path], model_t
 
 
 def test_the_sites_of_a_qwen3_layer(small: Path) -> None:
-    sites = discover(on_meta(small, "eager", torch.float32))
+    sites = discover(on_meta(small, "eager", torch.float32)).sites
     names = [s.name for s in sites]
     layer = [
         "input_layernorm",
@@ -136,7 +136,7 @@ def test_the_sites_of_a_qwen3_layer(small: Path) -> None:
 
 def test_inner_adds_scores_and_probs_and_nothing_else(small: Path) -> None:
     model = on_meta(small, "eager", torch.float32)
-    plain, inner = ({s.name for s in discover(model, inner=inner)} for inner in (False, True))
+    plain, inner = ({s.name for s in discover(model, inner=inner).sites} for inner in (False, True))
     assert inner - plain == {f"model.layers.{i}.self_attn.{n}" for i in range(2) for n in ("scores", "probs")}
     assert plain <= inner
 
@@ -152,9 +152,9 @@ def test_a_layer_of_another_kind_is_run_itself(checkpoint: Callable[..., Path]) 
             runs[number] += 1
 
         layer.mlp.gate_proj.register_forward_hook(count)
-    sites = discover(model, layers, inner=True)
+    sites = discover(model, layers, inner=True).sites
     assert runs == [1, 1, 0, 0]
-    assert sites == discover(model, inner=True)
+    assert sites == discover(model, inner=True).sites
     assert "model.layers.1.self_attn.q_norm" not in {site.name for site in sites}
     assert not [layer for layer in layers if "forward" in vars(layer)]
 
@@ -174,7 +174,7 @@ def test_probing_leaves_no_hooks(small: Path) -> None:
 
 
 def test_a_run_puts_its_own_sizes_in_place_of_the_probe_s(small: Path) -> None:
-    sites = {s.name: s for s in with_sizes(discover(on_meta(small, "eager", torch.float32), inner=True), 3, 4)}
+    sites = {s.name: s for s in with_sizes(discover(on_meta(small, "eager", torch.float32), inner=True).sites, 3, 4)}
     shapes = {name.removeprefix("model.layers.1."): site.shape for name, site in sites.items()}
     assert shapes["lm_head"] == (3, 4, 301)
     assert shapes["self_attn.probs"] == (3, 6, 4, 4)

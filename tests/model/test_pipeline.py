@@ -23,8 +23,8 @@ from parity.dump import open_dump
 from parity.dump.names import parse_names
 from parity.errors import IncomparableError
 from parity.reasons import Gap
+from parity.record.chain import Chain
 from parity.reference import pieces
-from parity.reference.chain import Chain
 from parity.reference.checkpoint import find
 from parity.reference.replay import Reference
 from parity.results import Comparison

@@ -1,0 +1,85 @@
+"""Can a model be cut into its layers? It can where they are a plain chain: each called once, on what the last gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from parity.record.tap import first_tensor
+
+
+def find_layers(model: Any) -> list[nn.Module]:
+    """The decoder layers: the longest list of modules in the text decoder that is not itself part of such a list."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    nested = {inner for outer in lists for element in outer for inner in element.modules()}
+    return max((list(module) for module in lists if module not in nested), key=len, default=[])
+
+
+@dataclass(frozen=True)
+class Link:
+    """One call of a layer: what it took, the site that this value has, what it gave, and in how long a tuple."""
+
+    number: int
+    took: Tensor | None
+    source: str | None
+    gave: Tensor | None
+    returned: int
+
+
+@dataclass
+class Chain:
+    """How the layers were called, in order."""
+
+    links: list[Link] = field(default_factory=list)
+    shares_state: bool = False
+    end: str | None = None  # the site of what the last layer gave
+
+    def is_whole(self, count: int) -> bool:
+        """Whether each layer was called once, in order, on what the one before it gave, and shares nothing else."""
+        pairs = zip(self.links, self.links[1:], strict=False)
+        in_order = [link.number for link in self.links] == list(range(count))
+        return in_order and not self.shares_state and all(one.gave is other.took for one, other in pairs)
+
+    @property
+    def sources(self) -> tuple[str | None, ...]:
+        """The site that each layer's hidden states come from, and last that of what the last layer gave."""
+        return (*(link.source for link in self.links), self.end)
+
+
+@contextmanager
+def watch_chain(layers: list[nn.Module], name_of: Callable[[Tensor], str | None]) -> Iterator[Chain]:
+    """Watch how the layers are called; `name_of` knows which site a value is."""
+    chain = Chain()
+    sources: dict[int, str | None] = {}
+
+    def hooks_of(number: int) -> tuple[Callable[..., None], Callable[..., None]]:
+        def before(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            took = taken(args, kwargs)
+            sources[number] = None if took is None else name_of(took)
+
+        def after(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            gave = first_tensor(output)
+            returned = len(output) if isinstance(output, tuple) else 0
+            chain.links.append(Link(number, taken(args, kwargs), sources[number], gave, returned))
+            chain.end = None if gave is None else name_of(gave)
+            # What a layer can write into, a later one may read from.
+            chain.shares_state |= any(isinstance(v, (dict, list)) and bool(v) for v in (*args, *kwargs.values()))
+
+        return before, after
+
+    with ExitStack() as stack:
+        for number, layer in enumerate(layers):
+            before, after = hooks_of(number)
+            stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(layer.register_forward_hook(after, with_kwargs=True).remove)
+        yield chain
+
+
+def taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The hidden states among a module's arguments: the first tensor."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)

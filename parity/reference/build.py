@@ -1,0 +1,56 @@
+"""The transformers model of a checkpoint on the meta device, where it weighs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from parity.errors import ModelError
+from parity.record.attention import register
+from parity.reference.checkpoint import Checkpoint, first_sentence, foreign_code
+
+
+def build(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> Any:
+    """The model in a dtype, its attention tapped where that can be had.
+
+    Raises ModelError if transformers cannot build it, UsageError if it has no such attention.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    names = [register(attention), attention]
+    trust = checkpoint.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust)
+        with torch.device("meta"):
+            model = _first(
+                lambda name: AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, attn_implementation=name, trust_remote_code=trust
+                ),
+                names,
+            )
+    except Exception as error:
+        # Validation errors of a config are of many classes, some of them the hub client's own.
+        reason = foreign_code(checkpoint, error) or first_sentence(error)
+        raise ModelError(
+            f"model {checkpoint.name!r}: transformers cannot build it from {checkpoint.path / 'config.json'}: {reason}"
+        ) from error
+    if not _grouped_products_fit(model):
+        model.config.get_text_config()._experts_implementation = "eager"
+    return model.eval()
+
+
+def _first(build: Callable[[str], Any], names: list[str]) -> Any:
+    """Some models choose their attention from a table of their own, which has no tapped one: they get the plain."""
+    try:
+        return build(names[0])
+    except Exception:
+        return build(names[1])
+
+
+def _grouped_products_fit(model: nn.Module) -> bool:
+    """Whether the grouped product of experts, transformers' default, takes these sizes: rows of 16 bytes or more."""
+    experts = (p for p in model.parameters() if p.dim() == 3)
+    return not any(size * p.element_size() % 16 for p in experts for size in p.shape[1:])
