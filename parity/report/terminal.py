@@ -134,6 +134,10 @@ def _power(comparison: Comparison, console: Console, *, verbose: bool) -> None:
 
 def _layers(layer_rows: Sequence[LayerRow], console: Console, *, verbose: bool) -> None:
     """The worst layers in order of execution, all if `verbose`, and what their numbers are."""
+    if not verbose and len(layer_rows) > _MOST_LAYERS and all(row.verdict == "exact" for row in layer_rows):
+        said = f"layers: all {len(layer_rows)} rows exact, bit-equal to the reference on the same inputs; -v shows them"
+        line(console, Text(said, style="dim"))
+        return
     worst = sorted(layer_rows, key=lambda row: row.rank)[: None if verbose else _MOST_LAYERS]
     shown = [row for row in layer_rows if any(row is each for each in worst)]
     console.print(_layer_table(shown, console.width))

@@ -226,8 +226,7 @@ def test_a_large_report_is_small_and_quick() -> None:
     run = large(layers=28, families=20)
     assert len(html.render(run).encode()) < 2_000_000
     run = large(layers=64, families=20)
-    best = min(_seconds(run) for _ in range(3))
-    assert best < 2.0, f"{best:.1f} s for 64 layers"
+    assert any(_seconds(run) < 2.0 for _ in range(3)), "64 layers"
 
 
 def _seconds(run: Comparison) -> float:

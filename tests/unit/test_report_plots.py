@@ -17,8 +17,15 @@ from tests.report_example import everything, hostile, matching, measurement, res
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def test_the_same_data_gives_the_same_bytes(tmp_path: Path) -> None:
-    first = plots.write(everything(), tmp_path / "a")
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The pictures of one report, drawn once: that takes seconds."""
+    return plots.write(everything(), tmp_path_factory.mktemp("plots"))
+
+
+@pytest.mark.slow
+def test_the_same_data_gives_the_same_bytes(tmp_path: Path, written: dict[str, Path]) -> None:
+    first = written
     # Settings of the user must not show.
     import matplotlib
 
@@ -29,11 +36,12 @@ def test_the_same_data_gives_the_same_bytes(tmp_path: Path) -> None:
         assert first[name].read_bytes() == second[name].read_bytes(), name
 
 
-def test_each_picture_comes_as_svg_and_png(tmp_path: Path) -> None:
-    written = plots.write(everything(), tmp_path)
+@pytest.mark.slow
+def test_each_picture_comes_as_svg_and_png(written: dict[str, Path]) -> None:
     names = ("finding-1", "finding-2", "finding-3", "depth", "map", "next-token", "logits")
     assert list(written) == [f"{name}.{suffix}" for name in names for suffix in ("svg", "png")]
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(written)
+    folder = written["map.png"].parent
+    assert sorted(p.name for p in folder.iterdir()) == sorted(written)
     for name, path in written.items():
         content = path.read_bytes()
         assert content.startswith(PNG) if name.endswith(".png") else b"<svg" in content

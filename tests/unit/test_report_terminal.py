@@ -103,6 +103,15 @@ def test_a_bit_equal_layer_shows_no_ratio() -> None:
     assert "1.00 " not in line
 
 
+def test_a_run_that_is_bit_equal_throughout_has_no_table_of_equal_rows() -> None:
+    sites = tuple(measurement(f"m.layers.{i}.a", "exact", 1.0) for i in range(9))
+    run = dataclasses.replace(report_example.matching(), sites=sites)
+    text = printed(run)
+    assert "all 9 rows exact, bit-equal to the reference on the same inputs" in " ".join(text.split())
+    assert "layers.3" not in text
+    assert "layers.3" in printed(run, verbose=True)
+
+
 def test_what_no_fault_explains_is_said_and_the_look_of_the_error_only_where_it_helps() -> None:
     run = report_example.everything()
     named, unnamed, *_ = printed(run).split("\n\n")[1:]
