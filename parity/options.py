@@ -117,9 +117,7 @@ def _parse_tokens(text: str) -> tuple[tuple[int, ...], ...]:
     except ValueError as error:
         raise UsageError(f"--tokens: {error}. Give numbers such as '1 2 3', or a file with one row a line.") from error
     if not any(rows):
-        raise UsageError(
-            "--tokens: empty, no token to run. Give numbers such as '1 2 3', or a file."
-        )
+        raise UsageError("--tokens: empty, no token to run. Give numbers such as '1 2 3', or a file.")
     if len({len(row) for row in rows}) > 1:
         raise UsageError(
             f"--tokens: rows of {', '.join(str(len(r)) for r in rows)} ids. All rows must be equally long."

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from parity.errors import UsageError
 from parity.report import html, markdown, plots
 from parity.report import json as report_json
 from parity.report.files import write_all
+from parity.report.terminal import show
 from tests.conftest import ROOT
 from tests.report_example import everything, hostile, large, matching
 
@@ -113,3 +116,13 @@ def test_the_example_report_is_what_this_version_writes() -> None:
     pictures = {path.name: path for path in sorted((EXAMPLE / "plots").glob("*.png"))}
     assert (EXAMPLE / "report.md").read_text(encoding="utf-8") == markdown.render(run, pictures, EXAMPLE)
     assert (EXAMPLE / "report.json").read_text(encoding="utf-8") == report_json.dumps(run)
+
+
+def test_the_readme_shows_what_the_terminal_says_of_the_example() -> None:
+    stream = io.StringIO()
+    show(report_json.load(EXAMPLE / "report.json"), Console(file=stream, width=80, highlight=False))
+    (block,) = [
+        b for b in (ROOT / "README.md").read_text(encoding="utf-8").split("```\n") if "planted.py:load\nDIV" in b
+    ]
+    shown = "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+    assert block.partition("\n")[2].rstrip() == shown
