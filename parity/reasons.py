@@ -51,12 +51,17 @@ class Invisible:
 class NotTried:
     """A fault of which nothing is known in this run.
 
-    large    it shows only at embedding and head, whose copies would take more memory than all the rest
-    unknown  a report of an older version does not say
+    no place      the model has no operation that it could change
+    large         it shows only at embedding and head, whose copies would take more memory than all the rest
+    not recorded  the candidate recorded too little to run the operations where it shows on their own inputs
+    whole         the model cannot be run in pieces
+    failed        trying it ended in an error, as `detail` says
+    unknown       a report of an older version does not say
     """
 
     fault: str
-    why: Literal["large", "unknown"]
+    why: Literal["no place", "large", "not recorded", "whole", "failed", "unknown"]
+    detail: str = ""
 
 
 @dataclass(frozen=True)

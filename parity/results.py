@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from parity.reasons import Gap, Inconclusive, Invisible, NotTried
@@ -178,13 +178,15 @@ class Finding:
 class Power:
     """Which faults of the catalogue this run would have revealed, by id, and which not.
 
-    `dtype` is the working dtype, in whose rounding the others drown.
+    Together these are the whole catalogue. `dtype` is the working dtype, in whose rounding the others drown;
+    `seen_from` has, for faults with a number, by how much it must be off to show (about, by a straight line).
     """
 
     visible: tuple[str, ...]
     invisible: tuple[Invisible, ...]
     not_tried: tuple[NotTried, ...] = ()
     dtype: str = ""
+    seen_from: dict[str, float] = field(default_factory=dict)
 
     @property
     def unseen(self) -> tuple[Invisible | NotTried, ...]:

@@ -45,10 +45,20 @@ def reason(m: Measurement) -> str:
 # -- what a run could not have seen ---------------------------------------------------------------------------
 
 
+_NOT_TRIED = {
+    "no place": ": this model has no such operation",
+    "large": ": embedding and head are large",
+    "not recorded": ": not enough was recorded",
+    "whole": ": the model cannot be run in pieces",
+    "failed": ": trying it failed",
+    "unknown": "",
+}
+
+
 def unseen(item: Invisible | NotTried, dtype: str) -> tuple[str, str]:
     """Why a fault would have gone unseen: what many faults have in common, and what is said of this one alone."""
     if isinstance(item, NotTried):
-        return ("not tried: embedding and head are large" if item.why == "large" else "not tried"), ""
+        return f"not tried{_NOT_TRIED[item.why]}", item.detail
     if item.kind == "no effect":
         return "no effect on this run", f"needs {item.needs}" if item.needs else ""
     return f"drowns in {dtype or 'rounding'}", f"{item.ratio:.1g}x the floor"

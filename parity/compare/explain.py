@@ -14,7 +14,7 @@ from parity.compare.sides import Sides
 from parity.diagnose.error_map import with_error_maps
 from parity.diagnose.idle_faults import refuse_idle
 from parity.diagnose.match import diagnose
-from parity.diagnose.power import power
+from parity.diagnose.power import power, untried
 from parity.diagnose.weak_constants import weak_constants
 from parity.diagnose.workbench import Workbench
 from parity.observer import Observer
@@ -60,7 +60,7 @@ def explain(sides: Sides, judged: Judged, observer: Observer) -> Explained:
     run, model = sides.run, sides.reference.working
     sites, found = judged.sites, judged.findings
     if not model.is_cut:
-        return Explained(sites, found, None)
+        return Explained(sites, found, untried(run.faults, run.dtype) if run.options.power else None)
     bench = Workbench(sides.reference, run.ids, sides.recorded)
     refuse_idle(run.faults, bench)
     if found:

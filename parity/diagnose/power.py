@@ -6,6 +6,7 @@ report that does not say so mistakes blindness for health.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from parity.diagnose.workbench import Workbench
 from parity.faults import Fault, shows_at
 from parity.observer import Observer
 from parity.reasons import Invisible, NotTried
+from parity.record.discover import kind_of
 from parity.reference.one_operation import LoadedPiece
 from parity.reference.pieces import EMBED, HEAD, Piece
 from parity.results import Power
@@ -26,48 +28,75 @@ _SITES_TRIED = 4
 _LARGEST_HEAD = 50_000_000
 
 
+_LAYERS_TRIED = 4
+
+
 @dataclass(frozen=True)
-class _Sight:
-    """The largest ratio that a fault would have had so far."""
+class _Trial:
+    """How a fault would have shown: its largest ratio, and by how much its number was off for it."""
 
     ratio: float
-    applies: bool
+    change: float = 0.0
+    failure: str = ""
 
 
 def power(bench: Workbench, catalogue: Iterable[Fault], observer: Observer, found: Collection[str] = ()) -> Power:
     """Which faults the run behind `bench` would have revealed; those that it has found it could see."""
     faults = list(catalogue)
-    seen = {fault.id: _Sight(VISIBLE if fault.id in found else 0.0, applies=fault.id in found) for fault in faults}
-    pieces = _pieces(bench)
+    trials: dict[str, list[_Trial]] = {fault.id: [] for fault in faults}
+    pieces, opened = _pieces(bench), set[Piece]()
     for done, piece in enumerate(pieces):
         observer.show("what this run could have seen", done, len(pieces))
-        missing = [fault for fault in faults if _worth_a_look(seen[fault.id], piece)]
+        missing = [f for f in faults if f.id not in found and _worth_a_look(trials[f.id], piece)]
         if not missing:
             break
         with bench.piece(piece, tokens=_HEAD_TOKENS) as at:
             if at is not None:
-                for fault, sight in _look(missing, at, bench):
-                    before = seen[fault.id]
-                    seen[fault.id] = _Sight(max(before.ratio, sight.ratio), before.applies or sight.applies)
-    known = [fault for fault in faults if seen[fault.id].applies]
-    untried = [fault for fault in faults if _is_large(bench) and _shows_only_at_ends(fault, bench)]
+                opened.add(piece)
+                for fault, trial in _look(missing, at, bench):
+                    trials[fault.id].append(trial)
+    best = {name: max(tried, key=lambda trial: trial.ratio) for name, tried in trials.items() if tried}
+    visible = [f.id for f in faults if f.id in found or (f.id in best and best[f.id].ratio >= VISIBLE)]
+    hidden = [f for f in faults if f.id in best and f.id not in visible and not best[f.id].failure]
     return Power(
-        visible=tuple(fault.id for fault in known if seen[fault.id].ratio >= VISIBLE),
-        invisible=tuple(_invisible(fault, seen[fault.id].ratio) for fault in known if seen[fault.id].ratio < VISIBLE),
-        not_tried=tuple(NotTried(fault.id, "large") for fault in untried),
+        visible=tuple(visible),
+        invisible=tuple(_invisible(fault, best[fault.id].ratio) for fault in hidden),
+        not_tried=tuple(
+            _not_tried(fault, best.get(fault.id), opened, bench)
+            for fault in faults
+            if fault.id not in visible and fault not in hidden
+        ),
         dtype=str(bench.reference.working.dtype).removeprefix("torch."),
+        seen_from={
+            name: trial.change * VISIBLE / trial.ratio
+            for name, trial in best.items()
+            if trial.change and 0 < trial.ratio < math.inf
+        },
     )
 
 
-def _shows_only_at_ends(fault: Fault, bench: Workbench) -> bool:
+def untried(catalogue: Iterable[Fault], dtype: str) -> Power:
+    """What can be said of a model that cannot be run in pieces."""
+    return Power((), (), tuple(NotTried(fault.id, "whole") for fault in catalogue), dtype)
+
+
+def _not_tried(fault: Fault, trial: _Trial | None, opened: Collection[Piece], bench: Workbench) -> NotTried:
+    if trial is not None and trial.failure:
+        return NotTried(fault.id, "failed", trial.failure)
     model = bench.reference.working
-    inside = any(shows_at(fault, site.name) for site in model.sites_of(0))
-    return not inside and any(shows_at(fault, site.name) for end in (EMBED, HEAD) for site in model.sites_of(end))
+    where = {p for p in model.pieces if any(shows_at(fault, site.name) for site in model.sites_of(p))}
+    if where and where <= {EMBED, HEAD} and _is_large(bench):
+        return NotTried(fault.id, "large")
+    # Where a piece could be run and the fault was not tried, it does not apply.
+    return NotTried(fault.id, "no place" if not where or where & set(opened) else "not recorded")
 
 
 def _pieces(bench: Workbench) -> list[Piece]:
-    """The first and the middle layer and the ends: a fault that none of them shows is not counted as visible."""
-    return [*sorted({0, len(bench.reference.working.layers) // 2}), *(() if _is_large(bench) else (EMBED, HEAD))]
+    """A layer of each kind, the middle one and the ends: a fault that none of them shows is not counted as visible."""
+    layers = bench.reference.working.layers
+    first = {kind_of(layer): number for number, layer in reversed(list(enumerate(layers)))}
+    numbers = sorted({*sorted(first.values())[:_LAYERS_TRIED], len(layers) // 2})
+    return [*numbers, *(() if _is_large(bench) else (EMBED, HEAD))]
 
 
 def _is_large(bench: Workbench) -> bool:
@@ -76,12 +105,13 @@ def _is_large(bench: Workbench) -> bool:
     return bool(config.vocab_size * config.hidden_size > _LARGEST_HEAD)
 
 
-def _worth_a_look(sight: _Sight, piece: Piece) -> bool:
+def _worth_a_look(tried: Sequence[_Trial], piece: Piece) -> bool:
     """Faults seen already need no second look, and those of the layers none at the ends, which are large."""
-    return sight.ratio < VISIBLE and (isinstance(piece, int) or not sight.applies)
+    seen = any(trial.ratio >= VISIBLE for trial in tried)
+    return not seen and (isinstance(piece, int) or not any(not trial.failure for trial in tried))
 
 
-def _look(faults: Sequence[Fault], at: LoadedPiece, bench: Workbench) -> Iterable[tuple[Fault, _Sight]]:
+def _look(faults: Sequence[Fault], at: LoadedPiece, bench: Workbench) -> Iterable[tuple[Fault, _Trial]]:
     names = [name for name in at.recorded if any(shows_at(fault, name) for fault in faults)]
     if not names:
         return
@@ -89,37 +119,49 @@ def _look(faults: Sequence[Fault], at: LoadedPiece, bench: Workbench) -> Iterabl
     floor = bench.compute(at, names, bench.reference.working)
     for fault in faults:
         sites = [name for name in names if shows_at(fault, name)][:_SITES_TRIED]
-        if not sites or not bench.applies(fault, at.piece):
+        if not sites:
             continue
-        value = (
-            next((v for v in fault.number.typical if v != bench.expected(fault, at.piece)), 0.0)
-            if fault.number
-            else 0.0
-        )
-        yield fault, _Sight(_predicted(fault, value, sites, at, bench, truth, floor), applies=True)
+        try:
+            if not bench.applies(fault, at.piece):
+                continue
+            change, value = _change(fault, at, bench)
+            ratio = _predicted(_Case(fault, value, sites, at), bench, truth, floor)
+        except Exception as error:  # a fault is a program that others may write, and no verdict hangs on it
+            yield fault, _Trial(0.0, failure=f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
+        else:
+            yield fault, _Trial(ratio, change)
 
 
-def _predicted(
-    fault: Fault,
-    value: float,
-    sites: Sequence[str],
-    at: LoadedPiece,
-    bench: Workbench,
-    truth: dict[str, Tensor],
-    floor: dict[str, Tensor],
-) -> float:
+def _change(fault: Fault, at: LoadedPiece, bench: Workbench) -> tuple[float, float]:
+    """By how much the fault's number is off where it is tried (0 if that has no size), and the number."""
+    if fault.number is None:
+        return 0.0, 0.0
+    expected = bench.expected(fault, at.piece)
+    value = next((v for v in fault.number.typical if v != expected), 0.0)
+    return (0.0 if fault.number.discrete else abs(value - expected)), value
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A fault with a number, tried at some sites of a loaded piece."""
+
+    fault: Fault
+    value: float
+    sites: Sequence[str]
+    at: LoadedPiece
+
+
+def _predicted(case: _Case, bench: Workbench, truth: dict[str, Tensor], floor: dict[str, Tensor]) -> float:
     """The ratio that a candidate with this fault would have had, at the site where it is largest."""
+    at, fault = case.at, case.fault
     # What only rounds differently equals the reference in the precision of the truth.
     model = bench.reference.working if fault.only_rounds else bench.reference.precise
-    try:
-        faulty = bench.compute(at, sites, model, fault, value)
-    except (RuntimeError, ValueError, IndexError, TypeError, KeyError):
-        return 0.0
+    faulty = bench.compute(at, case.sites, model, fault, case.value)
     largest = 0.0
-    for site in sites:
+    for site in case.sites:
         local = bench.local(LoadedPiece(at.piece, at.input_ids, at.hidden, faulty), site, truth[site], floor[site])
-        largest = max(largest, float("inf") if local.nonfinite else local.ratio)
-        if largest >= VISIBLE:
+        largest = max(largest, math.inf if local.nonfinite else local.ratio)
+        if largest >= VISIBLE and fault.number is None:
             break
     return largest
 

@@ -219,7 +219,7 @@ def _one_of_each_kind(model: nn.Module, layers: Sequence[nn.Module], watch: _Wat
     run: dict[Any, _Ran] = {}
 
     def forward_of(layer: nn.Module) -> Callable[..., Any]:
-        original, kind, name = layer.forward, _kind(layer), names[layer]
+        original, kind, name = layer.forward, kind_of(layer), names[layer]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             took = taken(args, kwargs)
@@ -253,7 +253,7 @@ def _one_of_each_kind(model: nn.Module, layers: Sequence[nn.Module], watch: _Wat
             del layer.forward
 
 
-def _kind(layer: nn.Module) -> tuple[Any, ...]:
+def kind_of(layer: nn.Module) -> tuple[Any, ...]:
     """All that tells one layer from another but its number: classes, sizes and switches of its modules."""
     return tuple(
         (
