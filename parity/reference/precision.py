@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # Bits of precision, the implicit one included: a unit in the last place of x is 2**(exponent(x) - bits).
 PRECISION_BITS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}
-_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+_WIDE = dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), torch.float64) | {
+    torch.complex64: torch.complex128
+}
 
 
 def truth_dtype(working: torch.dtype) -> torch.dtype:
@@ -31,20 +33,37 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 @contextmanager
 def promoted(dtype: torch.dtype) -> Iterator[None]:
-    """Where `dtype` is float64, every cast to a narrower float in the block becomes one to float64."""
+    """Where `dtype` is float64, every operation in the block is done in float64, however its file spells a cast.
+
+    A cast to a narrower float becomes one to float64, a new tensor is one of float64 unless its numbers are no
+    floats, and a narrower tensor from outside is widened where it is used.
+    """
     if dtype is not torch.float64:
         yield
         return
-    with _Promote():  # type: ignore[no-untyped-call]
-        yield
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with _Promote():  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class _Promote(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if kwargs.get("dtype") in _NARROW:
-            kwargs["dtype"] = torch.float64
+        if kwargs.get("dtype") in _WIDE:
+            kwargs["dtype"] = _WIDE[kwargs["dtype"]]
+        if not func.is_view and not func._schema.is_mutable:
+            args = _widened(args)
         return func(*args, **kwargs)
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(_WIDE[value.dtype]) if value.dtype in _WIDE else value
+    return type(value)(map(_widened, value)) if type(value) in (list, tuple) else value
 
 
 def stochastically_rounded(value: torch.Tensor, working: torch.dtype, generator: torch.Generator) -> torch.Tensor:

@@ -126,6 +126,22 @@ def test_promotion_ends_with_its_block_and_leaves_integers_alone(dtype: torch.dt
     assert wide.to(dtype).dtype is dtype, "after an error too"
 
 
+def test_promotion_hears_every_spelling_of_a_cast() -> None:
+    frequencies, wide = torch.rand(5, generator=torch.Generator().manual_seed(2)), draw(5, 3)
+    exact = frequencies.double() @ wide
+    with promoted(F64):
+        # Of a float32 tensor, .float() is no operation at all, and a list of numbers has no dtype of its own.
+        assert torch.equal(frequencies.float() @ wide, exact)
+        assert torch.equal(frequencies[None].expand(2, 5).to(torch.float32)[0] @ wide.to(wide.dtype), exact)
+        assert torch.equal(torch.cat([frequencies, wide[:, 0]]), torch.cat([frequencies.double(), wide[:, 0]]))
+        assert torch.tensor([0.1]).dtype is F64
+        assert torch.zeros(2).dtype is F64
+        assert (torch.arange(3) / 3).dtype is F64
+        assert torch.polar(frequencies, frequencies).dtype is torch.complex128
+        assert torch.zeros(2, dtype=torch.complex64).dtype is torch.complex128
+    assert torch.zeros(2).dtype is torch.float32
+
+
 @pytest.mark.parametrize(
     ("working", "truth"),
     [
