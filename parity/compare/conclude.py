@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 import torch
@@ -13,6 +14,8 @@ from parity.compare.measure import Measured
 from parity.compare.sides import Sides
 from parity.observer import Observer
 from parity.reasons import Inconclusive
+from parity.reference import chance
+from parity.reference.floor import Local
 from parity.results import (
     Check,
     Comparison,
@@ -26,14 +29,16 @@ from parity.results import (
 )
 from parity.run_spec import versions
 
-# The reference's own error is exceeded this many times at the logits only if something is wrong.
-_TOTAL = 4.0
+# The reference's own error is exceeded this many times at the logits only if something is wrong, provided that both
+# are samples of many errors and that single operations are no noisier than the reference's.
+TOTAL = 4.0
 
 
 def conclude(sides: Sides, measured: Measured, explained: Explained, observer: Observer) -> Comparison:
     """The Comparison of a run."""
     sites, end = explained.sites, measured.ending
-    verdict, why = judge_run(sites, explained.findings, sides.checks, end.next_token)
+    limit = total_limit(sites, {name: site.local for name, site in measured.sites.items()})
+    verdict, why = judge_run(sites, explained.findings, sides.checks, end.next_token, limit)
     comparison = Comparison(
         verdict=verdict,
         headline="",
@@ -51,21 +56,40 @@ def conclude(sides: Sides, measured: Measured, explained: Explained, observer: O
     return words.spoken(comparison)
 
 
+def total_limit(sites: Sequence[Measurement], locals_: Mapping[str, Local]) -> float:
+    """How many times as far off as the reference the logits may be, given how noisy the operations are.
+
+    A port that legally sums in plain loops is noisier than a library in each operation, and so in all of them; and
+    the reference's own error at the logits of a few tokens is one draw of a random quantity.
+    """
+    noisy = [locals_[s.site] for s in sites if s.verdict == "rounding"]
+    theirs, ours = sum(local.local_rel**2 for local in noisy), sum(local.reference_rel**2 for local in noisy)
+    noisier = math.sqrt(max(1.0, theirs / ours)) if ours else 1.0
+    logits = logits_of(sites)
+    end = locals_.get(logits.site) if logits else None
+    few = chance.of_sample(chance.in_row(end.width) * end.kinds) if end else 1.0
+    return TOTAL * noisier * few
+
+
 def judge_run(
     sites: Sequence[Measurement],
     bad: Sequence[Finding],
     checks: Sequence[Check],
     next_token: NextToken | None,
+    limit: float = TOTAL,
 ) -> tuple[RunVerdict, Inconclusive | None]:
-    """The verdict of the run, and why it is inconclusive if it is; `bad` are its findings, after diagnosis."""
+    """The verdict of the run, and why it is inconclusive if it is.
+
+    `bad` are its findings, after diagnosis; `limit` is what total_limit allows the logits.
+    """
     if bad:
         return "diverged", None
-    why = _inconclusive(sites, checks, next_token)
+    why = _inconclusive(sites, checks, next_token, limit)
     return ("inconclusive", why) if why else ("match", None)
 
 
 def _inconclusive(
-    sites: Sequence[Measurement], checks: Sequence[Check], next_token: NextToken | None
+    sites: Sequence[Measurement], checks: Sequence[Check], next_token: NextToken | None, limit: float
 ) -> Inconclusive | None:
     if not all(check.ok for check in checks):
         return Inconclusive("check failed")
@@ -74,7 +98,7 @@ def _inconclusive(
         return Inconclusive("no site")
     if logits.verdict == "unmeasured":
         return Inconclusive("logits unmeasured")
-    if logits.total_ratio is not None and not logits.total_ratio <= _TOTAL:
+    if logits.total_ratio is not None and not logits.total_ratio <= limit:
         return Inconclusive("logits off", ratio=logits.total_ratio)
     if next_token is not None and next_token.unexplained_flips:
         return Inconclusive("flips", count=next_token.unexplained_flips)

@@ -13,7 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from parity.reasons import Gap
-from parity.results import ROUNDING, SiteVerdict, Structure
+from parity.results import ROUNDING, SiteVerdict
 from parity.sites import family
 
 if TYPE_CHECKING:
@@ -26,6 +26,11 @@ _COHERENT = 0.05
 _CONCENTRATED = 3.0
 # Truncation instead of rounding to nearest loses 0.7213 of a unit roundoff on average.
 _TRUNCATION_GAIN = -0.7213
+# Of one rounding it would be −0.87 with the value, and less where an operation rounds more than once.
+_TRUNCATION_COSINE = -0.35
+# Fewer sites than this show no rounding mode, and float32 is never made by cutting off bits of something wider.
+_TRUNCATING_SITES = 8
+_FLOAT32 = 2.0**-24
 # A floor that is this much below its family's is no longer put down to chance.
 _LUCKIEST = 4.0
 # Where the reference itself is this far off, relative to the value, nothing can be said of a candidate.
@@ -49,10 +54,16 @@ def rounding_mode(sites: Iterable[Local], roundoff: float) -> RoundingMode:
     noisy = [s for s in sites if not s.must_be_exact and not s.bit_equal and 0 < s.ratio < IMPRECISE]
     if not noisy:
         return RoundingMode(fused=False, truncates=False)
-    gains = [s.structure.gain / roundoff for s in noisy]
-    biased = sum(gain < _TRUNCATION_GAIN / 3 for gain in gains) > 0.7 * len(gains)
-    truncates = biased and median(gains) < _TRUNCATION_GAIN / 2
+    truncates = roundoff > _FLOAT32 and len(noisy) >= _TRUNCATING_SITES and _lean_to_zero(noisy, roundoff)
     return RoundingMode(fused=not truncates and median(s.ratio for s in noisy) > 1.15, truncates=truncates)
+
+
+def _lean_to_zero(sites: Sequence[Local], roundoff: float) -> bool:
+    """Whether most sites lose what truncation loses, and lose it nearly always rather than in the mean."""
+    gains = [s.structure.gain / roundoff for s in sites]
+    biased = sum(gain < _TRUNCATION_GAIN / 3 for gain in gains) > 0.7 * len(gains)
+    loss, leaning = median(gains), median(s.structure.cosine for s in sites)
+    return biased and loss < _TRUNCATION_GAIN / 2 and leaning < _TRUNCATION_COSINE
 
 
 def luck(sites: Mapping[str, Local]) -> dict[str, float]:
@@ -89,21 +100,36 @@ def judge_site(local: Local, mode: RoundingMode, lucky: float = 1.0) -> tuple[Si
         return ("exact", 0.0, "equal") if ratio == 0 else ("wrong", ratio, "moves data only, and must be bit-equal")
     if mode.truncates and ratio <= IMPRECISE / 2 and local.structure.gain < 0:
         return "imprecise", ratio, "truncates where it should round to nearest"
-    if ratio <= ROUNDING:
-        return "rounding", ratio, "within the reference's own rounding"
+    fused = ratio_fused <= ROUNDING and not _follows_value(local)
+    if ratio <= ROUNDING or fused:
+        if not local.row_ratio / lucky <= ROUNDING:
+            return "wrong", local.row_ratio / lucky, _minority(local)
+        if ratio <= ROUNDING:
+            return "rounding", ratio, local.way or "within the reference's own rounding"
+        return "rounding", ratio_fused, "rounding of an operation fused with the one before it"
     if local.all_zero:
         return "wrong", ratio, "all zero"
-    if ratio_fused <= ROUNDING and not _follows_value(local.structure):
-        return "rounding", ratio_fused, "rounding of an operation fused with the one before it"
-    structured = structure_of(local.structure)
+    structured = structure_of(local)
     if ratio <= IMPRECISE and not structured:
         return "imprecise", ratio, "noise, but more of it than this dtype needs"
     return "wrong", ratio, structured or "too large for rounding"
 
 
-def structure_of(s: Structure) -> str:
+def _minority(local: Local) -> str:
+    """Which rows are wrong where most are right."""
+    tokens = local.worst_tokens
+    if not tokens:
+        return "a few rows are far off, the others are rounding"
+    named = ", ".join(map(str, tokens))
+    last = ", the last, which makes the next one," if local.tokens - 1 in tokens else ""
+    plural, verb = ("s", "are") if len(tokens) > 1 else ("", "is")
+    return f"token{plural} {named}{last} {verb} far off, most others are rounding"
+
+
+def structure_of(local: Local) -> str:
     """What shows that an error is no noise, or an empty string."""
-    if _follows_value(s):
+    s = local.structure
+    if _follows_value(local):
         return f"the error follows the value: gain {1 + s.gain:.4g}"
     if _spread(s.by_head) > _CONCENTRATED:
         worst = max(range(len(s.by_head)), key=s.by_head.__getitem__)
@@ -116,9 +142,9 @@ def structure_of(s: Structure) -> str:
     return ""
 
 
-def _follows_value(s: Structure) -> bool:
-    # Chance alone correlates n numbers by about 1/√n.
-    return abs(s.cosine) > max(_COHERENT, 5 / math.sqrt(max(s.elements, 1)))
+def _follows_value(local: Local) -> bool:
+    # Chance alone correlates n numbers by about 1/√n; rows of one kind count once.
+    return abs(local.structure.cosine) > max(_COHERENT, 5 / math.sqrt(max(local.kinds * local.width, 1)))
 
 
 def _spread(profile: Sequence[float]) -> float:

@@ -97,7 +97,7 @@ class Storage:
         """The dtype whose grid the numbers of a candidate's activation lie on."""
         narrow = (torch.bfloat16, torch.float16)
         if candidate.dtype in narrow:
-            return candidate.dtype
+            return candidate.dtype if self.only in (None, candidate.dtype) else self.working
         if self.working in narrow:
             return self.working
         fitting = [d for d in narrow if torch.equal(candidate.to(d).to(candidate.dtype), candidate)]

@@ -13,11 +13,13 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from parity.diagnose.workbench import Workbench
 from parity.faults import Fault, shows_at
+from parity.reference.floor import alike
 from parity.reference.one_operation import LoadedPiece
 from parity.reference.precision import unit_roundoff
 from parity.results import FaultMatch, Finding, Measurement, Reading
@@ -32,6 +34,9 @@ _TIMES_NULL = 1.0
 _LEAST_ROWS = 16
 # Slopes below this share of the step are no fault that anyone has.
 _LEAST_SLOPE = 0.05
+# What a constant moves must be more than legal ways to a factor that all rows share differ by: the mean of a norm, its
+# root, its inverse and the product, each rounded once in float32 or approximated by the hardware.
+_LEAST_EFFECT = 4 * 2.0**-24
 # Layers where the constant is right disagree with those where it is not by more than this share.
 _AGREE = 0.3
 
@@ -40,7 +45,7 @@ _AGREE = 0.3
 class _Sums:
     """What a regression needs of one site: Σ w r g, the same of the reference's error e, Σ w g g, and its noise.
 
-    shared and own are Σ w r e and Σ w e e.
+    shared and own are Σ w r e and Σ w e e, size is Σ w y y of the truth y; rows of one kind (alike) count as one.
     """
 
     site: str
@@ -50,6 +55,7 @@ class _Sums:
     noise: float
     shared: float
     own: float
+    size: float
     rows: int
 
     @property
@@ -130,11 +136,13 @@ def _sums(site: str, candidate: Tensor, truth: Tensor, floor: Tensor, moved: Ten
     r, e, g = (torch.where(visible & x.isfinite(), x, 0).double() for x in (r, e, g))
     least = (0.3 * unit_roundoff(working)) ** 2 * torch.where(visible, truth, 0).double().square().sum(-1)
     weight = 1 / torch.maximum(e.square().sum(-1), least).clamp_min(1e-300)
-    rg, eg, gg = ((x * g).sum(-1) * weight for x in (r, e, g))
+    kinds = alike(truth.flatten(0, -2))
+    rg, eg, gg = (np.bincount(kinds, ((x * g).sum(-1) * weight).flatten().cpu().numpy()) for x in (r, e, g))
     shared, own = (float(((x * e).sum(-1) * weight).sum()) for x in (r, e))
-    slope = float(rg.sum() / gg.sum()) if float(gg.sum()) else 0.0
-    noise = torch.maximum((rg - slope * gg).square(), eg.square()).sum()
-    return _Sums(site, float(rg.sum()), float(eg.sum()), float(gg.sum()), float(noise), shared, own, rg.numel())
+    size = float((torch.where(visible, truth, 0).double().square().sum(-1) * weight).sum())
+    slope = float(rg.sum() / gg.sum()) if gg.sum() else 0.0
+    noise = float(np.maximum(np.square(rg - slope * gg), np.square(eg)).sum())
+    return _Sums(site, float(rg.sum()), float(eg.sum()), float(gg.sum()), noise, shared, own, size, len(rg))
 
 
 def _guilty(found: list[_Sums]) -> list[_Sums]:
@@ -160,7 +168,8 @@ def _is_coherent(found: Sequence[_Sums]) -> bool:
     slope, null = _slope(found), _null(found)
     beyond = max(slope - max(null, 0.0), min(null, 0.0) - slope)
     sigmas = beyond * response / math.sqrt(noise)
-    return beyond > _LEAST_SLOPE and sigmas > _SIGMAS and beyond > _TIMES_NULL * abs(null)
+    effect = abs(slope) * math.sqrt(response / max(sum(s.size for s in found), 1e-300))
+    return effect > _LEAST_EFFECT and beyond > _LEAST_SLOPE and sigmas > _SIGMAS and beyond > _TIMES_NULL * abs(null)
 
 
 def _slope(found: Sequence[_Sums]) -> float:

@@ -22,7 +22,7 @@ class Workbench:
     """A reference, a candidate's record and the pieces in between: where faults are tried."""
 
     def __init__(self, reference: Reference, input_ids: Tensor, recorded: Recorded) -> None:
-        self.reference, self.input_ids, self._recorded = reference, input_ids, recorded
+        self.reference, self.input_ids, self.recorded = reference, input_ids, recorded
         self.sites = {site.name: site for site in reference.working.sites}
 
     @contextmanager
@@ -33,12 +33,12 @@ class Workbench:
         """
         working = self.reference.working
         source = working.source_of(piece)
-        hidden = self._recorded(self.sites[source]) if source else None
+        hidden = self.recorded(self.sites[source]) if source else None
         if source and hidden is None:
             yield None
             return
         ids = self.input_ids
-        inside = {s.name: v for s in working.sites_of(piece) if (v := self._recorded(s)) is not None}
+        inside = {s.name: v for s in working.sites_of(piece) if (v := self.recorded(s)) is not None}
         if piece == HEAD and tokens is not None and hidden is not None:
             # Final norm and head treat every token alike, and a vocabulary is large.
             ids = ids[:, -tokens:]

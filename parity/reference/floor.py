@@ -12,12 +12,16 @@ that, and no port is wrong for not being a library. The last one: a number that 
 norm) is rounded once for each row, and of few rows the reference may have drawn the luckier ones.
 
 The ratio R is the larger of ‖r‖ / ‖floor‖ over the whole tensor and the median of the row ratios: the first
-sees an error anywhere, the second is not swallowed by one row of massive activations.
+sees an error anywhere, the second is not swallowed by one row of massive activations. Beside it stands the worst
+single row, whose floor is no smaller than the usual one: few wrong rows are lost in both. Each is divided by what
+chance may make of so few numbers, or of the worst of so many rows (parity.reference.chance), where that is more
+than the limit allows for; rows that repeat each other, as those of a repeated token do, count once.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from parity.reference import chance
 from parity.reference.precision import unit_roundoff
 from parity.reference.replay import Replayed
 from parity.results import Structure
@@ -40,6 +45,10 @@ _MASKED = -1e30
 _HIDDEN = -1e3
 # A token whose ratio is above this counts as the first one that is wrong.
 _FIRST = 3.0
+# Cosines with random directions, which are about 1, are told apart to this part.
+_STEPS = 64
+# As many tokens are named in the reason for a verdict.
+_NAMED = 8
 _HEADS = f"head{FLATTENED}head_dim"
 Floats = NDArray[np.float64]
 # Elements in a block: a handful of float32 temporaries of this size fit a usual L2 cache.
@@ -50,15 +59,25 @@ _BLOCK = 1 << 15
 class Local:
     """One site's local error against its floor. Relative numbers are ‖·‖ / ‖truth‖, dimensionless.
 
-    ratio is on the strict floor, ratio_fused on the floor that allows for fused operations.
+    ratio is on the strict floor, ratio_fused on the floor that allows for fused operations, and so is row_ratio:
+    the worst row over the usual floor; worst_tokens are those of up to eight such rows, of so many tokens, where rows
+    are tokens'. There are rows of so many kinds (alike), each of so many numbers (width).
+    reference_rel is the reference's own error alone. way says in words which legal way the site was measured against,
+    where it was not the reference's.
     bit_equal means: the same bits as the reference in the working dtype on the same inputs.
     """
 
     ratio: float
     ratio_fused: float
     row_max: float
+    row_ratio: float
+    worst_tokens: tuple[int, ...]
+    tokens: int
+    kinds: int
+    width: int
     local_rel: float
     floor_rel: float
+    reference_rel: float
     inherited_rel: float
     total_ratio: float
     bit_equal: bool
@@ -68,6 +87,7 @@ class Local:
     nonfinite_inputs: bool
     reference_nonfinite: int
     structure: Structure
+    way: str = ""
 
 
 @np.errstate(all="ignore")
@@ -77,15 +97,35 @@ def local_error(site: Replayed, working: torch.dtype, storage: torch.dtype, head
     `storage` is the dtype whose grid the candidate's numbers lie on; `head_dim` splits flattened heads.
     """
     rows = _measure_rows(site, working, storage, head_dim)
+    shape, dims = tuple(site.truth.shape), site.site.dims
     must_be_exact = not (rows.ee.any() or rows.ss.any() or rows.qq.any())
     strict = np.zeros_like(rows.yy) if must_be_exact else rows.floor
-    ratios = _ratio(rows.rr, strict)
+    if site.allowed is not None:
+        strict = np.maximum(strict, _numpy(site.allowed).reshape(-1))
+    fused = strict + rows.qq
+    by_row = _ratio(rows.rr, strict)
+    # What another way may be off by, all of a row shares; in float32 that may be most of any error.
+    freedom = chance.in_row(shape[-1]) if site.allowed is None else 1.0
+    alone = 1.0 if working is torch.float32 else freedom
+    strays: Callable[[float], float] = chance.of_sample if site.allowed is None else chance.of_known
+
+    def stray(count: float) -> float:
+        return strays(freedom * count)
+
+    by_usual = _ratio(rows.rr, _no_less_than_usual(fused, rows.yy)) / _chances(alone, dims, shape)
+    worst = float(by_usual.max()) if by_row.size else 0.0
     return Local(
-        ratio=_statistic(rows.rr, strict, ratios),
-        ratio_fused=_statistic(rows.rr, strict + rows.qq, _ratio(rows.rr, strict + rows.qq)),
-        row_max=float(ratios.max()) if ratios.size else 0.0,
+        ratio=_statistic(rows, strict, stray),
+        ratio_fused=_statistic(rows, fused, stray),
+        row_max=float(by_row.max()) if by_row.size else 0.0,
+        row_ratio=worst,
+        worst_tokens=_tokens(by_usual, worst, dims, shape),
+        tokens=shape[dims.index("token")] if "token" in dims[:-1] else 0,
+        kinds=int(rows.kinds.max()) + 1 if by_row.size else 0,
+        width=shape[-1],
         local_rel=_relative(rows.rr, rows.yy),
         floor_rel=_relative(strict, rows.yy),
+        reference_rel=_relative(rows.ee, rows.yy),
         inherited_rel=_relative(rows.inherited, rows.yy),
         total_ratio=_relative(rows.total, rows.own_total),
         bit_equal=rows.counts["different"] == 0,
@@ -94,7 +134,7 @@ def local_error(site: Replayed, working: torch.dtype, storage: torch.dtype, head
         nonfinite=rows.counts["candidate nonfinite"],
         nonfinite_inputs=rows.counts["truth nonfinite"] > 0,
         reference_nonfinite=rows.counts["floor nonfinite"],
-        structure=_structure(rows, strict, site.site.dims, tuple(site.truth.shape)),
+        structure=_structure(rows, strict, dims, shape),
     )
 
 
@@ -105,11 +145,13 @@ class _Rows:
     rr, ee, ss, qq, yy: the local error, the reference's error, that of storage, that of jitter, and the truth;
     ry: error times truth; floor: the strict floor; inherited, total, own_total: see Measurement.
     channels and heads: energy of the error in units of each row's floor, by last-axis index and by head.
+    kinds: for each row the number of its kind (alike).
     """
 
     channels: Floats
     heads: Floats
     counts: dict[str, int]
+    kinds: NDArray[np.int64]
     rr: Floats
     ee: Floats
     ss: Floats
@@ -138,8 +180,26 @@ def _measure_rows(site: Replayed, working: torch.dtype, storage: torch.dtype, he
         channels,
         channels.reshape(heads, -1).sum(-1),
         {key: sum(block.counts[key] for block in blocks) for key in blocks[0].counts},
+        alike(flat.truth),
         *_numpy(torch.cat([block.rows for block in blocks], -1)),
     )
+
+
+def alike(rows: Tensor) -> NDArray[np.int64]:
+    """For each of some rows (n, width) the number of its kind: rows that are multiples of each other are of one.
+
+    Rounding errors of equal rows are equal, and those of rows that differ by rounding nearly so: told by the cosines
+    with three fixed directions, to a hundredth of what is usual between rows of different tokens.
+    """
+    width = rows.shape[-1]
+    directions = torch.randn(width, 3, generator=torch.Generator().manual_seed(width), dtype=torch.float32)
+    plain = rows.float().nan_to_num(0, 0, 0)
+    cosines = (
+        plain @ directions.to(rows.device) / torch.linalg.vector_norm(plain, dim=-1, keepdim=True).clamp_min(1e-30)
+    )
+    steps = (cosines.double() * _STEPS).round().long().cpu().numpy()
+    found: NDArray[np.int64] = np.unique(steps @ np.array([1, 1 << 20, 1 << 40]), return_inverse=True)[1]
+    return found
 
 
 def _numpy(sums: Tensor) -> Floats:
@@ -238,11 +298,46 @@ def _ratio(squares: Floats, floor: Floats) -> Floats:
     return np.sqrt(np.where(squares == 0, 0.0, squares / floor))
 
 
-def _statistic(squares: Floats, floor: Floats, rows: Floats) -> float:
-    if not rows.size:
+def _statistic(rows: _Rows, floor: Floats, stray: Callable[[float], float]) -> float:
+    """The ratio over all rows or in their middle, less what chance makes of so many rows."""
+    by_row = _ratio(rows.rr, floor)
+    if not by_row.size:
         return 0.0
-    middle = (rows.size - 1) // 2
-    return max(_relative(squares, floor), float(np.partition(rows, middle)[middle]))
+    energies = np.bincount(rows.kinds, floor)
+    # As many rows of equal size would make a mean as uncertain: one if one row outweighs all others.
+    counting = energies.sum() ** 2 / max(np.square(energies).sum(), 1e-300)
+    middle = (by_row.size - 1) // 2
+    return max(
+        chance.less(_relative(rows.rr, floor), stray(counting)),
+        chance.less(float(np.partition(by_row, middle)[middle]), stray(energies.size)),
+    )
+
+
+def _no_less_than_usual(floor: Floats, size: Floats) -> Floats:
+    """The floor of each row, or what is usual relative to its size: a row's own floor may be small by chance."""
+    some = size > 0
+    return np.maximum(floor, np.median(floor[some] / size[some]) * size) if some.any() else floor
+
+
+def _chances(freedom: float, dims: Dims, shape: tuple[int, ...]) -> Floats:
+    """By how much each row may stray by chance, as the worst of all; those of the last token among themselves."""
+    rows = math.prod(shape[:-1])
+    every = np.full(shape[:-1], chance.of_worst_row(freedom, rows))
+    if "token" in dims[:-1] and rows:
+        axis = dims.index("token")
+        last = (slice(None),) * axis + (-1,)
+        every[last] = chance.of_worst_row(freedom, rows // shape[axis])
+    return every.reshape(-1)
+
+
+def _tokens(by_row: Floats, worst: float, dims: Dims, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The tokens of the worst rows, in their order; none where a row is no token's."""
+    if "token" not in dims[:-1] or not by_row.size:
+        return ()
+    rest = tuple(i for i, dim in enumerate(dims[:-1]) if dim != "token")
+    by_token = by_row.reshape(shape[:-1]).max(rest) if rest else by_row
+    bad = np.flatnonzero(by_token >= worst / 2)
+    return tuple(sorted(bad[np.argsort(-by_token[bad], kind="stable")][:_NAMED].tolist()))
 
 
 def _relative(squares: Floats, size: Floats) -> float:

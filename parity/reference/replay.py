@@ -15,13 +15,14 @@ Five passes over each piece while its weights are in memory:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from parity.record.tap import Tap
+from parity.reference.legal_ways import straying
 from parity.reference.pieces import Piece, PiecewiseModel
 from parity.reference.precision import jittered, stochastically_rounded, truth_dtype
 from parity.sites import Site
@@ -34,7 +35,8 @@ class Replayed:
     """One site after all passes; every tensor in the reference's layout, in its own dtype.
 
     `candidate` is None where the candidate did not record the site; `own` is the reference's plain run.
-    `summands` is the length of the sums behind each number (PiecewiseModel.summands).
+    `summands` is the length of the sums behind each number (PiecewiseModel.summands); `allowed` is the square of how
+    far each row may be off the truth in another legal way, (…) for values (…, features).
     """
 
     site: Site
@@ -46,6 +48,7 @@ class Replayed:
     jitter: Tensor
     summands: int
     noise: tuple[Tensor, ...] = ()
+    allowed: Tensor | None = None
 
 
 class Reference:
@@ -61,16 +64,18 @@ class Reference:
         self.precise.prepare(input_ids)
 
     def replay(
-        self, input_ids: Tensor, candidate: Callable[[Site], Tensor | None], noise: int = 0
+        self, input_ids: Tensor, candidate: Callable[[Site], Tensor | None], noise: int = 0, ways: int = 0
     ) -> Iterator[tuple[Piece, list[Replayed]]]:
         """The sites of one piece after another, each piece in order of execution.
 
         `candidate(site)` gives the recorded activation in the reference's layout, or None. `noise` more passes
-        round every site stochastically: what rounding may add up to, in no particular implementation.
+        round every site stochastically: what rounding may add up to, in no particular implementation. `ways` more
+        replays stray as legal ways may (parity.reference.legal_ways): how far is in `allowed`.
         """
         recorded: dict[str, Tensor] = {}
         passes = self._passes(recorded)
         noisy = [_Pass(self.precise, self._noisy(seed)) for seed in range(noise)]
+        strayed = [_Pass(self.precise, _replacing(recorded)) for _ in range(ways)]
         for piece in self.working.pieces:
             sites = self.working.sites_of(piece)
             recorded.clear()
@@ -78,10 +83,15 @@ class Reference:
             with self.working.loaded(piece), self.precise.loaded(piece):
                 for one in (*passes.values(), *noisy):
                     one.run(piece, input_ids)
-            yield (
-                piece,
-                [_gather(s, recorded.get(s.name), passes, self.working.summands(s), noisy) for s in sites],
-            )
+                for seed, one in enumerate(strayed):
+                    with straying(piece, seed)(self.precise):
+                        one.run(piece, input_ids)
+            gathered = [_gather(s, recorded.get(s.name), passes, self.working.summands(s), noisy) for s in sites]
+            if strayed:
+                gathered = [
+                    replace(s, allowed=mean_square(s.truth, (w.values[s.site.name] for w in strayed))) for s in gathered
+                ]
+            yield piece, gathered
 
     def _noisy(self, seed: int) -> Tap:
         generator = torch.Generator(self.working.device).manual_seed(seed)
@@ -95,9 +105,6 @@ class Reference:
         def as_computed(_site: str, fresh: Tensor) -> Tensor:
             return fresh
 
-        def as_recorded(site: str, fresh: Tensor) -> Tensor:
-            return recorded[site].to(fresh.device, fresh.dtype) if site in recorded else fresh
-
         def moved(site: str, fresh: Tensor) -> Tensor:
             if site not in recorded:
                 return fresh
@@ -106,10 +113,15 @@ class Reference:
         return {
             "own": _Pass(self.working, as_computed),
             "ideal": _Pass(self.precise, as_computed),
-            "truth": _Pass(self.precise, as_recorded),
-            "floor": _Pass(self.working, as_recorded),
+            "truth": _Pass(self.precise, _replacing(recorded)),
+            "floor": _Pass(self.working, _replacing(recorded)),
             "jitter": _Pass(self.precise, moved),
         }
+
+
+def _replacing(recorded: dict[str, Tensor]) -> Tap:
+    """What the candidate recorded flows on."""
+    return lambda site, fresh: recorded[site].to(fresh.device, fresh.dtype) if site in recorded else fresh
 
 
 @dataclass
@@ -132,6 +144,16 @@ class _Pass:
         # A replaced input is overwritten in place, so the fresh value must be kept apart.
         self.values[site] = fresh if onward is fresh else fresh.clone()
         return onward
+
+
+def mean_square(truth: Tensor, others: Iterable[Tensor]) -> Tensor:
+    """How far other values are off the truth (…, features), row by row: the mean over them of the sums of squares."""
+    squares = [torch.where(truth.isfinite(), other - truth, 0).square().sum(-1) for other in others]
+    return torch.stack(squares).mean(0)
+
+
+def _allowing(site: Replayed, strayed: list[_Pass]) -> Replayed:
+    return replace(site, allowed=mean_square(site.truth, (one.values[site.site.name] for one in strayed)))
 
 
 def _gather(

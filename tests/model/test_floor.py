@@ -179,7 +179,7 @@ def test_one_token_is_enough() -> None:
     assert case.judged(lambda own: own).ratio == pytest.approx(1, abs=0.1)
     wrong = case.judged(lambda own: own * 1.0625)
     assert wrong.ratio > 4
-    assert wrong.structure.by_token == (pytest.approx(wrong.ratio, rel=1e-3),)
+    assert wrong.structure.by_token == (pytest.approx(wrong.row_max, rel=1e-3),)
     assert wrong.structure.first_token == 0
 
 
@@ -195,7 +195,7 @@ def test_one_row_may_have_rounded_its_scale_worse_than_the_reference_but_not_all
 def test_one_number_is_enough() -> None:
     case = Case(lambda x: x * 3, (torch.tensor([[[1.37]]]),))
     assert case.judged(lambda own: own).ratio <= 1
-    assert case.judged(lambda own: own * 2).ratio > 100
+    assert case.judged(lambda own: own * 2).ratio > 50, "not even of one number is that chance"
 
 
 def test_an_empty_tensor_measures_nothing() -> None:

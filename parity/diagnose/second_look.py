@@ -1,0 +1,105 @@
+"""A second look at sites in doubt: does a legal way of computing them in float32 explain what the candidate has?
+
+First the nearest of the known orders of summation, then whatever order there may be, within what it may be off by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from parity.diagnose.workbench import Workbench
+from parity.reference import one_operation
+from parity.reference.floor import Local, local_error
+from parity.reference.legal_ways import WAYS, straying, summing
+from parity.reference.one_operation import LoadedPiece
+from parity.reference.replay import Replayed, mean_square
+
+# Passes whose sums, products and tables are moved at random; each says of every row how far off it may be.
+_DRAWS = 4
+# No legal way leads farther, in units of the floor: a plain loop of 65,536 terms may be off by 65 unit roundoffs, and a
+# floor is at least 0.3 of one.
+_FARTHEST = 256.0
+ANY = "sums in an order of its own"
+
+InDoubt = Callable[[str, Local], bool]
+
+
+def second_look(measured: Mapping[str, Local], in_doubt: InDoubt, bench: Workbench) -> dict[str, Local]:
+    """The sites in doubt for which a legal way leaves no doubt, measured against that way.
+
+    Nothing is asked of dtypes narrower than float32, in which no order of summation shows.
+    """
+    model = bench.reference.working
+    doubtful = [n for n, local in measured.items() if in_doubt(n, local) and local.ratio <= _FARTHEST]
+    if model.dtype is not torch.float32 or not model.is_cut or not doubtful:
+        return {}
+    cleared: dict[str, Local] = {}
+    across: list[str] = []
+    for piece in dict.fromkeys(model.piece_of(name) for name in doubtful):
+        names = [name for name in doubtful if model.piece_of(name) == piece]
+        with bench.piece(piece) as at:
+            if at is None:
+                across += names
+            else:
+                cleared |= _cleared(at, names, measured, in_doubt, bench)
+    return cleared | (_across_pieces(across, in_doubt, bench) if across else {})
+
+
+def _across_pieces(names: Collection[str], in_doubt: InDoubt, bench: Workbench) -> dict[str, Local]:
+    """The same where nothing that goes into a piece was recorded: all of the replay once more."""
+    working, cleared = bench.reference.working, dict[str, Local]()
+    for _, sites in bench.reference.replay(bench.input_ids, bench.recorded, ways=_DRAWS):
+        for site in sites:
+            if site.site.name in names:
+                found = replace(local_error(site, working.dtype, working.dtype, working.head_dim), way=ANY)
+                if not in_doubt(site.site.name, found):
+                    cleared[site.site.name] = found
+    return cleared
+
+
+def _cleared(
+    at: LoadedPiece, names: Sequence[str], measured: Mapping[str, Local], in_doubt: InDoubt, bench: Workbench
+) -> dict[str, Local]:
+    left = list(names)
+    truth, floor = (bench.compute(at, left, model) for model in (bench.reference.precise, bench.reference.working))
+    cleared: dict[str, Local] = {}
+    for about, ways in _attempts(at, left, truth, bench):
+        for name in [name for name in left if name in ways]:
+            old = measured[name]
+            found = _against(at, name, ways[name], floor[name].to(truth[name]) - truth[name], bench)
+            found = replace(found, way=about, inherited_rel=old.inherited_rel, total_ratio=old.total_ratio)
+            if not in_doubt(name, found):
+                cleared[name] = found
+                left.remove(name)
+        if not left:
+            break
+    return cleared
+
+
+# The truth in another way, and the square of how far each row may be off it, where that is not known.
+Other = tuple[Tensor, Tensor | None]
+
+
+def _attempts(
+    at: LoadedPiece, names: Sequence[str], truth: Mapping[str, Tensor], bench: Workbench
+) -> Iterator[tuple[str, dict[str, Other]]]:
+    """One way after another: what it is called, and what it makes of the sites."""
+    precise, names = bench.reference.precise, list(names)
+    for way in WAYS:
+        values = one_operation.run(precise, at, names, summing(way))
+        # What has no sum in it is the same in every way.
+        yield way.about, {n: (v, None) for n, v in values.items() if not torch.equal(v, truth[n])}
+    strayed = [one_operation.run(precise, at, names, straying(at.piece, seed)) for seed in range(_DRAWS)]
+    yield ANY, {name: (truth[name], mean_square(truth[name], (one[name] for one in strayed))) for name in names}
+
+
+def _against(at: LoadedPiece, name: str, other: Other, error: Tensor, bench: Workbench) -> Local:
+    """The candidate measured against the truth in another way; `error` is the reference's own."""
+    working, site, (truth, allowed) = bench.reference.working, bench.sites[name], other
+    candidate, floor, summands = at.recorded[name], truth + error, working.summands(site)
+    replayed = Replayed(site, truth, truth, candidate, truth, floor, truth, summands, allowed=allowed)
+    return local_error(replayed, working.dtype, working.dtype, working.head_dim)
