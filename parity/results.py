@@ -1,7 +1,4 @@
-"""What a comparison found: plain numbers that serialize to JSON and back.
-
-Measurement (one site) → Finding (one wrong operation) → Comparison (one run). Reports see nothing else.
-"""
+"""What was found, as plain numbers: Measurement (a site) → Finding (a wrong operation) → Comparison (a run)."""
 
 from __future__ import annotations
 
@@ -305,30 +302,3 @@ class Comparison:
     def logits(self) -> Measurement | None:
         """The measurement of the logits; None if the model has no site."""
         return logits_of(self.sites)
-
-
-SiteState = Literal["present", "missing", "misshapen", "ambiguous"]
-
-
-@dataclass(frozen=True)
-class FamilyCheck:
-    """The sites of one family that are in the same state, and what that means for them."""
-
-    family: str
-    state: SiteState
-    layers: tuple[int, ...]
-    sites: int
-    detail: str
-
-
-@dataclass(frozen=True)
-class DumpCheck:
-    """What `parity check` knows of a dump. `unknown` are names that the reference has not."""
-
-    families: tuple[FamilyCheck, ...]
-    unknown: tuple[str, ...]
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every site can be measured."""
-        return all(f.state == "present" for f in self.families)

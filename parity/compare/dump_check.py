@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from parity import words
 from parity.compare.align import AmbiguousLayoutError, align
 from parity.dump import Dump
+from parity.dump_coverage import DumpCheck, FamilyCheck, SiteState
 from parity.reasons import Gap
 from parity.record.discover import with_sizes
 from parity.reference.pieces import PiecewiseModel
-from parity.results import DumpCheck, FamilyCheck, SiteState
 from parity.sites import Site, branch, family, layer_of
 
 

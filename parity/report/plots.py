@@ -7,43 +7,38 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from parity.errors import UsageError
+from parity.report.canvas import (
+    BAD,
+    COLOURS,
+    DARK,
+    GOOD,
+    INK,
+    SETTINGS,
+    SOFT,
+    clipped,
+    finite,
+    log_scale,
+    new_figure,
+    powers,
+    tick,
+)
 from parity.report.grid import STEPS, Cell, grid
 from parity.report.layers import by_depth
 from parity.report.summaries import worst_site
-from parity.report.text import quoted, visible
+from parity.report.text import quoted
 from parity.results import Comparison, LogitSample, Measurement, NextToken, Residual, Structure, Token
 from parity.sites import group_label, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.ticker import Formatter
 
 Whole = Callable[[Path], AbstractContextManager[Path]]
 # Findings after these are in the report but get no pictures of their own.
 MOST_FINDINGS = 8
-_SETTINGS: Any = {
-    "svg.hashsalt": "parity",
-    "svg.fonttype": "path",
-    "font.family": "DejaVu Sans",
-    "font.size": 9.0,
-    "text.parse_math": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#5b646d",
-    "axes.titlesize": 10.0,
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "savefig.facecolor": "white",
-    "path.simplify": False,
-}
-_INK, _SOFT, _GOOD, _BAD = "#1c2126", "#74807c", "#1f6b46", "#b5355c"
-# The colours of the page's map, light to dark; the last is for what was not measured.
-_COLOURS = ("#eaf0ee", "#fdebc3", "#fdd28f", "#f9ab69", "#e8714f", "#b5355c", "#57184f")
-_DARK = 5
 
 
 def write(comparison: Comparison, folder: Path, whole: Whole = nullcontext) -> dict[str, Path]:
@@ -63,7 +58,7 @@ def write(comparison: Comparison, folder: Path, whole: Whole = nullcontext) -> d
     # What a matplotlibrc of the user says would change the bytes.
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_SETTINGS)
+        matplotlib.rcParams.update(SETTINGS)
         for name, draw in _pictures(comparison).items():
             figure = draw()
             # Laid out once: the same place for everything in both files, in half the time.
@@ -96,93 +91,42 @@ def _pictures(comparison: Comparison) -> dict[str, Callable[[], Figure]]:
     return pictures
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    return figure, list(axes.flat)
-
-
-def _drawable(text: str) -> str:
-    """The text with escapes for what the font lacks."""
-    from matplotlib import font_manager
-
-    known = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
-    return "".join(c if ord(c) in known else f"\\u{ord(c):04x}" for c in visible(text))
-
-
-def _clipped(text: str, most: int) -> str:
-    shown = _drawable(text)
-    return shown if len(shown) <= most else "…" + shown[-most + 1 :]
-
-
-def _finite(values: Sequence[float | None]) -> list[float]:
-    return [math.nan if v is None or not math.isfinite(v) else v for v in values]
-
-
 # -- error by depth -------------------------------------------------------------------------------------------
 
 
 def _depth(comparison: Comparison) -> Figure:
     points = by_depth(comparison.sites)
     places = [float(i) for i in range(len(points))]
-    figure, (axes,) = _figure(9.0, 3.4)
-    low, high = _finite([p.floor_low for p in points]), _finite([p.floor_high for p in points])
+    figure, (axes,) = new_figure(9.0, 3.4)
+    low, high = finite([p.floor_low for p in points]), finite([p.floor_high for p in points])
     axes.bar(
         places,
         [b - a * 0.97 for a, b in zip(low, high, strict=True)],
         bottom=[a * 0.97 for a in low],
         width=1.0,
-        color=_GOOD,
+        color=GOOD,
         alpha=0.22,
         linewidth=0,
         label="floor: what rounding makes",
     )
-    axes.plot(places, _finite([p.total for p in points]), color=_INK, linewidth=1.5, label="total error")
-    inherited = _finite([p.inherited for p in points])
-    axes.plot(places, inherited, color=_SOFT, linewidth=1.2, linestyle="--", label="inherited")
-    for bad, colour, size, label in ((False, _GOOD, 14, "local error"), (True, _BAD, 30, "local, not rounding")):
+    axes.plot(places, finite([p.total for p in points]), color=INK, linewidth=1.5, label="total error")
+    inherited = finite([p.inherited for p in points])
+    axes.plot(places, inherited, color=SOFT, linewidth=1.2, linestyle="--", label="inherited")
+    for bad, colour, size, label in ((False, GOOD, 14, "local error"), (True, BAD, 30, "local, not rounding")):
         chosen = [(x, p.local) for x, p in zip(places, points, strict=True) if p.bad == bad and p.local]
         if chosen:
             axes.scatter(
-                [x for x, _ in chosen], _finite([y for _, y in chosen]), s=size, color=colour, label=label, zorder=3
+                [x for x, _ in chosen], finite([y for _, y in chosen]), s=size, color=colour, label=label, zorder=3
             )
-    _log_scale(axes, [v for p in points for v in (p.local, p.floor_low, p.floor_high, p.total, p.inherited)])
+    log_scale(axes, [v for p in points for v in (p.local, p.floor_low, p.floor_high, p.total, p.inherited)])
     every = max(1, math.ceil(len(points) / 36))
     shown = [i for i in range(len(points)) if i % every == 0]
-    axes.set_xticks(shown, [_tick(points[i].label) for i in shown], rotation=90, fontsize=7)
+    axes.set_xticks(shown, [tick(points[i].label) for i in shown], rotation=90, fontsize=7)
     axes.set_xlim(-0.7, max(len(points) - 0.3, 0.7))
     axes.set_ylabel("error, relative to the value")
     axes.set_title("Error by depth")
     figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     return figure
-
-
-def _tick(label: str) -> str:
-    last = label.rpartition(".")[2]
-    return last if last.isdigit() else _clipped(label, 14)
-
-
-def _log_scale(axes: Axes, values: Sequence[float | None], unit: str = "") -> None:
-    """A logarithmic axis where there is anything that it can show; labels without mathematics."""
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    if not any(v is not None and math.isfinite(v) and v > 0 for v in values):
-        return
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(numticks=8))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(_powers(unit))
-
-
-def _powers(unit: str) -> Formatter:
-    """Labels of a logarithmic axis, in plain letters."""
-    from matplotlib.ticker import FuncFormatter
-
-    return FuncFormatter(lambda v, _: f"{v:g}{unit}" if 1e-3 < v < 1e5 else f"{v:.0e}{unit}")
 
 
 # -- the map --------------------------------------------------------------------------------------------------
@@ -191,11 +135,11 @@ def _powers(unit: str) -> Formatter:
 def _map(comparison: Comparison) -> Figure:
     table = grid(comparison.sites)
     rows, columns = len(table.rows), max([len(table.columns), *(len(row.cells) for row in table.rows)])
-    heads, labels = [_clipped(name, 28) for name in table.columns], [_clipped(r.label, 18) for r in table.rows]
+    heads, labels = [clipped(name, 28) for name in table.columns], [clipped(r.label, 18) for r in table.rows]
     # Inches: what the labels need, and so much for each cell.
     left, top, bottom = 0.2 + 0.07 * max(map(len, labels)), 0.2 + 0.07 * max(map(len, heads), default=0), 0.35
     width, height = left + 0.36 * columns + 0.15, top + 0.2 * rows + bottom
-    figure, (axes,) = _figure(width, height)
+    figure, (axes,) = new_figure(width, height)
     figure.set_layout_engine("none")
     axes.set_position((left / width, bottom / height, 0.36 * columns / width, 0.2 * rows / height))
     _cells(axes, [(x, y, c) for y, row in enumerate(table.rows) for x, c in enumerate(row.cells) if c is not None])
@@ -208,7 +152,7 @@ def _map(comparison: Comparison) -> Figure:
     for side in axes.spines.values():
         side.set_visible(False)
     words = "empty: bit-equal or rounding     ?: unmeasured     a number: times the floor"
-    figure.text(left / width, 0.1 / height, words, fontsize=7.5, color=_SOFT)
+    figure.text(left / width, 0.1 / height, words, fontsize=7.5, color=SOFT)
     return figure
 
 
@@ -219,10 +163,10 @@ def _cells(axes: Axes, cells: Sequence[tuple[int, int, Cell]]) -> None:
     patches, faces, edges = [], [], []
     for x, y, cell in cells:
         patches.append(Rectangle((x + 0.05, y + 0.07), 0.9, 0.86))
-        faces.append(_COLOURS[cell.step] if cell.step >= 0 else "white")
-        edges.append(_INK if cell.verdict in ("wrong", "nonfinite") else "#c8cdcb" if cell.step < 0 else "white")
+        faces.append(COLOURS[cell.step] if cell.step >= 0 else "white")
+        edges.append(INK if cell.verdict in ("wrong", "nonfinite") else "#c8cdcb" if cell.step < 0 else "white")
         if cell.verdict not in ("exact", "rounding"):
-            ink = "white" if cell.step >= _DARK else _SOFT if cell.step <= 0 else _INK
+            ink = "white" if cell.step >= DARK else SOFT if cell.step <= 0 else INK
             axes.text(x + 0.5, y + 0.53, cell.glyph, ha="center", va="center", fontsize=6.5, color=ink)
     axes.add_collection(PatchCollection(patches, facecolors=faces, edgecolors=edges, linewidths=0.8))
 
@@ -232,7 +176,7 @@ def _cells(axes: Axes, cells: Sequence[tuple[int, int, Cell]]) -> None:
 
 def _finding(m: Measurement, residual: Residual | None, tokens: int) -> Callable[[], Figure]:
     assert m.structure is not None, "asked for only where there is one"
-    title = f"{_clipped(group_label(m.site), 20)}  {_clipped(short(m.site), 40)}"
+    title = f"{clipped(group_label(m.site), 20)}  {clipped(short(m.site), 40)}"
     if residual is None:
         return partial(_profile, title, m.structure, tokens)
     return partial(_residual, title, m.structure, residual, tokens)
@@ -241,7 +185,7 @@ def _finding(m: Measurement, residual: Residual | None, tokens: int) -> Callable
 def _profile(title: str, structure: Structure, tokens: int) -> Figure:
     """The ratio by token, and by head where the site has heads."""
     panels = 1 + (len(structure.by_head) > 1)
-    figure, axes = _figure(9.0, 2.6, 1, panels)
+    figure, axes = new_figure(9.0, 2.6, 1, panels)
     _bars(axes[0], structure.by_token, structure.pooled)
     axes[0].set_xlabel("token")
     axes[0].set_ylabel("local error / floor")
@@ -257,7 +201,7 @@ def _residual(title: str, structure: Structure, residual: Residual, tokens: int)
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure(9.0, 4.4, 2, 1)
+    figure, axes = new_figure(9.0, 4.4, 2, 1)
     rows, columns = len(residual.ratios), len(residual.ratios[0])
     wide, high = math.ceil(tokens / rows), math.ceil(residual.size / columns)
     worst = [max(row) for row in residual.ratios]
@@ -275,7 +219,7 @@ def _residual(title: str, structure: Structure, residual: Residual, tokens: int)
         aspect="auto",
         interpolation="none",
         extent=(-0.5, rows * wide - 0.5, columns * high - 0.5, -0.5),
-        cmap=LinearSegmentedColormap.from_list("ratio", _COLOURS),
+        cmap=LinearSegmentedColormap.from_list("ratio", COLOURS),
         norm=LogNorm(1.0, most, clip=True),
     )
     axes[1].set_ylim(residual.size - 0.5, -0.5)
@@ -284,21 +228,21 @@ def _residual(title: str, structure: Structure, residual: Residual, tokens: int)
     axes[1].set_ylabel(residual.columns if high == 1 else f"{residual.columns}, {high} in a row")
     for panel in axes:
         panel.set_xlim(-0.5, tokens - 0.5)
-    bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=35, format=_powers("x"))
+    bar = figure.colorbar(image, ax=axes, pad=0.01, aspect=35, format=powers("x"))
     bar.minorticks_off()
     return figure
 
 
 def _bars(axes: Axes, values: Sequence[float], width: int) -> None:
     edges = [i * width - 0.5 for i in range(len(values) + 1)]
-    drawn = _finite(values)
+    drawn = finite(values)
     high = max([4.0, *(v for v in drawn if not math.isnan(v))])
     # What is not finite reaches the upper edge.
     drawn = [high * 4 if not math.isfinite(v) else v for v in values]
-    axes.stairs([v if v > STEPS[0] else math.nan for v in drawn], edges, baseline=0.5, fill=True, color=_COLOURS[4])
+    axes.stairs([v if v > STEPS[0] else math.nan for v in drawn], edges, baseline=0.5, fill=True, color=COLOURS[4])
     axes.stairs([v if v <= STEPS[0] else math.nan for v in drawn], edges, baseline=0.5, fill=True, color="#aab4b0")
-    axes.axhline(1.0, color=_INK, linewidth=0.8, linestyle="--")
-    _log_scale(axes, [1.0], "x")
+    axes.axhline(1.0, color=INK, linewidth=0.8, linestyle="--")
+    log_scale(axes, [1.0], "x")
     axes.set_ylim(0.5, high * 1.5)
 
 
@@ -307,8 +251,8 @@ def _bars(axes: Axes, values: Sequence[float], width: int) -> None:
 
 def _next_token(token: NextToken) -> Figure:
     """The top tokens of both sides with their logits."""
-    figure, axes = _figure(9.0, 2.4, 1, 2)
-    sides = (("reference", token.reference, _SOFT), ("candidate", token.candidate, _COLOURS[4]))
+    figure, axes = new_figure(9.0, 2.4, 1, 2)
+    sides = (("reference", token.reference, SOFT), ("candidate", token.candidate, COLOURS[4]))
     for panel, (title, top, colour) in zip(axes, sides, strict=True):
         _top(panel, title, top, colour)
     return figure
@@ -316,9 +260,9 @@ def _next_token(token: NextToken) -> Figure:
 
 def _top(axes: Axes, title: str, top: Sequence[Token], colour: str) -> None:
     places = list(range(len(top)))
-    logits = _finite([t.logit for t in top])
+    logits = finite([t.logit for t in top])
     axes.barh(places, logits, color=colour, height=0.7)
-    axes.set_yticks(places, [_clipped(quoted(t.text), 24) for t in top])
+    axes.set_yticks(places, [clipped(quoted(t.text), 24) for t in top])
     axes.invert_yaxis()
     axes.set_xlabel("logit")
     axes.set_title(title)
@@ -326,13 +270,13 @@ def _top(axes: Axes, title: str, top: Sequence[Token], colour: str) -> None:
 
 def _logits(sample: LogitSample) -> Figure:
     """Each token as a point: what the reference makes of it, and what the candidate does."""
-    figure, (axes,) = _figure(4.6, 4.6)
+    figure, (axes,) = new_figure(4.6, 4.6)
     points = [pair for pair in zip(sample.reference, sample.candidate, strict=True) if all(map(math.isfinite, pair))]
     ends = [f(value for pair in points for value in pair) for f in (min, max)] if points else [0.0, 1.0]
     margin = 0.04 * (ends[1] - ends[0]) or 1.0
     ends = [ends[0] - margin, ends[1] + margin]
-    axes.plot(ends, ends, color=_INK, linewidth=0.8, linestyle="--", zorder=1)
-    axes.scatter([x for x, _ in points], [y for _, y in points], s=9, color=_COLOURS[_DARK], alpha=0.45, linewidth=0)
+    axes.plot(ends, ends, color=INK, linewidth=0.8, linestyle="--", zorder=1)
+    axes.scatter([x for x, _ in points], [y for _, y in points], s=9, color=COLOURS[DARK], alpha=0.45, linewidth=0)
     axes.set_xlim(*ends)
     axes.set_ylim(*ends)
     axes.set_aspect("equal")

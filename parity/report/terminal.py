@@ -10,6 +10,7 @@ from rich.text import Text
 
 from parity import words
 from parity.columns import LAYER_COLUMNS, SITE_COLUMNS
+from parity.dump_coverage import DumpCheck
 from parity.report.layers import LayerRow, rows
 from parity.report.summaries import invisible
 from parity.report.text import (
@@ -26,7 +27,7 @@ from parity.report.text import (
     visible,
     where,
 )
-from parity.results import SEVERITY, Comparison, DumpCheck, Finding
+from parity.results import SEVERITY, Comparison, Finding
 
 CHECK_STYLES = {"present": "green", "missing": "yellow", "misshapen": "bold red", "ambiguous": "bold red"}
 _MOST_UNKNOWN = 10

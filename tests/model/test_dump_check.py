@@ -13,10 +13,10 @@ import torch
 
 from parity.compare.dump_check import check
 from parity.dump import open_dump, write_safetensors
+from parity.dump_coverage import DumpCheck, FamilyCheck
 from parity.record.discover import with_sizes
 from parity.reference.checkpoint import find
 from parity.reference.pieces import PiecewiseModel
-from parity.results import DumpCheck, FamilyCheck
 from tests.conftest import Ran
 
 TOKEN = 11

@@ -1,0 +1,32 @@
+"""What `parity check` finds in a dump, family by family: plain data, as results are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+SiteState = Literal["present", "missing", "misshapen", "ambiguous"]
+
+
+@dataclass(frozen=True)
+class FamilyCheck:
+    """The sites of one family that are in the same state, and what that means for them."""
+
+    family: str
+    state: SiteState
+    layers: tuple[int, ...]
+    sites: int
+    detail: str
+
+
+@dataclass(frozen=True)
+class DumpCheck:
+    """What `parity check` knows of a dump. `unknown` are names that the reference has not."""
+
+    families: tuple[FamilyCheck, ...]
+    unknown: tuple[str, ...]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every site can be measured."""
+        return all(f.state == "present" for f in self.families)
