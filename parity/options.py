@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from parity.errors import UsageError
+from parity.preflight import parse_tokens, read_text
 from parity.reference.checkpoint import EMBEDDED
 
 WHAT = "What both sides are asked"
@@ -53,12 +54,12 @@ class RunOptions:
     @property
     def text(self) -> str | None:
         """The prompt, from its file if it is in one. Raises UsageError."""
-        return self.prompt if self.prompt_file is None else _read_text("prompt file", self.prompt_file)
+        return self.prompt if self.prompt_file is None else read_text("prompt file", self.prompt_file)
 
     @property
     def token_ids(self) -> tuple[tuple[int, ...], ...] | None:
         """The token ids (b, t) that were given as such. Raises UsageError."""
-        return None if self.tokens is None else _parse_tokens(self.tokens)
+        return None if self.tokens is None else parse_tokens(self.tokens)
 
     def command(self, candidate: str, names: Path | str | None = None) -> list[str]:
         """The comparison of a candidate with these options as a command line."""
@@ -97,29 +98,3 @@ def run_options(given: dict[str, Any], what: str) -> RunOptions:
 def shell(command: list[str]) -> str:
     """A command line as it can be pasted."""
     return shlex.join(command)
-
-
-def _read_text(what: str, path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise UsageError(f"{what} {path}: not a readable text file ({reason}).") from error
-
-
-def _parse_tokens(text: str) -> tuple[tuple[int, ...], ...]:
-    if not set(text) <= set("0123456789, \n"):
-        text = _read_text("--tokens", Path(text))
-    try:
-        rows = tuple(
-            tuple(int(t) for t in line.replace(",", " ").split()) for line in text.strip().splitlines() if line.strip()
-        )
-    except ValueError as error:
-        raise UsageError(f"--tokens: {error}. Give numbers such as '1 2 3', or a file with one row a line.") from error
-    if not any(rows):
-        raise UsageError("--tokens: empty, no token to run. Give numbers such as '1 2 3', or a file.")
-    if len({len(row) for row in rows}) > 1:
-        raise UsageError(
-            f"--tokens: rows of {', '.join(str(len(r)) for r in rows)} ids. All rows must be equally long."
-        )
-    return rows

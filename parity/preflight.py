@@ -38,7 +38,7 @@ def check_options(options: Any, *, has_dump: bool = False) -> None:
     text = options.prompt if options.prompt_file is None else read_text("prompt file", options.prompt_file)
     if rows is None and text is None and not has_dump:
         raise UsageError("nothing to run. Give --prompt TEXT, --prompt-file FILE or --tokens IDS.")
-    if text == "" or rows == ():
+    if text == "":
         raise UsageError("the prompt is empty: no token to run. Give some text, or token ids.")
     if options.faults:
         check_spec(options.faults, "faults", UsageError)
@@ -125,6 +125,8 @@ def parse_tokens(text: str) -> Rows:
         if stray is not None:
             raise UsageError(f"{where}: {stray!r:.60} in line {number} is no token id. Give numbers, one row a line.")
     rows = tuple(tuple(map(int, words)) for line in text.splitlines() if (words := _words(line)))
+    if not rows:
+        raise UsageError(f"{where}: empty, no token to run. Give numbers such as '1 2 3', or a file.")
     if len({len(row) for row in rows}) > 1:
         counts = ", ".join(str(len(row)) for row in rows[:6])
         raise UsageError(f"{where}: rows of {counts} ids. All rows must be equally long.")

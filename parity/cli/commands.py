@@ -11,8 +11,8 @@ import typer
 
 from parity.cli.console import explain, observed, print_json, writable, write_report
 from parity.cli.run_options import with_run_options
-from parity.errors import UsageError
 from parity.options import IMPL, WHAT, RunOptions, shell
+from parity.preflight import check_options
 from parity.reference.checkpoint import EMBEDDED
 
 if TYPE_CHECKING:
@@ -141,13 +141,16 @@ def check(
     """
     from rich.console import Console
 
-    from parity.compare.dump_check import check as check_dump
     from parity.dump import open_dump
     from parity.report.terminal import show_check
-    from parity.run_spec import run_spec
 
+    options = RunOptions(tokens=tokens, model=model)
+    check_options(options, has_dump=True)
     with open_dump(dump, names) as opened:
-        run = run_spec(RunOptions(tokens=tokens, model=model), opened.info)
+        from parity.compare.dump_check import check as check_dump
+        from parity.run_spec import run_spec
+
+        run = run_spec(options, opened.info)
         found = check_dump(opened, run.model(), *run.ids.shape)
     show_check(found, Console(highlight=False))
     raise typer.Exit(0 if found.is_complete else 1)
@@ -251,8 +254,6 @@ def _diff(options: RunOptions, dumps: list[Path], candidate: str, names: Path | 
     from parity.api import compared, diff_dumps
     from parity.candidates.base import dump_file
 
-    if len(dumps) > 2:
-        raise UsageError(f"{len(dumps)} dumps given. Give REFERENCE CANDIDATE, or CANDIDATE alone.")
     command = shell(["parity", *sys.argv[1:]])
     if len(dumps) == 2:
         return diff_dumps((dumps[0], dumps[1]), names, options, command, observer)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from parity.candidates.base import KINDS, is_dump
+from parity.errors import UsageError
 from parity.options import RunOptions
+from parity.preflight import check_injection, check_options, check_spec
 
 
 def with_run_options(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -21,6 +25,7 @@ def with_run_options(*left_out: str) -> Callable[[Callable[..., None]], Callable
         @wraps(command)
         def called(**given: Any) -> None:
             options = RunOptions(**{row.name: given.pop(row.name) for row in rows})
+            _check_first(options, **given)
             command(run=options, **given)
 
         hints = get_type_hints(RunOptions)
@@ -38,6 +43,34 @@ def with_run_options(*left_out: str) -> Callable[[Callable[..., None]], Callable
         return called
 
     return decorate
+
+
+def _check_first(
+    options: RunOptions,
+    dumps: Sequence[Path] | None = None,
+    candidate: str | None = None,
+    names: Path | None = None,
+    inject: str | None = None,
+    **_: Any,
+) -> None:
+    """Raise for what is wrong without need of torch: a wrong option is not worth seconds of waiting."""
+    files = list(dumps or [])
+    if len(files) > 2:
+        raise UsageError(f"{len(files)} dumps given. Give REFERENCE CANDIDATE, or CANDIDATE alone.")
+    if not files and candidate and is_dump(candidate):
+        files = [Path(candidate)]
+    check_options(options, has_dump=bool(files))
+    if names or files:
+        from parity.dump import load_names, open_dump
+
+        if names:
+            load_names(names)
+        for path in files:
+            open_dump(path).close()
+    if inject is not None:
+        check_injection(inject, more=options.faults is not None)
+    elif candidate and not files and candidate.partition(":")[0] not in KINDS:
+        check_spec(candidate, "candidate")
 
 
 def _shown(row: dataclasses.Field[Any], hints: dict[str, Any]) -> Any:

@@ -21,7 +21,7 @@ from typing import Any, Self, TypeVar
 
 import h5py
 import numpy as np
-from h5py import h5d, h5l, h5s, h5t
+from h5py import h5d, h5l, h5o, h5s, h5t
 
 from parity.dump.files import Outlet, map_file, reading, require_file, require_stored, whole_or_nothing, writing
 from parity.dump.records import DTYPES, Array, Dump, Entry, RunInfo, dtype_name
@@ -128,6 +128,8 @@ def open_archive(path: Path | str) -> Dump:
         lost = entries.keys() - set(sites)
         if lost:
             raise DumpError(f"{path}: has lost {len(lost)} sites — {min(lost)!r} is in the index only — record again")
+        for entry in entries.values():
+            _dataset(path, sites, entry)
         mapped = map_file(path)
     except BaseException:
         file.close()
@@ -165,22 +167,35 @@ def _write(sites: h5py.Group, entry: Entry, array: Array) -> None:
 def _read(path: Path, sites: h5py.Group, mapped: Array, entry: Entry) -> Array:
     kind, bits = _storage(entry.dtype)
     with reading(path):
-        _check_place(path, sites, entry.site)
-        dataset = h5d.open(sites.id, entry.site.encode())
-        if dataset.shape != entry.shape or not dataset.get_type().equal(kind):
-            raise DumpError(
-                f"{path}: site {entry.site!r} is not the {entry.dtype} {entry.shape} of the index — "
-                f"found {dataset.dtype} {dataset.shape} — the file was edited: record again"
-            )
-        size = math.prod(entry.shape) * bits.itemsize
+        dataset = _dataset(path, sites, entry)
         start = dataset.get_offset()  # None if nothing is stored, or stored in chunks by another tool
         if start is not None:
+            size = math.prod(entry.shape) * bits.itemsize
             raw = mapped[start : start + size].view(bits)
             return raw.reshape(entry.shape).view(DTYPES[entry.dtype])
-        require_stored(f"{path}: site {entry.site!r}", size, dataset.get_storage_size())
         values = np.empty(entry.shape, bits)
         dataset.read(h5s.ALL, h5s.ALL, values, mtype=kind)
         return values.view(DTYPES[entry.dtype])
+
+
+def _dataset(path: Path, sites: h5py.Group, entry: Entry) -> Any:
+    """The dataset of a site, once it is known to be what the index says, and to lie in this file."""
+    kind, bits = _storage(entry.dtype)
+    with reading(path):
+        _check_place(path, sites, entry.site)
+        dataset = h5o.open(sites.id, entry.site.encode())
+        if not isinstance(dataset, h5d.DatasetID):
+            raise DumpError(f"{path}: site {entry.site!r} is no dataset — found a group — record again")
+        if dataset.shape != entry.shape or not dataset.get_type().equal(kind):
+            raise DumpError(
+                f"{path}: site {entry.site!r} is not the {entry.dtype} {entry.shape} of the index — "
+                f"found {dataset.dtype!s:.40} {dataset.shape} — the file was edited: record again"
+            )
+        needed = math.prod(entry.shape) * bits.itemsize
+        require_stored(f"{path}: site {entry.site!r}", needed, dataset.get_storage_size())
+        if (start := dataset.get_offset()) is not None and start + needed > path.stat().st_size:
+            raise DumpError(f"{path}: is truncated — site {entry.site!r} ends behind the file — copy it again")
+    return dataset
 
 
 def _open_file(path: Path) -> h5py.File:
@@ -246,10 +261,13 @@ def _check_place(path: Path, group: h5py.Group, name: str) -> None:
             kind, "one of a plugin"
         )
         raise DumpError(f"{where} is a link — found {found} — parity follows none; copy what it points to")
-    place = group[name]
-    if isinstance(place, h5py.Dataset) and (place.external or place.is_virtual):
-        found = "a virtual dataset" if place.is_virtual else "external storage"
-        raise DumpError(f"{where} holds none of its values — found {found} — parity opens no other file; copy them")
+    place = h5o.open(group.id, name.encode())
+    if isinstance(place, h5d.DatasetID):
+        layout = place.get_create_plist()
+        virtual = layout.get_layout() == h5d.VIRTUAL
+        if virtual or layout.get_external_count():
+            found = "a virtual dataset" if virtual else "external storage"
+            raise DumpError(f"{where} holds none of its values — found {found} — parity opens no other file; copy them")
 
 
 def _format(file: h5py.File) -> Any:

@@ -31,7 +31,7 @@ FLOORS: dict[str, set[str]] = {
     "reference": {"errors", "untrusted", "sites", "results", "record"},
     "preflight": {"errors", "untrusted", "reference"},
     "faults": {"errors", "load_object", "sites", "results", "record", "reference"},
-    "options": {"errors", "reference"},
+    "options": {"errors", "preflight", "reference"},
     "run_spec": {"errors", "options", "dump", "reference", "faults"},
     "candidates": {"errors", "load_object", "sites", "results", "dump", "record", "reference", "run_spec"},
     "diagnose": {"errors", "observer", "sites", "reasons", "results", "record", "reference", "faults"},

@@ -25,7 +25,7 @@ def options(**given: Any) -> SimpleNamespace:
     ("given", "said"),
     [
         ({"tokens": None}, r"^nothing to run\. Give --prompt TEXT"),
-        ({"tokens": " \n"}, r"^the prompt is empty"),
+        ({"tokens": " \n"}, r"^--tokens: empty, no token to run"),
         ({"tokens": None, "prompt": ""}, r"^the prompt is empty"),
         ({"tokens": "1 2 x"}, r"^--tokens: 'x' is no token id, and no file is named '1 2 x'\."),
         ({"tokens": "1 2\n3"}, r"^--tokens: rows of 2, 1 ids"),
