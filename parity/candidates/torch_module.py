@@ -16,6 +16,7 @@ from parity.dump import ArchiveWriter, Dump, NameMap, open_dump, rename, sites_o
 from parity.errors import CandidateError
 from parity.load_object import describe
 from parity.record.arrays import to_numpy
+from parity.record.experts import GIVEN, ROUTED
 from parity.record.tap import Tap, first_tensor, quiet_torch, tapping
 from parity.reference.checkpoint import Checkpoint
 from parity.reference.integrity import weight_check
@@ -91,12 +92,24 @@ class TorchModule(Candidate):
         return self._module
 
     def _own(self, run: RunSpec, sites: Sequence[Site]) -> list[Site]:
-        """The submodules that are sites of the reference, by their name or by the name map, under their own names."""
-        wanted = {site.name for site in sites}
+        """The submodules that are sites of the reference, by their name or by the name map, under their own names.
+
+        What a module of experts is given counts too, where it has the reference's name.
+        """
+        wanted = {site.name: site for site in sites}
+        own = [name for name, _ in self._loaded(run).named_modules() if name]
+        given = {f"{name}.{end}": (name, where) for name in own for end, where in zip(ROUTED, GIVEN, strict=True)}
         return [
-            replace(sites[0], name=name, module=name, where="output")
-            for name, _ in self._loaded(run).named_modules()
-            if name and not wanted.isdisjoint(sites_of(self._names, name))
+            *(
+                replace(sites[0], name=name, module=name, where="output")
+                for name in own
+                if not wanted.keys().isdisjoint(sites_of(self._names, name))
+            ),
+            *(
+                replace(wanted[site], module=name, where=where)
+                for site, (name, where) in given.items()
+                if site in wanted and site not in own
+            ),
         ]
 
 

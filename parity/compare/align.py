@@ -24,7 +24,7 @@ from parity.sites import FLATTENED, Dims, Site
 
 # Names with a meaning of their own; any other name that a dump gives an axis ("hidden", "vocab") is its feature axis.
 _UNSPLIT = "+"  # in place of FLATTENED where the sizes of the parts are not known
-_KNOWN = {"batch", "token", "key", "head", "head_dim"}
+_KNOWN = {"batch", "token", "key", "head", "head_dim", "expert"}
 _SYNONYMS = {"kv_head": "head", "query": "token", "seq": "token"}
 
 

@@ -10,6 +10,7 @@ import torch
 from parity.compare.findings import findings
 from parity.compare.judge import RoundingMode, judge_site, luck, rounding_mode
 from parity.compare.measure import Measured, MeasuredSite
+from parity.compare.routing import judge_routers
 from parity.compare.sides import Sides
 from parity.diagnose.error_map import with_error_maps
 from parity.diagnose.idle_faults import refuse_idle
@@ -64,8 +65,9 @@ def judge(sides: Sides, measured: Measured) -> Judged:
         else _judged(ours[site], mode, lucky[site])
         for site, pair in sides.pairs.items()
     )
+    routed = judge_routers(sites, sides.reference.routes)
     strayed = frozenset(site for site, local in cleared.items() if local.way == ANY)
-    return Judged(mode, sites, findings(sites), strayed)
+    return Judged(mode, routed, findings(routed), strayed)
 
 
 def explain(sides: Sides, judged: Judged, observer: Observer) -> Explained:

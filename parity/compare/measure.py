@@ -69,7 +69,7 @@ def piece_name(piece: Piece) -> str:
 def _measured(site: Replayed, pair: Pair, sides: Sides, storage: Storage) -> MeasuredSite:
     assert site.candidate is not None, "unreachable because pairs are read before the replay"
     model = sides.reference.working
-    metrics = measure_arrays(to_numpy(site.candidate), to_numpy(site.own))
+    metrics = measure_arrays(to_numpy(site.candidate), to_numpy(site.plain))
     local = local_error(site, model.dtype, storage.dtype_of(site.candidate), model.head_dim)
     # A masked score may be any large negative number: how far apart two of them are says nothing.
     telling = not local.bit_equal and not site.site.name.endswith(".scores")

@@ -39,14 +39,14 @@ def ending(logits: Replayed, checkpoint: Checkpoint) -> Ending:
     rows = [_row(*row) for row in _rows(logits)]
     name = _Names(checkpoint.path)
     next_token = NextToken(
-        reference=_top(logits.own[-1, -1].float(), name),
+        reference=_top(logits.plain[-1, -1].float(), name),
         candidate=_top(logits.candidate[-1, -1].float(), name),
         flips=sum(row.flipped for row in rows),
         unexplained_flips=sum(row.unexplained for row in rows),
         positions=len(rows),
         max_kl=max(row.kl for row in rows),
         margin_sigma=rows[-1].noise,
-        sample=sample_of(logits.own[-1, -1].float().cpu(), logits.candidate[-1, -1].float().cpu()),
+        sample=sample_of(logits.plain[-1, -1].float().cpu(), logits.candidate[-1, -1].float().cpu()),
     )
     noise = _in_sigmas(logits.candidate.to(logits.own.device), logits.ideal, logits.noise) if logits.noise else None
     return Ending(next_token, noise)

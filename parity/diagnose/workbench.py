@@ -31,7 +31,7 @@ class Workbench:
 
         `tokens` keeps only the last ones in the head.
         """
-        working = self.reference.working
+        working, routes = self.reference.working, self.reference.routes
         source = working.source_of(piece)
         hidden = self.recorded(self.sites[source]) if source else None
         if source and hidden is None:
@@ -39,6 +39,8 @@ class Workbench:
             return
         ids = self.input_ids
         inside = {s.name: v for s in working.sites_of(piece) if (v := self.recorded(s)) is not None}
+        # A choice of experts that was not recorded, but shown by what came of it.
+        inside = {s.name: routes[s.name].choice for s in working.sites_of(piece) if s.name in routes} | inside
         if piece == HEAD and tokens is not None and hidden is not None:
             # Final norm and head treat every token alike, and a vocabulary is large.
             ids = ids[:, -tokens:]

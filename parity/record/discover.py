@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from parity.record.attention import INSIDE, attention_taps
 from parity.record.chain import Chain, taken, watch_chain
+from parity.record.experts import IN_ROUTER, RouterProbe, experts_in, makes_logits, mixture_sites, routing_of
 from parity.record.tap import first_tensor, quiet_torch
 from parity.sites import Dims, Site, numbered, without_call
 
@@ -54,6 +55,7 @@ class _Watch:
     sites: dict[str, Site] = field(default_factory=dict)
     storages: dict[int, _Seen] = field(default_factory=dict)
     noted: dict[str, _Seen] = field(default_factory=dict)  # the values of the sites, by name
+    routers: RouterProbe = field(default_factory=RouterProbe)
 
     def is_new(self, value: Tensor) -> bool:
         """Whether no module has returned this value, or a view of it, before; one written into since is new."""
@@ -91,6 +93,22 @@ class _Watch:
             name = other + site.name[len(first) :]
             self.sites[name] = replace(site, name=name, module=other + site.module[len(first) :])
             self.noted[name] = self.noted[site.name]
+
+    def mixture(self, model: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember the choice of experts and their weights, if that is what a module is given."""
+        routing, count = routing_of(args, kwargs), experts_in(model.get_submodule(name))
+        router = self.routers.router_of(routing) if routing else None
+        if routing is None or count is None or router is None:
+            return
+        if router in self.sites and makes_logits(model.get_submodule(router), count):
+            logits = replace(self.sites.pop(router), where=IN_ROUTER[0])
+            inside = [name for name in self.sites if name.startswith(f"{router}.")]
+            self.sites |= {router: logits, **{name: self.sites.pop(name) for name in inside}}
+        for site, value in zip(
+            mixture_sites(name, count, router, routing), (routing.index, routing.weights), strict=True
+        ):
+            self.sites[site.name] = site
+            self.noted[site.name] = _Seen(value, value._version, site.name)
 
     def label(self, name: str, shape: tuple[int, ...]) -> Dims:
         """Name the axes of a value by their sizes, which the probe has chosen to be unmistakable."""
@@ -186,7 +204,7 @@ def _watching(model: nn.Module, watch: _Watch, *, inner: bool) -> Iterator[None]
         for name, module in model.named_modules():
             if not name:
                 continue
-            before, after = _hooks(name, watch)
+            before, after = _hooks(model, name, watch)
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(after).remove)
             wanted = [value for value in INSIDE if inner or value not in _COSTLY]
@@ -199,6 +217,7 @@ def _watching(model: nn.Module, watch: _Watch, *, inner: bool) -> Iterator[None]
             return value
 
         stack.enter_context(attention_taps(attention, tap))
+        stack.enter_context(watch.routers)
         yield
 
 
@@ -266,16 +285,19 @@ def kind_of(layer: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def _hooks(name: str, watch: _Watch) -> tuple[Any, Any]:
+def _hooks(model: nn.Module, name: str, watch: _Watch) -> tuple[Any, Any]:
     calls = {"input": count(), "output": count()}
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        watch.routers.running.append(name)
         value = taken(args, kwargs)
         call = next(calls["input"]) if value is not None else 0
         if value is not None and value.is_floating_point() and watch.is_new(value):
             watch.note(numbered(_name_of_input(name), call), value, name, "input")
+        watch.mixture(model, name, args, kwargs)
 
     def after(_module: nn.Module, _args: Any, output: Any) -> None:
+        watch.routers.running.pop()
         value = first_tensor(output)
         call = next(calls["output"]) if value is not None else 0
         if value is not None and watch.is_new(value):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from parity.record.attention import attention_taps
+from parity.record.experts import GIVEN, IN_ROUTER, routing_taps
 from parity.sites import Site, numbered, without_call
 
 Tap = Callable[[str, Tensor], Tensor]
@@ -26,7 +27,8 @@ def tapping(model: nn.Module, sites: Iterable[Site], tap: Tap, *, every_call: bo
     """Bring `tap` to the sites of `model` for the duration of the block, which is one forward pass.
 
     Outputs are tapped by forward hooks, inputs by forward pre-hooks, values inside attention by the
-    attention function of `parity.record.attention` (the model must have been built with it). Further calls of a
+    attention function of `parity.record.attention` (the model must have been built with it), those of a
+    mixture of experts as `parity.record.experts` says. Further calls of a
     module are tapped where they are among the sites, or with `every_call` in any case, under their numbers.
     Of a value that the model writes into later the tap gets a copy, and the model gets one of what the tap gives.
     """
@@ -34,16 +36,20 @@ def tapping(model: nn.Module, sites: Iterable[Site], tap: Tap, *, every_call: bo
     tap = _protected(tap, {site.name for site in sites if site.overwritten})
     known = {site.name for site in sites}
     hooked: set[tuple[str, str]] = set()
+    routers: list[Site] = []
     inside_attention: dict[nn.Module, dict[str, str]] = {}
     with ExitStack() as stack:
         for site in sites:
             module = model.get_submodule(site.module)
-            if site.where == "attention":
+            if site.where in (*IN_ROUTER, *GIVEN):
+                routers.append(site)
+            elif site.where == "attention":
                 inside_attention.setdefault(module, {})[site.name.rsplit(".", 1)[-1]] = site.name
             elif (name := without_call(site.name), site.where) not in hooked:
                 hooked.add((name, site.where))
                 stack.callback(_hook(module, name, site.where, _numbering(tap, None if every_call else known)))
         stack.enter_context(attention_taps(inside_attention, tap))
+        stack.enter_context(routing_taps(model, routers, tap))
         yield
 
 

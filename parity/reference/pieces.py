@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from parity.record.chain import find_layers
 from parity.record.discover import Discovery, discover
+from parity.record.experts import IN_ROUTER
 from parity.record.tap import Tap, first_tensor, quiet_torch, tapping
 from parity.reference.build import build
 from parity.reference.checkpoint import Checkpoint
@@ -112,7 +113,7 @@ class PiecewiseModel:
         if site.where == "attention":
             return {"scores": site.shape[-1], "context": max(site.shape)}.get(site.name.rsplit(".", 1)[-1], 1)
         weight = getattr(self.model.get_submodule(site.module), "weight", None)
-        is_product = site.where == "output" and isinstance(weight, Tensor) and weight.dim() == 2
+        is_product = site.where in ("output", IN_ROUTER[0]) and isinstance(weight, Tensor) and weight.dim() == 2
         return int(weight.shape[-1]) if is_product and weight is not None else 1
 
     # -- weights ---------------------------------------------------------------------------------------------

@@ -4,13 +4,16 @@ In every piece the reference computes each site afresh; what it computed goes to
 candidate's recorded value goes on. So each site is f(candidate's inputs), and what an earlier operation
 did wrong is not held against a later one. A site that the candidate did not record is not replaced.
 
-Five passes over each piece while its weights are in memory:
+Six passes over each piece while its weights are in memory:
 
-* own      the reference's plain run on its own activations, in the working dtype;
-* ideal    the same in a precision whose own error does not matter;
 * truth    the replay in a precision whose own error does not matter;
 * floor    the replay in the working dtype: the reference's own rounding error on the same inputs;
-* jitter   the truth again, on inputs moved by less than their rounding: what a fused operation may have seen.
+* jitter   the truth again, on inputs moved by less than their rounding: what a fused operation may have seen;
+* plain    the reference's own run on its own activations, in the working dtype;
+* own      the same, with tokens sent to the candidate's experts where these were tied (parity.reference.routing);
+* ideal    that in a precision whose own error does not matter.
+
+`own` is computed apart from `plain` only once a tie was resolved differently.
 """
 
 from __future__ import annotations
@@ -23,8 +26,10 @@ from torch import Tensor
 
 from parity.record.tap import Tap
 from parity.reference.legal_ways import straying
+from parity.reference.one_operation import LoadedPiece
 from parity.reference.pieces import Piece, PiecewiseModel
 from parity.reference.precision import jittered, stochastically_rounded, truth_dtype
+from parity.reference.routing import Route, choices_of, route_of, router_at
 from parity.sites import Site
 
 _JITTER_SEED = 20240
@@ -34,7 +39,8 @@ _JITTER_SEED = 20240
 class Replayed:
     """One site after all passes; every tensor in the reference's layout, in its own dtype.
 
-    `candidate` is None where the candidate did not record the site; `own` is the reference's plain run.
+    `candidate` is None where the candidate did not record the site; the others are the passes of that name,
+    `apart` being `plain` where it is not `own`.
     `summands` is the length of the sums behind each number (PiecewiseModel.summands); `allowed` is the square of how
     far each row may be off the truth in another legal way, (…) for values (…, features).
     """
@@ -49,14 +55,24 @@ class Replayed:
     summands: int
     noise: tuple[Tensor, ...] = ()
     allowed: Tensor | None = None
+    apart: Tensor | None = None
+
+    @property
+    def plain(self) -> Tensor:
+        """The reference's own run, routed as it routes itself."""
+        return self.own if self.apart is None else self.apart
 
 
 class Reference:
-    """The reference model in its working dtype and, beside it, in the precision of the truth."""
+    """The reference model in its working dtype and, beside it, in the precision of the truth.
+
+    `routes` holds the choice of experts at each site that the last replay came to.
+    """
 
     def __init__(self, working: PiecewiseModel) -> None:
         self.working = working
         self.precise = working.twin(truth_dtype(working.dtype))
+        self.routes: dict[str, Route] = {}
 
     def prepare(self, input_ids: Tensor) -> None:
         """Capture what the layers of both models get beside hidden states, for token ids (b, t)."""
@@ -73,16 +89,19 @@ class Reference:
         replays stray as legal ways may (parity.reference.legal_ways): how far is in `allowed`.
         """
         recorded: dict[str, Tensor] = {}
+        self.routes.clear()
         passes = self._passes(recorded)
         noisy = [_Pass(self.precise, self._noisy(seed)) for seed in range(noise)]
-        strayed = [_Pass(self.precise, _replacing(recorded)) for _ in range(ways)]
+        strayed = [_Pass(self.precise, self._replacing(recorded)) for _ in range(ways)]
         for piece in self.working.pieces:
             sites = self.working.sites_of(piece)
             recorded.clear()
             recorded.update({s.name: v for s in sites if (v := candidate(s)) is not None})
             with self.working.loaded(piece), self.precise.loaded(piece):
-                for one in (*passes.values(), *noisy):
+                self._on_inputs(passes, piece, input_ids, recorded)
+                for one in (passes["plain"], passes["ideal"], *noisy):
                     one.run(piece, input_ids)
+                self._run_own(passes, piece, input_ids)
                 for seed, one in enumerate(strayed):
                     with straying(piece, seed)(self.precise):
                         one.run(piece, input_ids)
@@ -93,10 +112,54 @@ class Reference:
                 ]
             yield piece, gathered
 
+    def _on_inputs(
+        self, passes: dict[str, _Pass], piece: Piece, input_ids: Tensor, recorded: dict[str, Tensor]
+    ) -> None:
+        """Run the passes on the candidate's own inputs, all of them routed as the candidate was."""
+        on_inputs = [passes[name] for name in ("truth", "floor", "jitter")]
+        for one in on_inputs:
+            one.run(piece, input_ids)
+        for site in choices_of(self.working.sites_of(piece)):
+            truth = passes["truth"]
+            at = LoadedPiece(piece, input_ids, truth.start, {})
+            router = router_at(self.precise, at, site, truth.values, recorded)
+            if router is None:
+                continue
+            route = route_of(router, *(one.values for one in on_inputs), working=self.working.dtype)
+            self.routes[site.name] = route
+            if site.name not in recorded and any((one.values[site.name] != route.choice).any() for one in on_inputs):
+                for one in on_inputs:
+                    one.run(piece, input_ids, again=True)
+
+    def _run_own(self, passes: dict[str, _Pass], piece: Piece, input_ids: Tensor) -> None:
+        own, plain = passes["own"], passes["plain"]
+        fresh = {site.name: plain.values[site.name] for site in choices_of(self.working.sites_of(piece))}
+        if own.hidden is plain.start and all(torch.equal(self._routed(name, v), v) for name, v in fresh.items()):
+            own.values, own.hidden = plain.values, plain.hidden
+        else:
+            own.run(piece, input_ids)
+
+    def _routed(self, site: str, fresh: Tensor) -> Tensor:
+        """What flows on from a site of a run on its own activations: the candidate's choice where it is right."""
+        route = self.routes.get(site)
+        if route is None:
+            return fresh
+        return torch.where(route.is_right[:, None], route.choice.to(fresh.device, fresh.dtype), fresh)
+
     def _noisy(self, seed: int) -> Tap:
         generator = torch.Generator(self.working.device).manual_seed(seed)
         dtype = self.working.dtype
-        return lambda _site, fresh: stochastically_rounded(fresh, dtype, generator)
+        return lambda site, fresh: stochastically_rounded(self._routed(site, fresh), dtype, generator)
+
+    def _replacing(self, recorded: dict[str, Tensor]) -> Tap:
+        """What the candidate recorded flows on, and its tokens go to the experts that it chose."""
+
+        def replaced(site: str, fresh: Tensor) -> Tensor:
+            route = self.routes.get(site)
+            value = recorded.get(site) if route is None else route.choice
+            return fresh if value is None else value.to(fresh.device, fresh.dtype)
+
+        return replaced
 
     def _passes(self, recorded: dict[str, Tensor]) -> dict[str, _Pass]:
         generator = torch.Generator(self.working.device).manual_seed(_JITTER_SEED)
@@ -105,38 +168,40 @@ class Reference:
         def as_computed(_site: str, fresh: Tensor) -> Tensor:
             return fresh
 
+        as_recorded = self._replacing(recorded)
+
         def moved(site: str, fresh: Tensor) -> Tensor:
-            if site not in recorded:
-                return fresh
-            return jittered(recorded[site].to(fresh.device, fresh.dtype), working, generator)
+            value = as_recorded(site, fresh)
+            return value if site in self.routes or site not in recorded else jittered(value, working, generator)
 
         return {
-            "own": _Pass(self.working, as_computed),
-            "ideal": _Pass(self.precise, as_computed),
-            "truth": _Pass(self.precise, _replacing(recorded)),
-            "floor": _Pass(self.working, _replacing(recorded)),
+            "truth": _Pass(self.precise, as_recorded),
+            "floor": _Pass(self.working, as_recorded),
             "jitter": _Pass(self.precise, moved),
+            "plain": _Pass(self.working, as_computed),
+            "own": _Pass(self.working, self._routed),
+            "ideal": _Pass(self.precise, self._routed),
         }
-
-
-def _replacing(recorded: dict[str, Tensor]) -> Tap:
-    """What the candidate recorded flows on."""
-    return lambda site, fresh: recorded[site].to(fresh.device, fresh.dtype) if site in recorded else fresh
 
 
 @dataclass
 class _Pass:
-    """One walk through the pieces: what flows on from each site is `feed(site, fresh value)`."""
+    """One walk through the pieces: what flows on from each site is `feed(site, fresh value)`.
+
+    `start` are the hidden states that went into the last piece, `hidden` those that came out.
+    """
 
     model: PiecewiseModel
     feed: Tap
     values: dict[str, Tensor] = field(default_factory=dict)
+    start: Tensor | None = None
     hidden: Tensor | None = None
 
-    def run(self, piece: Piece, input_ids: Tensor) -> None:
-        """Compute a loaded piece from where this pass stands."""
-        self.values.clear()
-        self.hidden = self.model.run(piece, input_ids, self.hidden, self._tap)
+    def run(self, piece: Piece, input_ids: Tensor, *, again: bool = False) -> None:
+        """Compute a loaded piece from where this pass stands, or the last one once more."""
+        self.values = {}
+        self.start = self.start if again else self.hidden
+        self.hidden = self.model.run(piece, input_ids, self.start, self._tap)
 
     def _tap(self, site: str, fresh: Tensor) -> Tensor:
         # Nothing follows the last site, and it is the largest.
@@ -159,11 +224,12 @@ def _allowing(site: Replayed, strayed: list[_Pass]) -> Replayed:
 def _gather(
     site: Site, candidate: Tensor | None, passes: dict[str, _Pass], summands: int, noisy: list[_Pass]
 ) -> Replayed:
-    values = {name: one.values[site.name] for name, one in passes.items()}
+    values = {name: one.values[site.name] for name, one in passes.items() if name != "plain"}
     return Replayed(
         site,
         candidate=candidate,
         summands=summands,
         noise=tuple(one.values[site.name] for one in noisy),
+        apart=passes["plain"].values[site.name],
         **values,
     )
