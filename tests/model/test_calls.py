@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from parity.candidates.torch_module import record
-from parity.dump import RunInfo, open_dump
+from parity.candidates.torch_module import TorchModule
+from parity.dump import Dump
+from parity.errors import CandidateError
 from parity.faults import by_id, shows_at
 from parity.record.discover import discover
 from parity.record.tap import quiet_torch, tapping
+from parity.reference.checkpoint import Checkpoint
+from parity.run_spec import RunSpec
 from parity.sites import family
 
 SITES = ["embed_tokens", "0.q_proj", "0.qk_norm", "0.k_proj", "0.qk_norm#1", "0.resid_mid", "0.o_proj", "0", "lm_head"]
@@ -70,19 +75,27 @@ def test_each_call_is_tapped_and_can_be_replaced() -> None:
     assert not seen["layers.0.resid_mid"].any(), "the second call's value flows on, the first's stays"
 
 
+def recorded(module: nn.Module, path: Path) -> Dump:
+    run = RunSpec(Checkpoint("tiny", path, ()), ((3, 7),), "float32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoint, "fingerprint", lambda _self: "none")
+        return TorchModule.of(module, {}).record(run, discover(on_meta()), path / "port.h5")
+
+
 def test_a_candidate_drops_no_call(tmp_path: Path) -> None:
+    with closing(recorded(Model(), tmp_path)) as dump:
+        assert [site.removeprefix("layers.") for site in dump.entries] == [s for s in SITES if s != "0.resid_mid"]
+        assert (dump.read("layers.0.qk_norm") != dump.read("layers.0.qk_norm#1")).any()
+
+
+def test_a_call_that_the_reference_does_not_make_is_an_error(tmp_path: Path) -> None:
     class Again(Model):
         def forward(self, input_ids: Tensor, **more: Any) -> Any:
             super().forward(input_ids)
             return super().forward(input_ids + 1, **more)
 
-    path = tmp_path / "port.h5"
-    record(Again(), torch.tensor([[3, 7]]), discover(on_meta()), path, RunInfo("port", "model"))
-    with open_dump(path) as dump:
-        assert {"layers.0.qk_norm", "layers.0.qk_norm#1", "layers.0.qk_norm#2", "layers.0.qk_norm#3"} <= set(
-            dump.entries
-        )
-        assert (dump.read("lm_head") != dump.read("lm_head#1")).any()
+    with pytest.raises(CandidateError, match="calls embed_tokens again"):
+        recorded(Again(), tmp_path)
 
 
 def test_a_numbered_call_is_of_the_same_kind() -> None:

@@ -200,7 +200,7 @@ def test_a_wrong_choice_is_found_at_the_router(
     path = checkpoint("qwen3_moe", dtype="float32", **MANY)
     found, _ = compared(path, dtype, rerouted(stock(path, dtype), route), without)
     assert found.verdict == "diverged"
-    assert [f.family for f in found.findings] == ["model.layers.*.mlp.experts.chosen"]
+    assert [f.families for f in found.findings] == [("model.layers.*.mlp.experts.chosen",)]
     assert found.findings[0].layers == (0, 1, 2)
     assert said in found.findings[0].evidence[0]
 
@@ -212,4 +212,4 @@ def test_without_the_router_a_wrong_choice_is_found_behind_it(
     path = checkpoint("qwen3_moe", dtype="float32", **MANY)
     found, _ = compared(path, "bfloat16", rerouted(stock(path, "bfloat16"), route), MIXTURE)
     assert found.verdict == "diverged"
-    assert {f.family for f in found.findings} == {"model.layers.*"}
+    assert {f.families for f in found.findings} == {("model.layers.*",)}
