@@ -56,7 +56,7 @@ def on_meta() -> Model:
 
 
 def test_the_probe_numbers_the_calls() -> None:
-    names = [site.name.removeprefix("layers.") for site in discover(on_meta())]
+    names = [site.name.removeprefix("layers.") for site in discover(on_meta()).sites]
     assert names == SITES
 
 
@@ -68,7 +68,7 @@ def test_each_call_is_tapped_and_can_be_replaced() -> None:
         seen[site] = value
         return torch.zeros_like(value) if site == "layers.0.qk_norm#1" else value
 
-    with quiet_torch(), tapping(model, discover(on_meta()), tap):
+    with quiet_torch(), tapping(model, discover(on_meta()).sites, tap):
         model(ids)
     assert [site.removeprefix("layers.") for site in seen] == SITES
     assert not torch.equal(seen["layers.0.qk_norm"], seen["layers.0.qk_norm#1"])
@@ -79,7 +79,7 @@ def recorded(module: nn.Module, path: Path) -> Dump:
     run = RunSpec(Checkpoint("tiny", path, ()), ((3, 7),), "float32")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoint, "fingerprint", lambda _self: "none")
-        return TorchModule.of(module, {}).record(run, discover(on_meta()), path / "port.h5")
+        return TorchModule.of(module, {}).record(run, discover(on_meta()).sites, path / "port.h5")
 
 
 def test_a_candidate_drops_no_call(tmp_path: Path) -> None:
