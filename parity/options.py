@@ -39,6 +39,9 @@ class RunOptions:
     attention: str = _option("eager", HOW, "The reference's attention: eager or sdpa.")
     inner: bool = _option(False, HOW, "Also scores and probs, in memory of tokens².", "--inner")
     noise: int = _option(0, HOW, "Passes with stochastic rounding that say how far rounding may go.")
+    allow_unexamined: bool = _option(
+        False, HOW, "Call it a match although some operations were not recorded.", "--allow-unexamined"
+    )
     power: bool = _option(True, HOW, "Say which known bugs this run could not have seen.")
 
     def __post_init__(self) -> None:

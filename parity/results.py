@@ -232,10 +232,11 @@ class NextToken:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Sites measured of the sites that the reference has."""
+    """Sites measured of the sites that the reference has, and operations that no verdict covers."""
 
     measured: int
     known: int
+    unexamined: int = 0
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,8 @@ def headline(c: Comparison) -> str:
     if c.inconclusive is not None:
         return _inconclusive(c.inconclusive, c)
     unmeasured = c.coverage.known - c.coverage.measured
+    if c.verdict == "match" and c.coverage.unexamined:
+        return f"logits agree; {_not_examined(c.coverage.unexamined)}, as was allowed"
     if c.verdict == "diverged":
         rest = "the rest of what was measured is rounding" if unmeasured else "everything else is rounding"
         return f"{_operations(c)}; {rest}"
@@ -103,8 +105,11 @@ def _inconclusive(why: Inconclusive, c: Comparison) -> str:
         return f"every operation rounds as it should, yet the logits are {why.ratio:.1f}x as far off as the reference's"
     if why.kind == "flips":
         return f"{why.count} top tokens differ by more than rounding explains"
-    operations = "1 operation was" if why.count == 1 else f"{why.count} operations were"
-    return f"{operations} not examined: no measured site covers {'it' if why.count == 1 else 'them'}"
+    return f"logits agree; {_not_examined(why.count)}: record more sites, or accept it with --allow-unexamined"
+
+
+def _not_examined(count: int) -> str:
+    return f"{count} operation{'s' * (count != 1)} not examined"
 
 
 def answer(c: Comparison) -> str:

@@ -103,7 +103,7 @@ def diff(
 
 
 @app.command()
-@with_run_options("faults", "noise", "power")
+@with_run_options("faults", "noise", "power", "allow_unexamined")
 def record(
     run: RunOptions,
     out: Annotated[Path, typer.Option("--out", "-o", help="The dump to write, *.h5.")],
@@ -227,7 +227,7 @@ def faults(
 
 
 @app.command()
-@with_run_options("noise", "power", "attention", "inner")
+@with_run_options("noise", "power", "attention", "inner", "allow_unexamined")
 def power(run: RunOptions, json: Json = False) -> None:
     """Say which known bugs a run on this prompt would reveal, and which not: no candidate is needed."""
     from parity import words
@@ -243,6 +243,8 @@ def power(run: RunOptions, json: Json = False) -> None:
     untried = f", {len(found.not_tried)} were not tried" if found.not_tried else ""
     print(f"{len(found.visible)} faults would be seen, {len(found.invisible)} would not{untried}")
     width = max((len(item.fault) for item in found.unseen), default=0)
+    for name, change in found.seen_from.items():
+        print(f"{name:{width}}  seen from a change of about {change:.2g}")
     for item in found.unseen:
         print(f"{item.fault:{width}}  {'; '.join(filter(None, words.unseen(item, found.dtype)))}")
 

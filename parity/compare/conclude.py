@@ -10,6 +10,7 @@ import torch
 
 from parity import words
 from parity.compare.explain import Explained
+from parity.compare.findings import unexamined
 from parity.compare.measure import Measured
 from parity.compare.sides import Sides
 from parity.observer import Observer
@@ -39,6 +40,8 @@ def conclude(sides: Sides, measured: Measured, explained: Explained, observer: O
     sites, end = explained.sites, measured.ending
     limit = total_limit(sites, {name: site.local for name, site in measured.sites.items()})
     verdict, why = judge_run(sites, explained.findings, sides.checks, end.next_token, limit)
+    if why is not None and why.kind == "unexamined" and sides.run.options.allow_unexamined:
+        verdict, why = "match", None
     comparison = Comparison(
         verdict=verdict,
         headline="",
@@ -102,12 +105,13 @@ def _inconclusive(
         return Inconclusive("logits off", ratio=logits.total_ratio)
     if next_token is not None and next_token.unexplained_flips:
         return Inconclusive("flips", count=next_token.unexplained_flips)
-    return None
+    nobody_saw = covered(sites).unexamined
+    return Inconclusive("unexamined", count=nobody_saw) if nobody_saw else None
 
 
 def covered(sites: Sequence[Measurement]) -> Coverage:
-    """How many of the known sites were measured."""
-    return Coverage(sum(s.verdict != "unmeasured" for s in sites), len(sites))
+    """How many of the known sites were measured, and of how many operations no verdict speaks."""
+    return Coverage(sum(s.verdict != "unmeasured" for s in sites), len(sites), len(unexamined(sites)))
 
 
 def _environment(sides: Sides, measured: Measured, observer: Observer) -> Environment:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 
 from parity import words
-from parity.compare.align import AmbiguousLayoutError, align
+from parity.compare.align import AmbiguousLayoutError, Pair, align
 from parity.dump import Dump
 from parity.dump_coverage import DumpCheck, FamilyCheck, SiteState
 from parity.reasons import Gap
-from parity.record.discover import with_sizes
+from parity.record.discover import COSTLY, with_sizes
 from parity.reference.pieces import PiecewiseModel
+from parity.results import Check
 from parity.sites import Site, branch, family, layer_of
 
 
@@ -32,6 +34,25 @@ def check(dump: Dump, model: PiecewiseModel, batch: int, token: int) -> DumpChec
     known = {site.name for site in sites}
     unknown = tuple(name for name in dump.entries if name not in known)
     return DumpCheck(families, unknown)
+
+
+def name_checks(dump: Dump, pairs: Mapping[str, Pair | Gap]) -> list[Check]:
+    """Whether every array of a dump was understood: what was not, may be a site that is missing elsewhere."""
+    checks = []
+    misshapen = [(site, pair) for site, pair in pairs.items() if isinstance(pair, Gap) and pair.kind == "misshapen"]
+    if misshapen:
+        site, pair = misshapen[0]
+        more = f" (and {len(misshapen) - 1} more)" if len(misshapen) > 1 else ""
+        checks.append(Check("recorded shapes", False, f"{site}: {words.gap(pair)}{more}. parity check has them all."))
+    unknown = [name for name in dump.entries if name not in pairs and not name.endswith(COSTLY)]
+    if unknown:
+        missing = [site for site, pair in pairs.items() if isinstance(pair, Gap)]
+        close = difflib.get_close_matches(unknown[0], missing, n=1, cutoff=0.3)
+        hint = f"; is it {close[0]}? Map it with --names." if close else ", and was not compared."
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        detail = f"the reference has no {unknown[0]}{more}{hint}"
+        checks.append(Check("recorded names", not missing, detail))
+    return checks
 
 
 def _state(dump: Dump, site: Site, head_dim: int | None, token: int) -> tuple[SiteState, str]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 
 from parity.results import BAD, ROUNDING, Finding, Measurement, worst_verdict
 from parity.sites import branch, family, is_stream, layer_of
+
+# Embedding and final norm may belong to the span of a layer.
+_ENDS = 2
 
 
 def findings(sites: Sequence[Measurement]) -> tuple[Finding, ...]:
@@ -60,6 +64,27 @@ def _span_before(sites: Sequence[Measurement], position: int) -> tuple[str, ...]
             own = own if side else ""
             closed = set() if stream else closed
     return tuple(span)
+
+
+def unexamined(sites: Sequence[Measurement]) -> tuple[str, ...]:
+    """The sites whose operations no verdict speaks of.
+
+    An unmeasured site is covered by the next measured one on its way, if no more lies between than one layer has:
+    over more, errors drown in each other, and no fault could be tried on the candidate's own inputs. What was
+    recorded and still could not be judged is covered by nothing.
+    """
+    open_ = {m.site for m in sites if m.verdict == "unmeasured"}
+    if not open_:
+        return ()
+    in_layers = Counter(layer for m in sites if (layer := layer_of(m.site)) is not None)
+    longest = max(in_layers.values(), default=0) + _ENDS
+    covered: set[str] = set()
+    for position, site in enumerate(sites):
+        if site.verdict != "unmeasured":
+            span = _span_before(sites, position)
+            covered.update(span if len(span) <= longest else ())
+    judged_elsewhere = {m.site for m in sites if m.gap is not None and m.gap.kind == "not recorded"} & covered
+    return tuple(m.site for m in sites if m.site in open_ - judged_elsewhere)
 
 
 def evidence(m: Measurement) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from parity.candidates.base import Candidate
 from parity.compare.conclude import conclude
+from parity.compare.dump_check import name_checks
 from parity.compare.explain import explain, judge
 from parity.compare.measure import measure
 from parity.compare.sides import Sides, pair_up
@@ -36,8 +37,12 @@ def diff(
         with observer.timed("record candidate"):
             dump = candidate.record(run, reference.working.sites, Path(folder) / "candidate.h5")
         with closing(dump):
-            checks = (*reference_checks(reference.working, run.ids), *candidate.checks(run.checkpoint))
             pairs = pair_up(dump, candidate, reference.working, run)
+            checks = (
+                *reference_checks(reference.working, run.ids),
+                *candidate.checks(run.checkpoint),
+                *name_checks(dump, pairs),
+            )
             # From here on the dump says all there is to say, and the candidate's weights would only take memory.
             candidate.close()
             return compare(Sides(run, reference, dump, pairs, candidate.name, checks), observer)

@@ -25,7 +25,7 @@ from parity.sites import Dims, Site, numbered, without_call
 
 # Sites whose last axis is heads and head_dim flattened into one, where they are three-dimensional.
 _PER_HEAD = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
-_COSTLY = ("scores", "probs")
+COSTLY = (".scores", ".probs")
 _SWITCH = (bool, int, float, str)
 
 
@@ -207,7 +207,7 @@ def _watching(model: nn.Module, watch: _Watch, *, inner: bool) -> Iterator[None]
             before, after = _hooks(model, name, watch)
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(after).remove)
-            wanted = [value for value in INSIDE if inner or value not in _COSTLY]
+            wanted = [value for value in INSIDE if inner or f".{value}" not in COSTLY]
             attention[module] = {value: f"{name}.{value}" for value in wanted}
 
         def tap(site: str, value: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def failures(part: str, c: Comparison, settings: Settings, baseline: Mapping[str
 
 def _drifts(c: Comparison) -> bool:
     """Whether the run is inconclusive for a reason that fails no part of its own."""
-    return c.inconclusive is not None and c.inconclusive.kind in ("logits off", "unexamined")
+    return c.inconclusive is not None and c.inconclusive.kind == "logits off"
 
 
 def _site(m: Measurement, settings: Settings, baseline: Mapping[str, float]) -> Failure | None:

@@ -433,6 +433,9 @@ def test_unmeasured_never_counts_as_passed(verdicts: list[str]) -> None:
         assert verdict == "diverged"
     elif not verdicts or verdicts[-1] == "unmeasured":
         assert verdict == "inconclusive"
+    elif coverage.unexamined:
+        assert verdict == "inconclusive"
+        assert "not examined" in run.headline
     else:
         assert verdict == "match"
         assert ("unmeasured" in run.headline) == ("unmeasured" in verdicts)

@@ -55,7 +55,10 @@ def inconclusive(why: Inconclusive, **more: Any) -> Comparison:
             "every operation rounds as it should, yet the logits are 4",
         ),
         (inconclusive(Inconclusive("flips", count=2)), "2 top tokens differ by more than rounding explains"),
-        (inconclusive(Inconclusive("unexamined", count=1)), "1 operation was not examined: no measured site covers it"),
+        (
+            inconclusive(Inconclusive("unexamined", count=1)),
+            "logits agree; 1 operation not examined: record more sites, or accept it with --allow-unexamined",
+        ),
         (
             inconclusive(Inconclusive("unexamined", count=3)),
             "3 operations were not examined: no measured site covers th",
