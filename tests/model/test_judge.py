@@ -180,7 +180,9 @@ def test_few_numbers_or_rows_of_one_kind_follow_the_value_by_chance(kinds: int, 
 
 
 def measurement(site: str, verdict: str = "rounding", **more: Any) -> Measurement:
-    values: dict[str, Any] = {"reason": "", "ratio": None if verdict == "unmeasured" else 1.0}
+    values: dict[str, Any] = {"reason": "", "ratio": 1.0}
+    if verdict == "unmeasured":
+        values = {"reason": "", "ratio": None, "gap": Gap("not recorded")}
     return Measurement(site, verdict, **(values | more))  # type: ignore[arg-type]
 
 
