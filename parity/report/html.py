@@ -116,7 +116,14 @@ def _power(comparison: Comparison) -> dict[str, Any] | None:
     power = comparison.power
     if power is None:
         return None
-    return {"visible": power.visible, "unseen": len(power.unseen), "groups": summaries.invisible(comparison)}
+    groups = summaries.invisible(comparison)
+    unseen = sum(len(faults) for _, faults in groups)
+    return {
+        "visible": power.visible,
+        "unseen": unseen,
+        "impossible": len(power.unseen) - unseen,
+        "groups": groups,
+    }
 
 
 # -- details of each site, for the script ---------------------------------------------------------------------

@@ -110,7 +110,7 @@ def _object(kind: Any, value: dict[str, Any], key: str) -> Any:
         inner = field.name if key == "the report" else f"{key}.{field.name}"
         if field.name in value:
             given[field.name] = from_json(hints[field.name], value[field.name], inner)
-        elif field.default is dataclasses.MISSING:
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise MalformedError(f"{inner} is missing")
     return kind(**given)
 

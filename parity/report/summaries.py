@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from parity import words
+from parity.reasons import NotTried
 from parity.report.text import flips, number, plural, quoted, ranges, visible
 from parity.results import Comparison, Finding, Measurement, NextToken, Token
 from parity.sites import family, layer_of
@@ -54,10 +55,15 @@ def _layers(layers: Sequence[int]) -> str:
 
 
 def invisible(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The faults that this run could not have revealed, each with what is said of it alone, by common reason."""
+    """The faults that this run could not have revealed, each with what is said of it alone, by common reason.
+
+    Those for which the model has no place are not among them: there is nothing to see.
+    """
     groups: dict[str, list[tuple[str, str]]] = {}
     power = comparison.power
     for item in power.unseen if power else ():
+        if isinstance(item, NotTried) and item.why == "no place":
+            continue
         reason, detail = map(visible, words.unseen(item, power.dtype if power else ""))
         groups.setdefault(reason, []).append((visible(item.fault), detail))
     return list(groups.items())

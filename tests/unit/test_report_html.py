@@ -174,6 +174,12 @@ def test_what_was_found_is_said() -> None:
     assert "reference prefers ' Emma' to ' Grace' by 6, 200 standard deviations of the rounding noise" in text
 
 
+def test_a_fault_without_a_place_in_the_model_is_not_called_unseen() -> None:
+    text = page(everything).text
+    assert "2 known faults would have shown in this run; 4 would not. For 1 other this model has no place." in text
+    assert "softcap-missing" not in text
+
+
 def test_what_a_dump_says_stays_text() -> None:
     shown = page(hostile)
     assert len(shown.all("script")) == 2

@@ -29,6 +29,7 @@ def test_every_kind_of_gap_has_words_of_its_own(kind: GapKind) -> None:
         (Invisible("a", "drowns", 0.21), ("drowns in float16", "0.2x the floor")),
         (NotTried("a", "large"), ("not tried: embedding and head are large", "")),
         (NotTried("a", "unknown"), ("not tried", "")),
+        (NotTried("a", "failed", "no weight"), ("not tried: trying it failed", "no weight")),
     ],
 )
 def test_what_goes_unseen(item: Invisible | NotTried, said: tuple[str, str]) -> None:
