@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parity.candidates.base import Candidate, dump_file, open_candidate
-from parity.dump import open_dump, write_tokens
+from parity.dump import copy_as_safetensors, open_dump, write_tokens
 from parity.errors import UsageError
 from parity.observer import Observer
 from parity.options import IMPL, RunOptions, run_options, shell
@@ -100,7 +101,8 @@ def record(
     observer: Observer | None = None,
     **options: Any,
 ) -> Recorded:
-    """Record every activation of the reference, or of a candidate, to an HDF5 dump, and the token ids beside it.
+    """Record every activation of the reference, or of a candidate, to a dump (*.h5, or
+    *.safetensors), and the token ids beside it.
 
     The arguments are those of `diff`. Raises ParityError.
     """
@@ -111,7 +113,17 @@ def record(
 def recorded(
     path: Path, candidate: Candidate | None, options: RunOptions, observer: Observer | None = None
 ) -> Recorded:
-    """Record the reference, or an open candidate."""
+    """Record the reference, or an open candidate; as HDF5, or as safetensors if the name says so."""
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no directory {path.parent}. Create it first.")
+    if path.suffix == ".safetensors":  # whose header says first how large everything is
+        with tempfile.TemporaryDirectory(prefix=".parity-", dir=path.parent) as folder:
+            whole = Path(folder) / "recorded.h5"
+            done = recorded(whole, candidate, options, observer)
+            with open_dump(whole) as dump:
+                copy_as_safetensors(dump, path)
+            ids = done.ids.rename(path.with_suffix(".tokens.txt"))
+        return replace(done, ids=ids)
     from parity.compare.recording import record_reference
     from parity.run_spec import run_spec
 

@@ -33,6 +33,10 @@ class RunOptions:
     prompt: str | None = _option(None, WHAT, "Text to run.", "--prompt", "-p")
     prompt_file: Path | None = _option(None, WHAT, "A file that holds the text.")
     tokens: str | None = _option(None, WHAT, "Token ids: '1 2 3', or a file with one row a line.")
+    chat: bool = _option(False, WHAT, "The prompt is what a user says: apply the tokenizer's chat template.", "--chat")
+    trust_remote_code: bool = _option(
+        False, WHAT, "Let transformers run Python that the checkpoint brings along.", "--trust-remote-code"
+    )
     faults: str | None = _option(None, WHAT, "Your own faults: module:FAULTS or file.py:FAULTS.")
     dtype: str | None = _option(None, HOW, "float32, bfloat16 or float16. [default: the checkpoint's]")
     device: str = _option("cpu", HOW, "cpu, cuda, cuda:1, …")

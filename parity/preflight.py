@@ -24,7 +24,7 @@ Rows = tuple[tuple[int, ...], ...]
 def check_options(options: Any, *, has_dump: bool = False) -> None:
     """Raise a ParityError for what no run can mean; with a dump, it may say what to run and of which model.
 
-    `options` has prompt, prompt_file, tokens, model, dtype, device, attention, faults and noise, as a user gave them.
+    `options` has prompt, prompt_file, tokens, model, dtype, device, attention, chat, faults and noise, as given.
     """
     if options.dtype is not None and options.dtype not in DTYPES:
         raise UsageError(f"dtype {options.dtype!r} is not one of {', '.join(DTYPES)}.")
@@ -40,6 +40,8 @@ def check_options(options: Any, *, has_dump: bool = False) -> None:
         raise UsageError("nothing to run. Give --prompt TEXT, --prompt-file FILE or --tokens IDS.")
     if text == "":
         raise UsageError("the prompt is empty: no token to run. Give some text, or token ids.")
+    if options.chat and text is None:
+        raise UsageError("--chat applies a template to a prompt. Give --prompt or --prompt-file with it.")
     if options.faults:
         check_spec(options.faults, "faults", UsageError)
     if options.model is None and has_dump:
@@ -67,6 +69,12 @@ def _check_rows(checkpoint: Checkpoint, rows: Rows) -> None:
             raise UsageError(
                 f"token id {outside} is outside the vocabulary of {checkpoint.name} (0 … {vocabulary - 1})."
             )
+
+
+def check_output(path: Path) -> None:
+    """Raise UsageError if the name of a recording promises a format that is not written."""
+    if path.suffix not in ("", ".h5", ".hdf5", ".safetensors"):
+        raise UsageError(f"{path}: no {path.suffix} is written. Give a name that ends in .h5 or .safetensors.")
 
 
 def check_spec(spec: str, word: str, error: type[ParityError] = CandidateError) -> None:

@@ -91,13 +91,13 @@ def run_spec(options: RunOptions, said: RunInfo | None = None, command: str = ""
     Raises UsageError and ModelError.
     """
     said = said or RunInfo()
-    checkpoint = find(options.model or said.model or EMBEDDED)
+    checkpoint = find(options.model or said.model or EMBEDDED, trust_remote_code=options.trust_remote_code)
     text = options.text
     known = None if options.says_what_to_run else said.token_ids
     _check_device(options.device)
     return RunSpec(
         checkpoint=checkpoint,
-        token_ids=known or options.token_ids or _tokenized(checkpoint, text, said),
+        token_ids=known or options.token_ids or _tokenized(checkpoint, text, options.chat, said),
         dtype=options.dtype or said.dtype or default_dtype(checkpoint),
         options=options,
         prompt=text,
@@ -106,13 +106,13 @@ def run_spec(options: RunOptions, said: RunInfo | None = None, command: str = ""
     )
 
 
-def _tokenized(checkpoint: Checkpoint, prompt: str | None, said: RunInfo) -> tuple[tuple[int, ...], ...]:
+def _tokenized(checkpoint: Checkpoint, prompt: str | None, chat: bool, said: RunInfo) -> tuple[tuple[int, ...], ...]:
     if prompt is None:
         where = "" if said == RunInfo() else ": the dump does not say its token ids (parity.token_ids)"
         raise UsageError(f"nothing to run{where}. Give --prompt TEXT, --prompt-file FILE or --tokens IDS.")
     if not prompt:
         raise UsageError("the prompt is empty: no token to run. Give it some text.")
-    return (tokenize(checkpoint, prompt).ids,)
+    return (tokenize(checkpoint, prompt, chat=chat).ids,)
 
 
 def _check_device(device: str) -> None:

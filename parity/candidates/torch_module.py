@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from parity.candidates.base import Candidate
 from parity.dump import ArchiveWriter, Dump, NameMap, open_dump, rename, sites_of
 from parity.errors import CandidateError
-from parity.load_object import describe
+from parity.load_object import describe, misfit
 from parity.record.arrays import to_numpy
 from parity.record.experts import GIVEN, ROUTED
 from parity.record.tap import Tap, first_tensor, quiet_torch, tapping
@@ -174,6 +174,8 @@ class _Recording:
 def _made(spec: str, factory: Callable[..., Any], run: RunSpec) -> nn.Module:
     """What the candidate's factory returns. Raises CandidateError for anything that goes wrong in it."""
     path = run.checkpoint.path
+    if reason := misfit(factory, "model_dir", "dtype", "device"):
+        raise CandidateError(f"candidate {spec!r}: {reason}. Give it these three parameters.")
     try:
         # Whatever a candidate prints, standard output belongs to the report.
         with redirect_stdout(sys.stderr):
@@ -224,6 +226,11 @@ def _run(module: nn.Module, input_ids: Tensor, sites: Sequence[Site], tap: Tap) 
     except CandidateError:
         raise
     except (Exception, SystemExit) as error:
+        if isinstance(error, TypeError) and (reason := misfit(module.forward, "input_ids")):
+            raise CandidateError(
+                f"the candidate's forward cannot be called: {reason}. "
+                "Give what it wants a default, or return a wrapper whose forward(input_ids) makes it."
+            ) from error
         raise CandidateError(f"the candidate failed in its forward pass with {describe(error)}") from error
     logits = first_tensor(output)
     if logits is None:

@@ -12,7 +12,7 @@ import typer
 from parity.cli.console import explain, observed, print_json, writable, write_report
 from parity.cli.run_options import with_run_options
 from parity.options import IMPL, WHAT, RunOptions, shell
-from parity.preflight import check_options
+from parity.preflight import check_options, check_output
 from parity.reference.checkpoint import EMBEDDED
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ Model = Annotated[
     typer.Option("--model", "-m", help=f"A directory or hub id; without it the embedded {EMBEDDED}."),
 ]
 UserFaults = Annotated[str | None, typer.Option("--faults", help="Your own faults: module:FAULTS or file.py:FAULTS.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let transformers run Python that the checkpoint brings along.")
+]
 Json = Annotated[bool, typer.Option("--json", help="The report alone, as JSON on stdout.", rich_help_panel=_OUT)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every site.", rich_help_panel=_OUT)]
 
@@ -106,19 +109,20 @@ def diff(
 @with_run_options("faults", "noise", "power", "allow_unexamined")
 def record(
     run: RunOptions,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The dump to write, *.h5.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The dump to write: *.h5, or *.safetensors.")],
     candidate: Annotated[
         str | None, typer.Option("--candidate", "-c", help="Record this candidate in place of the reference.")
     ] = None,
     names: Names = None,
 ) -> None:
-    """Record every activation of the reference (or of a candidate) to an HDF5 dump.
+    """Record every activation of the reference (or of a candidate) to a dump.
 
     The token ids are written beside it, as text that any language can read.
     """
     from parity.api import recorded
     from parity.candidates.base import open_candidate
 
+    check_output(out)
     writable(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     with observed(quiet=False) as observer:
@@ -134,6 +138,7 @@ def check(
     model: Model = None,
     names: Names = None,
     tokens: Annotated[str | None, typer.Option(help="Token ids: '1 2 3', or a file with one row a line.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Say whether a dump is well-formed and complete, and what each missing site costs. Runs no model.
 
@@ -144,7 +149,7 @@ def check(
     from parity.dump import open_dump
     from parity.report.terminal import show_check
 
-    options = RunOptions(tokens=tokens, model=model)
+    options = RunOptions(tokens=tokens, model=model, trust_remote_code=trust_remote_code)
     check_options(options, has_dump=True)
     with open_dump(dump, names) as opened:
         from parity.compare.dump_check import check as check_dump
@@ -160,12 +165,13 @@ def check(
 def sites(
     model: Model = None,
     inner: Annotated[bool, typer.Option("--inner", help="Also scores and probs.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """List what a port may dump: names, axes, sizes and dtypes."""
     from parity.reference.known_sites import known_sites
 
-    known = known_sites(model or EMBEDDED, inner=inner)
+    known = known_sites(model or EMBEDDED, inner=inner, trust_remote_code=trust_remote_code)
     if json:
         print_json([{"site": s.name, "dims": list(s.dims), "shape": list(s.sizes), "dtype": s.dtype} for s in known])
         return

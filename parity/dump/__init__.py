@@ -14,7 +14,7 @@ from parity.dump.names import NameMap, load_names, rename, sites_of
 from parity.dump.npy import open_npy_folder, open_npz
 from parity.dump.opening import open_dump
 from parity.dump.records import DTYPES, Array, Dump, Entry, RunInfo
-from parity.dump.safetensors import open_safetensors, write_safetensors
+from parity.dump.safetensors import copy_as_safetensors, open_safetensors, write_safetensors
 from parity.dump.tokens import write_tokens
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Entry",
     "NameMap",
     "RunInfo",
+    "copy_as_safetensors",
     "load_names",
     "open_archive",
     "open_dump",

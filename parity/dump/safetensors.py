@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from parity.dump.files import map_file, require_file, whole_or_nothing, writing
-from parity.dump.metadata import Tensors, foreign_dump, parity_keys
+from parity.dump.metadata import PREFIX, TEXTS, Tensors, foreign_dump, parity_keys
 from parity.dump.records import DTYPES, Array, Dump, check_kind, dtype_name
 from parity.errors import DumpError
 from parity.untrusted import parse_json
@@ -78,6 +78,16 @@ def write_safetensors(path: Path | str, tensors: Mapping[str, Array], metadata: 
         file.write(len(text).to_bytes(LENGTH, "little") + text)
         for array in arrays:
             file.write(array.reshape(-1).view(np.uint8).data)
+
+
+def copy_as_safetensors(dump: Dump, path: Path | str) -> None:
+    """Write an open dump as safetensors: every array bit by bit, and what the format can say of the run."""
+    info = {key: value for key in TEXTS if (value := getattr(dump.info, key)) is not None}
+    dims = {site: " ".join(entry.dims) for site, entry in dump.entries.items() if entry.dims is not None}
+    said = info | {"token_ids": json.dumps(dump.info.token_ids), "dims": json.dumps(dims)}
+    # The arrays are views of a mapped file: what has been written need not stay in memory.
+    tensors = {site: dump.read(site) for site in dump.entries}
+    write_safetensors(path, tensors, {f"{PREFIX}{key}": text for key, text in said.items()})
 
 
 def _header(path: Path, mapped: Array) -> tuple[dict[str, Any], Array]:

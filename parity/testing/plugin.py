@@ -37,6 +37,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="Write each site's measurement to FILE.baseline.txt beside the test file; later runs must not be worse.",
     )
+    group.addoption(
+        "--parity-record-failing",
+        action="store_true",
+        help="With --parity-record: of prompts that fail too, so that what is known to be wrong gets no worse.",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -299,8 +304,13 @@ class Summary:
             sections = {
                 seen.section: comparison.sites
                 for seen in self._seen.values()
-                if seen.file == file and (comparison := answers[seen.folder].comparison) is not None
+                if seen.file == file
+                and (comparison := answers[seen.folder].comparison) is not None
+                and (not seen.failed or self._config.getoption("parity_record_failing"))
             }
+            failing = sorted({s.section for s in self._seen.values() if s.file == file} - sections.keys())
+            if failing:
+                yield f"not recorded, because it fails: {', '.join(failing)}; --parity-record-failing stores it too"
             if sections:
                 baseline.save(baseline.path_for(file), sections)
                 yield f"recorded {baseline.path_for(file).name} ({', '.join(sorted(sections))})"

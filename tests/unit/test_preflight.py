@@ -12,13 +12,21 @@ from typing import Any
 import pytest
 
 from parity.errors import CandidateError, ModelError, UsageError
-from parity.preflight import check_injection, check_options, check_spec, fault_ids, parse_tokens, read_text
+from parity.preflight import (
+    check_injection,
+    check_options,
+    check_output,
+    check_spec,
+    fault_ids,
+    parse_tokens,
+    read_text,
+)
 from tests.conftest import environment
 
 
 def options(**given: Any) -> SimpleNamespace:
     plain = {"prompt": None, "prompt_file": None, "tokens": "1 2", "model": None, "dtype": None, "device": "cpu"}
-    return SimpleNamespace(**(plain | {"attention": "eager", "faults": None, "noise": 0} | given))
+    return SimpleNamespace(**(plain | {"attention": "eager", "faults": None, "noise": 0, "chat": False} | given))
 
 
 @pytest.mark.parametrize(
@@ -40,6 +48,7 @@ def options(**given: Any) -> SimpleNamespace:
         ({"device": "meta"}, r"^device 'meta': not known"),
         ({"attention": "flash"}, r"^attention 'flash' is not one of eager, sdpa"),
         ({"noise": -1}, r"^--noise -1"),
+        ({"chat": True}, r"^--chat applies a template to a prompt"),
         ({"faults": "mine"}, r"^faults 'mine': write module:function"),
         ({"model": "./nowhere"}, r"^model './nowhere': no such directory"),
     ],
@@ -81,6 +90,13 @@ def test_specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         with pytest.raises(CandidateError, match=said):
             check_spec(spec, "candidate")
+
+
+def test_a_recording_is_what_its_name_says() -> None:
+    for name in ("a", "a.h5", "a.hdf5", "a.safetensors"):
+        check_output(Path(name))
+    with pytest.raises(UsageError, match=r"^a\.npz: no \.npz is written"):
+        check_output(Path("a.npz"))
 
 
 def test_injections() -> None:
