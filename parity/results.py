@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from parity.reasons import Gap, Inconclusive, Invisible, NotTried
+from parity.showing import Showing
 
 SCHEMA = 2
 
@@ -270,7 +271,7 @@ class Environment:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Showing):
     """Everything that one `parity diff` knows.
 
     headline     what the verdict rests on, and
