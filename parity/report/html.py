@@ -57,11 +57,15 @@ def render(comparison: Comparison) -> str:
 
 def fragment(comparison: Comparison) -> str:
     """The verdict and the findings alone, to stand within another page: a notebook's, for one."""
-    return _templates().get_template("fragment.html.j2").render(
-        c=comparison,
-        env=comparison.environment,
-        findings=[_finding(f, comparison) | {"worst": None} for f in comparison.findings],
-        power=_power(comparison),
+    return (
+        _templates()
+        .get_template("fragment.html.j2")
+        .render(
+            c=comparison,
+            env=comparison.environment,
+            findings=[_finding(f, comparison) | {"worst": None} for f in comparison.findings],
+            power=_power(comparison),
+        )
     )
 
 
