@@ -162,6 +162,13 @@ def test_the_cause_stands_under_the_sites() -> None:
     ]
 
 
+def test_what_a_candidate_wrote_cannot_act_on_the_terminal() -> None:
+    c = comparison(checks=(Check("candidate weights", False, "\x1b[31mlm_head\u202e\n.weight"),))
+    (line,) = explain(failures("logits", c, Settings(), {}), c)
+    assert line.isprintable()
+    assert r"\x1b[31mlm_head\u202e\n.weight" in line
+
+
 def test_the_worst_site_is_a_bad_one() -> None:
     c = comparison(site(ACT, verdict="imprecise", ratio=0.95), site(NORM, ratio=1.7))
     assert worst(c.sites) == c.sites[2]
