@@ -326,10 +326,18 @@ def test_a_baseline_is_recorded_and_then_held(faked: Session, clean: Comparison,
     assert (pytester.path / "test_x.baseline.txt").read_text() == text
 
 
-def test_recording_does_not_accept_what_is_wrong(faked: Session, clean: Comparison) -> None:
-    faked(changed(clean, ACT, verdict="wrong", ratio=104.0), "--parity-record").assert_outcomes(
-        passed=ITEMS - 1, failed=1
+def test_recording_does_not_accept_what_is_wrong(faked: Session, clean: Comparison, pytester: pytest.Pytester) -> None:
+    wrong = changed(clean, ACT, verdict="wrong", ratio=104.0)
+    result = faked(wrong, "--parity-record")
+    result.assert_outcomes(passed=ITEMS - 1, failed=1)
+    result.stdout.fnmatch_lines(
+        ["parity: not recorded, because it fails: test_port[[]7-tokens]; --parity-record-failing*"]
     )
+    assert not (pytester.path / "test_x.baseline.txt").exists()
+    faked(wrong, "--parity-record", "--parity-record-failing").stdout.fnmatch_lines(
+        ["parity: recorded test_x.baseline*"]
+    )
+    assert (pytester.path / "test_x.baseline.txt").exists()
 
 
 def test_a_broken_baseline_is_an_error_of_the_collection(
