@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 DUMPS = (".h5", ".hdf5", ".safetensors", ".npz")
 _FACTORY = Kind("candidate", "function", "impl.qwen3:load or my_port.py:load", CandidateError)
 # PREFIX:REST in a SPEC → where `open(rest, options, names) -> Candidate` is; options are what follows a "?".
-KINDS: dict[str, str] = {}
+KINDS: dict[str, str] = {"hf": "parity.candidates.transformers_model:TransformersModel"}
 
 
 @runtime_checkable
@@ -113,7 +113,8 @@ def beside(folder: Path, spec: str) -> str:
         return str(folder / spec)
     kind, _, rest = spec.partition(":")
     if kind in KINDS:
-        return f"{kind}:{folder / rest}"
+        file = rest.partition("?")[0]
+        return f"{kind}:{folder / rest}" if file and (folder / file).exists() else spec  # it may be a hub id
     file = spec.rpartition(":")[0]
     if not file.endswith(".py"):
         return spec

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from parity.candidates.base import Candidate
+from parity.candidates.transformers_taps import between_modules, is_compiled, places_of, tapped_attention
 from parity.dump import ArchiveWriter, Dump, NameMap, open_dump, rename, sites_of
 from parity.errors import CandidateError
 from parity.load_object import describe, misfit
 from parity.record.arrays import to_numpy
 from parity.record.experts import GIVEN, ROUTED
-from parity.record.tap import Tap, first_tensor, quiet_torch, tapping
+from parity.record.tap import Tap, first_tensor, quiet_torch, tapping, without_wrappers
 from parity.reference.checkpoint import Checkpoint
 from parity.reference.integrity import weight_check
+from parity.reference.precision import unit_roundoff
 from parity.results import Check
 from parity.run_spec import RunSpec
 from parity.sites import Dims, Site, numbered, without_call
 
 Build = Callable[[RunSpec], nn.Module]
+_ROUTING = tuple(zip(ROUTED, GIVEN, strict=True))
 
 
 class TorchModule(Candidate):
@@ -38,6 +42,7 @@ class TorchModule(Candidate):
         self.name = name
         self._build, self._names = build, names
         self._module: nn.Module | None = None
+        self._tapping: Check | None = None
 
     @classmethod
     def of(cls, module: object, names: NameMap) -> Self:
@@ -60,19 +65,25 @@ class TorchModule(Candidate):
         for each of its names.
         """
         module, own = self._loaded(run), self._own(run, sites)
+        ids = run.ids.to(_device(module, run))
+        untapped = _run(module, ids, [], lambda _site, value: value) if is_compiled(module) else None
         with ArchiveWriter(path, run.info(self.name)) as writer:
-            recording = _Recording(writer, self._names, sites, _names_of(module))
-            logits = _run(module, run.ids.to(run.device), own, recording.tap)
+            recording = _Recording(writer, self._names, sites, own, _names_of(module))
+            logits = _run(module, ids, own, recording.tap)
             recording.finish(logits)
+        if untapped is not None:
+            self._tapping = _same_run(untapped, logits, len(own))
         return rename(open_dump(path), self._names)
 
     def checks(self, checkpoint: Checkpoint) -> list[Check]:
-        """Whether the module's parameters are the checkpoint's."""
-        return [weight_check(self._module, checkpoint)] if self._module is not None else []
+        """Whether the module's parameters are the checkpoint's, and a compiled module's run was not changed by taps."""
+        weights = [weight_check(self._module, checkpoint)] if self._module is not None else []
+        return [*weights, *([self._tapping] if self._tapping is not None else [])]
 
     def axes(self, run: RunSpec, sites: Sequence[Site]) -> dict[str, Dims]:
         """Found by running the module on fewer tokens and rows. Of two axes that count tokens the second is "key"."""
-        module, own, ids = self._loaded(run), self._own(run, sites), run.ids.to(run.device)
+        module, own, ids = self._loaded(run), self._own(run, sites), run.ids
+        ids = ids.to(_device(module, run))
         full = _shapes(module, ids, own)
         fewer_tokens = _shapes(module, ids[:, :-1], own) if ids.shape[1] > 1 else full
         fewer_rows = _shapes(module, ids[:-1], own) if ids.shape[0] > 1 else full
@@ -94,21 +105,24 @@ class TorchModule(Candidate):
     def _own(self, run: RunSpec, sites: Sequence[Site]) -> list[Site]:
         """The submodules that are sites of the reference, by their name or by the name map, under their own names.
 
-        What a module of experts is given counts too, where it has the reference's name.
+        What a module of experts is given counts too, where it has the reference's name, and so does what lies between
+        modules of transformers' own classes.
         """
-        wanted = {site.name: site for site in sites}
-        own = [name for name, _ in self._loaded(run).named_modules() if name]
-        given = {f"{name}.{end}": (name, where) for name in own for end, where in zip(ROUTED, GIVEN, strict=True)}
+        module, wanted = self._loaded(run), {site.name: site for site in sites}
+        places = places_of(module)
+        inner = {site.name: site for site in between_modules(module, sites, places)}
+        given = {f"{name}.{end}": (path, at) for name, path in places.items() for end, at in _ROUTING}
         return [
+            *inner.values(),
             *(
-                replace(sites[0], name=name, module=name, where="output")
-                for name in own
-                if not wanted.keys().isdisjoint(sites_of(self._names, name))
+                replace(sites[0], name=name, module=path, where="output")
+                for name, path in places.items()
+                if name and name not in inner and not wanted.keys().isdisjoint(sites_of(self._names, name))
             ),
             *(
-                replace(wanted[site], module=name, where=where)
-                for site, (name, where) in given.items()
-                if site in wanted and site not in own
+                replace(wanted[site], module=path, where=where)
+                for site, (path, where) in given.items()
+                if site in wanted and site not in inner and site not in places
             ),
         ]
 
@@ -117,10 +131,16 @@ class _Recording:
     """Writes what the hooks see; the logits come last, because what the module returns is its answer."""
 
     def __init__(
-        self, writer: ArchiveWriter, names: NameMap, sites: Sequence[Site], names_of: dict[str, list[str]]
+        self,
+        writer: ArchiveWriter,
+        names: NameMap,
+        sites: Sequence[Site],
+        own: Sequence[Site],
+        names_of: dict[str, list[str]],
     ) -> None:
         self._writer, self._names, self._names_of = writer, names, names_of
         self._known, self._logits = {site.name for site in sites}, sites[-1].name
+        self._dims = {site.name: site.dims for site in own if site.where != "output"}
         self._calls = 0
         self._head: tuple[str, Tensor] | None = None
 
@@ -131,7 +151,7 @@ class _Recording:
         if self._logits in sites_of(self._names, name):
             self._head = name, value
         else:
-            self._writer.add(name, to_numpy(value), None)
+            self._writer.add(name, to_numpy(value), self._dims.get(name))
         return value
 
     def _place(self, site: str) -> str:
@@ -187,11 +207,28 @@ def _made(spec: str, factory: Callable[..., Any], run: RunSpec) -> nn.Module:
     return module.eval()
 
 
+def _same_run(untapped: Tensor, tapped: Tensor, operations: int) -> Check:
+    """Whether a compiled module gave the same logits without taps, which part what the compiler would have fused.
+
+    Rounding of as many operations, each of one unit roundoff, adds up to their root; four times that is allowed.
+    """
+    plain, changed = untapped.detach().double(), tapped.detach().double()
+    moved = float((changed - plain).norm() / plain.norm())
+    allowed = 4 * unit_roundoff(untapped.dtype) * operations**0.5
+    how = "bit-equal" if moved == 0 else f"differ by {moved:.1e} of their size"
+    return Check("compiled run without taps", moved <= allowed, f"logits with and without taps {how}")
+
+
+def _device(module: nn.Module, run: RunSpec) -> torch.device:
+    """Where the module is: it may be elsewhere than the reference."""
+    return next((parameter.device for parameter in module.parameters()), torch.device(run.device))
+
+
 def _names_of(module: nn.Module) -> dict[str, list[str]]:
     """Every place where a submodule stands, by the first of them."""
     places: dict[nn.Module, list[str]] = {}
     for name, child in module.named_modules(remove_duplicate=False):
-        places.setdefault(child, []).append(name)
+        places.setdefault(child, []).append(without_wrappers(name))
     return {names[0]: names for names in places.values()}
 
 
@@ -208,6 +245,19 @@ def _changed(shape: tuple[Any, ...], other: tuple[int, ...]) -> list[int]:
     return [i for i, (a, b) in enumerate(zip(shape, other, strict=False)) if a != b]
 
 
+@contextmanager
+def _compiled_anew(module: nn.Module) -> Iterator[None]:
+    """A compiled module does not look for hooks again: what was compiled before they came, or with them, must go."""
+    if not is_compiled(module):
+        yield
+        return
+    torch.compiler.reset()
+    try:
+        yield
+    finally:
+        torch.compiler.reset()
+
+
 def _shapes(module: nn.Module, input_ids: Tensor, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -221,7 +271,13 @@ def _shapes(module: nn.Module, input_ids: Tensor, sites: Sequence[Site]) -> dict
 
 def _run(module: nn.Module, input_ids: Tensor, sites: Sequence[Site], tap: Tap) -> Tensor:
     try:
-        with quiet_torch(), redirect_stdout(sys.stderr), tapping(module, sites, tap, every_call=True):
+        with (
+            _compiled_anew(module),
+            quiet_torch(),
+            redirect_stdout(sys.stderr),
+            tapped_attention(module, sites),
+            tapping(module, sites, tap, every_call=True),
+        ):
             output: Any = module(input_ids)
     except CandidateError:
         raise

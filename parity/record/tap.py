@@ -93,6 +93,11 @@ def first_tensor(output: Any) -> Tensor | None:
     return output if isinstance(output, Tensor) else None
 
 
+def without_wrappers(name: str) -> str:
+    """The name of a module or parameter without what torch.compile puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
 def _output_hook(site: str, tap: Tap) -> Callable[[nn.Module, Any, Any], Any]:
     return lambda _module, _args, output: _tapped(site, tap, output)
 

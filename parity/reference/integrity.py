@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from parity.record.tap import without_wrappers
 from parity.reference.checkpoint import Checkpoint
 from parity.reference.pieces import PiecewiseModel
 from parity.results import Check
@@ -60,7 +61,7 @@ def weight_check(module: nn.Module, checkpoint: Checkpoint) -> Check:
     """
     differing: list[str] = []
     compared = 0
-    own = dict(module.named_parameters(remove_duplicate=False))
+    own = {without_wrappers(name): p for name, p in module.named_parameters(remove_duplicate=False)}
     for name, stored in _tensors(checkpoint, own):
         compared += 1
         mine = own[name].detach().cpu()
@@ -75,10 +76,17 @@ def weight_check(module: nn.Module, checkpoint: Checkpoint) -> Check:
 
 
 def _same(mine: Tensor, stored: Tensor) -> bool:
-    return mine.shape == stored.shape and torch.equal(mine, stored.to(mine.dtype))
+    return not _is_quantized(mine) and mine.shape == stored.shape and torch.equal(mine, stored.to(mine.dtype))
+
+
+def _is_quantized(mine: Tensor) -> bool:
+    """Whether it is a class of a library's own, which may know no comparison of numbers."""
+    return type(mine) not in (Tensor, nn.Parameter)
 
 
 def _how(mine: Tensor, stored: Tensor, checkpoint: Checkpoint) -> str:
+    if _is_quantized(mine):
+        return f"is a {type(mine).__name__}, whose numbers cannot be compared"
     if mine.dim() == 2 and mine.shape == stored.shape[::-1] and _same(mine.T, stored):
         return "is transposed"
     if mine.shape != stored.shape:

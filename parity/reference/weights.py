@@ -52,7 +52,7 @@ def read(model: Any, checkpoint: Checkpoint, dtype: torch.dtype, wanted: Callabl
         tensors: dict[str, Any] = {}
         for shard in checkpoint.open(stack, wanted):
             tensors |= {key: shard.get_slice(key) for key in shard.keys() if wanted(key)}  # noqa: SIM118
-        with _no_progress_bar():
+        with no_progress_bar():
             info, _ = convert_and_load_state_dict_in_model(model, tensors, config)
     if info.mismatched_keys:
         key, found, expected = next(iter(info.mismatched_keys))
@@ -120,7 +120,7 @@ def move(modules: Iterable[nn.Module], device: torch.device | str) -> None:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """One bar of ours over all pieces instead of one of theirs for each."""
     from transformers.utils import logging
 

@@ -1,0 +1,89 @@
+"""The reference's own taps for a candidate whose classes are transformers': what lies between its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from parity.errors import UsageError
+from parity.record.attention import register
+from parity.record.experts import IN_ROUTER
+from parity.record.tap import without_wrappers
+from parity.sites import Site
+
+
+_BETWEEN = ("input", "attention", *IN_ROUTER)
+
+
+def places_of(module: nn.Module) -> dict[str, str]:
+    """Where each submodule is found, by its name without wrappers; of a compiled one it is the wrapper."""
+    places: dict[str, str] = {}
+    for path, _ in module.named_modules():
+        places.setdefault(without_wrappers(path), path)
+    return places
+
+
+def between_modules(module: nn.Module, sites: Sequence[Site], places: Mapping[str, str]) -> list[Site]:
+    """Those of `sites` that no module returns (inputs, values inside attention and routers) and that transformers' code has.
+
+    A port's own class may compute something else at such a place, or nothing: there a name means nothing.
+    A compiled model is left alone, because a tap there would take apart what the compiler has fused.
+    """
+    if is_compiled(module):
+        return []
+    return [site for site in sites if site.where in _BETWEEN and _is_stock(module, places, site)]
+
+
+def _is_stock(module: nn.Module, places: Mapping[str, str], site: Site) -> bool:
+    """Whether the code that makes the value is a class of transformers."""
+    owner = site.module.rpartition(".")[0] if site.where == "input" else site.module
+    if site.module not in places or owner not in places:
+        return False
+    return type(module.get_submodule(owner)).__module__.startswith("transformers.models.")
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile, or a module's own `compile`, has had its hands on any part of it."""
+    parts = list(module.named_modules())
+    return any(path != without_wrappers(path) or part._compiled_call_impl is not None for path, part in parts)
+
+
+@contextmanager
+def tapped_attention(module: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
+    """Let the model's attention, whichever implementation it uses, be seen during the block.
+
+    One that transformers has no masks for is left as it is; its values stay unseen.
+    """
+    configs = {id(config): config for config in _configs(module)} if any(s.where == "attention" for s in sites) else {}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    try:
+        for config, implementation in before:
+            _set(config, _twin(implementation))
+        yield
+    finally:
+        for config, implementation in before:
+            _set(config, implementation)
+
+
+def _configs(module: nn.Module) -> Iterator[Any]:
+    for part in module.modules():
+        config = getattr(part, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            yield config
+
+
+def _twin(implementation: str | None) -> str | None:
+    if implementation is None or implementation.startswith("parity_"):
+        return implementation
+    try:
+        return register(implementation)
+    except UsageError:
+        return implementation
+
+
+def _set(config: Any, implementation: str | None) -> None:
+    # The property would set every sub-config too, each of which may have its own.
+    config._attn_implementation_internal = implementation
