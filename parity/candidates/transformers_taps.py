@@ -14,7 +14,6 @@ from parity.record.experts import IN_ROUTER
 from parity.record.tap import without_wrappers
 from parity.sites import Site
 
-
 _BETWEEN = ("input", "attention", *IN_ROUTER)
 
 
@@ -27,7 +26,7 @@ def places_of(module: nn.Module) -> dict[str, str]:
 
 
 def between_modules(module: nn.Module, sites: Sequence[Site], places: Mapping[str, str]) -> list[Site]:
-    """Those of `sites` that no module returns (inputs, values inside attention and routers) and that transformers' code has.
+    """Those of `sites` inside of or between modules (inputs, attention, routers) whose code is transformers' own.
 
     A port's own class may compute something else at such a place, or nothing: there a name means nothing.
     A compiled model is left alone, because a tap there would take apart what the compiler has fused.
