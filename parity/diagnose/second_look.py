@@ -64,19 +64,17 @@ def _across_pieces(names: Collection[str], in_doubt: InDoubt, bench: Workbench) 
 def _cleared(
     at: LoadedPiece, names: Sequence[str], measured: Mapping[str, Local], in_doubt: InDoubt, bench: Workbench
 ) -> dict[str, Local]:
-    left = list(names)
-    truth, floor = (bench.compute(at, left, model) for model in (bench.reference.precise, bench.reference.working))
+    """The nearest known way of each site, or one of its own, where that leaves no doubt."""
+    truth, floor = (bench.compute(at, names, model) for model in (bench.reference.precise, bench.reference.working))
     cleared: dict[str, Local] = {}
-    for about, ways in _attempts(at, left, truth, bench):
-        for name in [name for name in left if name in ways]:
+    for about, ways in _attempts(at, names, truth, bench):
+        for name in ways.keys() - (cleared if about == ANY else {}):
             old = measured[name]
             found = _against(at, name, ways[name], floor[name].to(truth[name]) - truth[name], bench)
             found = replace(found, way=about, inherited_rel=old.inherited_rel, total_ratio=old.total_ratio)
-            if not in_doubt(name, found):
+            nearest = name not in cleared or found.local_rel < cleared[name].local_rel
+            if nearest and not in_doubt(name, found):
                 cleared[name] = found
-                left.remove(name)
-        if not left:
-            break
     return cleared
 
 

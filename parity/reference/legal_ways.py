@@ -34,29 +34,22 @@ Singles = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Way:
-    """An order of summation: into so many running sums, with the square inside a multiply-add or rounded before it.
+    """An order of summation: into so many running sums, 0 adding halves to halves; or in float64.
 
-    `lanes` 0 adds halves to halves. `divided`: a mean is the sum of terms that are divided first. `wide`: in float64.
+    Whether a square is rounded before it is added (a multiply-add does not) changes little beside the partial sums.
     """
 
     about: str
     lanes: int = 1
-    fused: bool = False
-    divided: bool = False
     wide: bool = False
 
 
 WAYS = (
     Way("sums one after another, as a plain loop does"),
-    Way("sums one after another in multiply-adds", fused=True),
     Way("sums in 8 lanes", lanes=8),
     Way("sums in 4 lanes", lanes=4),
     Way("sums in 16 lanes", lanes=16),
-    Way("sums in 8 lanes of multiply-adds", lanes=8, fused=True),
-    Way("sums in 4 lanes of multiply-adds", lanes=4, fused=True),
-    Way("sums in 16 lanes of multiply-adds", lanes=16, fused=True),
     Way("sums halves to halves", lanes=0),
-    Way("sums terms that it divided first", divided=True),
     Way("sums in float64", wide=True),
 )
 
@@ -72,38 +65,19 @@ def straying_of_sum(terms: int) -> float:
 # -- sums in float32 -----------------------------------------------------------------------------------------------
 
 
-def total(terms: Tensor, way: Way, root: Tensor | None = None) -> Tensor:
-    """The sum of `terms` (…, n) over the last axis as float32 makes it; of which `terms` are the squares, if of any."""
+def total(terms: Tensor, way: Way) -> Tensor:
+    """The sum of `terms` (…, n) over the last axis as float32 makes it."""
     if way.wide:
-        return terms.double().sum(-1)
-    values = _singles(root if root is not None else terms)
-    if root is None or not way.fused:
-        return _wide(_sum(values * values if root is not None else values, way), terms)
-    lanes = _lanes(values, way.lanes).astype(np.float64)
-    running: Singles = np.zeros(lanes.shape[:-2] + lanes.shape[-1:], np.float32)
-    for step in range(lanes.shape[-2]):
-        # The product of two float32 numbers is exact in float64, so that the sum is rounded once.
-        running = (running + lanes[..., step, :] ** 2).astype(np.float32)
-    return _wide(np.add.accumulate(running, -1, np.float32)[..., -1], terms)
+        return terms.sum(-1)
+    found = _sum(terms.detach().float().cpu().numpy(), way.lanes)
+    return torch.from_numpy(np.ascontiguousarray(found)).to(terms.device, torch.float64)
 
 
-def _singles(values: Tensor) -> Singles:
-    return values.detach().float().cpu().numpy()
-
-
-def _wide(values: Singles, like: Tensor) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values)).to(like.device, torch.float64)
-
-
-def _lanes(values: Singles, lanes: int) -> Singles:
-    """Values (…, n) as (…, steps, lanes), with zeros at the end."""
-    padded = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % lanes)])
-    return padded.reshape(*padded.shape[:-1], -1, lanes)
-
-
-def _sum(values: Singles, way: Way) -> Singles:
-    if way.lanes:
-        running = np.add.accumulate(_lanes(values, way.lanes), -2, np.float32)[..., -1, :]
+def _sum(values: Singles, lanes: int) -> Singles:
+    if lanes:
+        padded = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % lanes)])
+        steps = padded.reshape(*padded.shape[:-1], -1, lanes)
+        running = np.add.accumulate(steps, -2, np.float32)[..., -1, :]
         result: Singles = np.add.accumulate(running, -1, np.float32)[..., -1]
         return result
     while values.shape[-1] > 1:
@@ -118,18 +92,10 @@ def _sum(values: Singles, way: Way) -> Singles:
 
 
 class _Sums(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Every sum over the last axis of float64 numbers is `self.total(terms, root)`; see `total`."""
+    """Every sum over the last axis of float64 numbers is `self.total(terms)`, every product goes through `product`."""
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        # Squares by identity, with what they are of; both are kept, so that no identity is reused.
-        self._squares: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def total(self, terms: Tensor, root: Tensor | None) -> Tensor:
+    def total(self, terms: Tensor) -> Tensor:
         raise NotImplementedError
-
-    def mean(self, terms: Tensor, root: Tensor | None) -> Tensor:
-        return self.total(terms, root) / terms.shape[-1]
 
     def product(self, _inner: int, out: Tensor) -> Tensor:
         return out
@@ -137,28 +103,15 @@ class _Sums(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         kind = func.overloadpacket
-        ours = _SUMMED.get(kind) if args and isinstance(args[0], Tensor) and args[0].dtype is torch.float64 else None
-        found = ours(self, args, kwargs) if ours else None
-        out = func(*args, **kwargs) if found is None else found
-        if _is_square(kind, args):
-            self._squares[id(out)] = out, args[0]
-        if kind in _INNER and isinstance(out, Tensor) and out.dtype is torch.float64:
-            return self.product(args[_INNER[kind]].shape[-1], out)
-        return out
-
-    def root(self, terms: Tensor) -> Tensor | None:
-        """What these terms are the squares of."""
-        found = self._squares.get(id(terms))
-        return found[1] if found is not None and found[0] is terms else None
+        is_wide = bool(args) and isinstance(args[0], Tensor) and args[0].dtype is torch.float64
+        found = _SUMMED[kind](self, args, kwargs) if is_wide and kind in _SUMMED else None
+        if found is not None:
+            return found
+        out = func(*args, **kwargs)
+        return self.product(args[_INNER[kind]].shape[-1], out) if is_wide and kind in _INNER else out
 
 
 _INNER = {_aten.mm: 0, _aten.bmm: 0, _aten.addmm: 1, _aten.baddbmm: 1}
-
-
-def _is_square(kind: Any, args: Any) -> bool:
-    if kind is _aten.mul:
-        return args[0] is args[1]
-    return kind is _aten.square or (kind is _aten.pow and not isinstance(args[1], Tensor) and args[1] == 2)
 
 
 def _is_last(x: Tensor, dims: Any) -> bool:
@@ -172,18 +125,18 @@ def _shaped(values: Tensor, keepdim: bool) -> Tensor:
 
 def _sum_of(mode: _Sums, args: Any, kwargs: Any) -> Tensor | None:
     x, dims, keepdim = args[0], args[1] if len(args) > 1 else None, args[2] if len(args) > 2 else False
-    return _shaped(mode.total(x, mode.root(x)), kwargs.get("keepdim", keepdim)) if _is_last(x, dims) else None
+    return _shaped(mode.total(x), kwargs.get("keepdim", keepdim)) if _is_last(x, dims) else None
 
 
 def _mean_of(mode: _Sums, args: Any, kwargs: Any) -> Tensor | None:
-    x, dims, keepdim = args[0], args[1] if len(args) > 1 else None, args[2] if len(args) > 2 else False
-    return _shaped(mode.mean(x, mode.root(x)), kwargs.get("keepdim", keepdim)) if _is_last(x, dims) else None
+    found = _sum_of(mode, args, kwargs)
+    return None if found is None else found / args[0].shape[-1]
 
 
 def _norm_of(mode: _Sums, args: Any, kwargs: Any) -> Tensor | None:
     x, order = args[0], args[1] if len(args) > 1 else 2
     dims, keepdim = (args[i] if len(args) > i else kwargs.get(n) for i, n in ((2, "dim"), (3, "keepdim")))
-    return _shaped(mode.total(x * x, x).sqrt(), bool(keepdim)) if order == 2 and _is_last(x, dims) else None
+    return _shaped(mode.total(x * x).sqrt(), bool(keepdim)) if order == 2 and _is_last(x, dims) else None
 
 
 def _softmax_of(mode: _Sums, args: Any, _kwargs: Any) -> Tensor | None:
@@ -191,15 +144,15 @@ def _softmax_of(mode: _Sums, args: Any, _kwargs: Any) -> Tensor | None:
     if not _is_last(x, dim):
         return None
     weights: Tensor = (x - x.amax(-1, keepdim=True)).exp()
-    return weights / mode.total(weights, None)[..., None]
+    return weights / mode.total(weights)[..., None]
 
 
 def _layer_norm_of(mode: _Sums, args: Any, _kwargs: Any) -> tuple[Tensor, Tensor, Tensor] | None:
     x, shape, weight, bias, eps = args
     if len(shape) != 1:
         return None
-    centre = mode.mean(x, None)[..., None]
-    scale = (mode.mean((x - centre).square(), x - centre)[..., None] + eps).rsqrt()
+    centre = mode.total(x)[..., None] / shape[0]
+    scale = (mode.total((x - centre).square())[..., None] / shape[0] + eps).rsqrt()
     out = (x - centre) * scale
     out = out if weight is None else out * weight
     return (out if bias is None else out + bias), centre, scale
@@ -218,31 +171,25 @@ class _Ordered(_Sums):  # type: ignore[no-untyped-call]
     """Sums as one way takes them."""
 
     def __init__(self, way: Way) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._way = way
 
-    def total(self, terms: Tensor, root: Tensor | None) -> Tensor:
-        return total(terms, self._way, root)
-
-    def mean(self, terms: Tensor, root: Tensor | None) -> Tensor:
-        size = terms.shape[-1]
-        if self._way.divided:
-            return total((terms.float() / size).double(), self._way)
-        return total(terms, self._way, root) / size
+    def total(self, terms: Tensor) -> Tensor:
+        return total(terms, self._way)
 
 
 class _Straying(_Sums):  # type: ignore[no-untyped-call]
     """Sums and products off at random, by as much as plain loops in float32 may be."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._seed = seed
 
     def _generator(self, device: torch.device) -> torch.Generator:
         self._seed += 1
         return torch.Generator(device).manual_seed(self._seed)
 
-    def total(self, terms: Tensor, _root: Tensor | None) -> Tensor:
+    def total(self, terms: Tensor) -> Tensor:
         exact: Tensor = terms.sum(-1)
         size = terms.abs().sum(-1)
         draw = torch.randint(0, 2, exact.shape, generator=self._generator(exact.device), device=exact.device)
