@@ -8,6 +8,8 @@
 Everything here is loaded when it is first asked for: importing parity costs nothing.
 """
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,3 +32,14 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'parity' has no attribute {name!r}")
     return getattr(import_module(f"parity.{_HOMES[name]}"), name)
+
+
+class _Package(ModuleType):
+    """`parity.record` stays the function, whoever imports the package `parity.record`."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
