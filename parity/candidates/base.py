@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from parity.run_spec import RunSpec
 
 DUMPS = (".h5", ".hdf5", ".safetensors", ".npz")
-_FACTORY = Kind("candidate", "function", "impl.qwen3:load or my_port.py:load", CandidateError)
+FACTORY = Kind("candidate", "function", "impl.qwen3:load or my_port.py:load", CandidateError)
 # PREFIX:REST in a SPEC → where `open(rest, options, names) -> Candidate` is; options are what follows a "?".
 KINDS: dict[str, str] = {"hf": "parity.candidates.transformers_model:TransformersModel"}
 
@@ -82,7 +82,7 @@ def open_candidate(spec: Any, names: NameMap | Path | str | None = None) -> Cand
         rest, _, query = rest.partition("?")
         opened: Candidate = getattr(import_module(module), name)(rest, dict(parse_qsl(query)), table)
         return opened
-    factory = load(str(spec), _FACTORY)  # what is wrong with it is said before torch is imported
+    factory = load(str(spec), FACTORY)  # what is wrong with it is said before torch is imported
     from parity.candidates.torch_module import TorchModule
 
     return TorchModule.from_factory(str(spec), factory, table)
