@@ -68,6 +68,11 @@ class RunOptions:
         """The token ids (b, t) that were given as such. Raises UsageError."""
         return None if self.tokens is None else parse_tokens(self.tokens)
 
+    def given(self) -> dict[str, str]:
+        """What is not as it would be without a word, by name: the environment block of a report."""
+        rows = (row for row in dataclasses.fields(self) if row.name not in _ASKING)
+        return {row.name: str(value) for row in rows if (value := getattr(self, row.name)) != row.default}
+
     def command(self, candidate: str, names: Path | str | None = None) -> list[str]:
         """The comparison of a candidate with these options as a command line."""
         given = {"--candidate": candidate, "--names": names}

@@ -268,6 +268,7 @@ class Environment:
     command: str
     created: str
     seconds: dict[str, float]
+    options: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

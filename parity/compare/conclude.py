@@ -133,4 +133,5 @@ def _environment(sides: Sides, measured: Measured, observer: Observer) -> Enviro
         command=run.command,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds={what: round(seconds, 3) for what, seconds in observer.seconds.items()},
+        options=run.options.given(),
     )
