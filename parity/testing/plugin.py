@@ -44,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One item for each case of a port. What cannot be becomes an error of the collection."""
+    """One item for each case of a port. Raises CollectError where none can be made."""
     port: Port | None = vars(metafunc.function).get("parity_port")
     if port is None:
         return
