@@ -21,7 +21,8 @@ def judge_routers(sites: Sequence[Measurement], routes: Mapping[str, Route]) -> 
 
 
 def _has_choice(site: Measurement, routes: Mapping[str, Route]) -> bool:
-    return site.site in routes and site.ratio is not None and site.verdict != "nonfinite"
+    # Where only the weights were recorded, they tell the choice.
+    return site.site in routes and routes[site.site].is_told and site.verdict != "nonfinite"
 
 
 def _judged(site: Measurement, route: Route) -> Measurement:

@@ -49,6 +49,7 @@ class Route:
     margin   (token) how far its logits would have to move to choose likewise, in units of the noise; 0 where it does
     coarse   (token) the same in units of what the working dtype would round the logits by
     experts  (token) how many experts the candidate chose less how many the reference does
+    is_told  whether the candidate recorded its choice, or the weights of the chosen
     """
 
     choice: Tensor
@@ -56,6 +57,7 @@ class Route:
     margin: Tensor
     coarse: Tensor
     experts: Tensor
+    is_told: bool
 
     @property
     def is_right(self) -> Tensor:
@@ -179,7 +181,7 @@ def _judged(router: Router, choice: Tensor, truth: Mapping[str, Tensor], noise: 
             margin[open_rows & alike] = step
             step *= 2
     scale = (noise[0] / noise[1]).squeeze(-1).double()
-    return Route(choice, differs, margin, torch.where(margin == 0, 0.0, margin * scale), more)
+    return Route(choice, differs, margin, torch.where(margin == 0, 0.0, margin * scale), more, is_told=True)
 
 
 def _base(router: Router, truth: Mapping[str, Tensor]) -> Tensor:
@@ -200,7 +202,7 @@ def _shown(router: Router, truth: Mapping[str, Tensor], working_choice: Tensor, 
         rivals = _rivals(router, expected, _base(router, truth), LIMIT * noise)
         if rivals:
             choice = _nearest(router, site, expected, [working_choice.to(expected), *rivals])
-    return Route(choice, (choice != expected).any(-1), nothing, nothing, nothing.long())
+    return Route(choice, (choice != expected).any(-1), nothing, nothing, nothing.long(), is_told=False)
 
 
 def _rivals(router: Router, expected: Tensor, base: Tensor, reach: Tensor) -> list[Tensor]:

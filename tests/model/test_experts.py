@@ -188,7 +188,7 @@ def shifted(gate: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", slow_but(["bfloat16"], ["bfloat16", "float32"]))
-@pytest.mark.parametrize("without", slow_but([()], [(), (".gate",)]), ids=str)
+@pytest.mark.parametrize("without", slow_but([(), (".chosen",)], [(), (".gate",), (".chosen",)]), ids=str)
 @pytest.mark.parametrize(("route", "said"), [(one_less, "1 expert fewer"), (shifted, "no tie")])
 def test_a_wrong_choice_is_found_at_the_router(
     checkpoint: Callable[..., Path],

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from impl.qwen3 import Config
+from parity.faults import experts, router
 
 # The wrong number of a bug, on a checkpoint and a prompt of so many tokens.
 Truth = Callable[[Config, int], float]
@@ -137,6 +138,7 @@ UNPLANTED: dict[str, str] = {
     **dict.fromkeys(("window-ignored", "window-plus-one", "window-minus-one", "window-of-other-layers"), _WINDOW),
     **dict.fromkeys(("rope-full", "qk-norm-separate", "norm-rms-for-layernorm", "norm-one-forgotten"), _FOREIGN),
     **dict.fromkeys(("attention-scale-head-dim", "sinks-dropped", "softcap-dropped", "act-silu"), _FOREIGN),
-    **dict.fromkeys(("gate-up-interleaved", "moe-not-renormalized", "moe-renormalized"), _FOREIGN),
+    "gate-up-interleaved": _FOREIGN,
+    **{fault.id: _FOREIGN for fault in (*router.FAULTS, *experts.FAULTS)},
     **dict.fromkeys(("embedding-scale-missing", "embedding-scale-rounded"), _FOREIGN),
 }
