@@ -74,8 +74,9 @@ class Inconclusive:
     logits off         each operation only rounds, yet the logits are `ratio` times as far off as the reference's
     flips              `count` top tokens differ by more than rounding explains
     unexamined         `count` operations are covered by no measured site
+    too rough          at `count` sites the reference's own rounding hides anything that could be wrong
     """
 
-    kind: Literal["check failed", "no site", "logits unmeasured", "logits off", "flips", "unexamined"]
+    kind: Literal["check failed", "no site", "logits unmeasured", "logits off", "flips", "unexamined", "too rough"]
     count: int = 0
     ratio: float = 0.0

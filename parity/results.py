@@ -242,11 +242,15 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Check:
-    """One integrity check that was made before or beside the measurement."""
+    """One integrity check that was made before or beside the measurement.
+
+    If a `vital` one fails, the reference is at fault, and nothing can be said of a candidate.
+    """
 
     name: str
     ok: bool
     detail: str
+    vital: bool = False
 
 
 @dataclass(frozen=True)

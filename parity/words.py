@@ -105,6 +105,10 @@ def _inconclusive(why: Inconclusive, c: Comparison) -> str:
         return f"every operation rounds as it should, yet the logits are {why.ratio:.1f}x as far off as the reference's"
     if why.kind == "flips":
         return f"{why.count} top tokens differ by more than rounding explains"
+    if why.kind == "too rough":
+        first = next(m for m in c.sites if m.gap is not None and m.gap.kind == "too rough")
+        more = f" and {why.count - 1} more" if why.count > 1 else ""
+        return f"nothing can be said of {first.site}{more}: {reason(first)}"
     return f"logits agree; {_not_examined(why.count)}: record more sites, or accept it with --allow-unexamined"
 
 

@@ -85,7 +85,7 @@ def judge_run(
 
     `bad` are its findings, after diagnosis; `limit` is what total_limit allows the logits.
     """
-    if bad:
+    if bad and all(check.ok or not check.vital for check in checks):
         return "diverged", None
     why = _inconclusive(sites, checks, next_token, limit)
     return ("inconclusive", why) if why else ("match", None)
@@ -105,6 +105,8 @@ def _inconclusive(
         return Inconclusive("logits off", ratio=logits.total_ratio)
     if next_token is not None and next_token.unexplained_flips:
         return Inconclusive("flips", count=next_token.unexplained_flips)
+    if rough := sum(m.gap is not None and m.gap.kind == "too rough" for m in sites):
+        return Inconclusive("too rough", count=rough)
     nobody_saw = covered(sites).unexamined
     return Inconclusive("unexamined", count=nobody_saw) if nobody_saw else None
 

@@ -19,6 +19,7 @@ from parity.compare.sides import Sides, pair_up
 from parity.observer import Observer
 from parity.reference.integrity import reference_checks
 from parity.reference.replay import Reference
+from parity.reference.self_check import self_check
 from parity.results import Comparison
 from parity.run_spec import RunSpec
 
@@ -39,6 +40,7 @@ def diff(
         with closing(dump):
             pairs = pair_up(dump, candidate, reference.working, run)
             checks = (
+                *self_check(reference, run.ids),
                 *reference_checks(reference.working, run.ids),
                 *candidate.checks(run.checkpoint),
                 *name_checks(dump, pairs),

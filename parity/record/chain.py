@@ -20,6 +20,12 @@ def find_layers(model: Any) -> list[nn.Module]:
     return max((list(module) for module in lists if module not in nested), key=len, default=[])
 
 
+def container_of(model: nn.Module, layers: list[nn.Module]) -> str:
+    """What a model calls the list that holds its layers: `layers`, `h`, …; empty without layers."""
+    names = (name for name, module in model.named_modules() if layers and module is layers[0])
+    return next(names, ".").split(".")[-2]
+
+
 @dataclass(frozen=True)
 class Link:
     """One call of a layer: what it took, the site that this value has, what it gave, and in how long a tuple."""

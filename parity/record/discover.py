@@ -7,6 +7,7 @@ when no module returned it: that is how `resid_mid` and `mlp.product` are found 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -210,8 +211,11 @@ def _watching(model: nn.Module, watch: _Watch, *, inner: bool) -> Iterator[None]
             wanted = [value for value in INSIDE if inner or f".{value}" not in COSTLY]
             attention[module] = {value: f"{name}.{value}" for value in wanted}
 
+        calls = Counter[str]()
+
         def tap(site: str, value: Tensor) -> Tensor:
             module, inside = site.rsplit(".", 1)
+            site, calls[site] = numbered(site, calls[site]), calls[site] + 1
             if watch.is_new(value):
                 watch.note(site, value, module, "attention", INSIDE[inside])
             return value

@@ -7,9 +7,9 @@ A tap that returns its argument records; a tap that returns something else repla
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import count
 from typing import Any
 
 import torch
@@ -33,8 +33,9 @@ def tapping(model: nn.Module, sites: Iterable[Site], tap: Tap, *, every_call: bo
     Of a value that the model writes into later the tap gets a copy, and the model gets one of what the tap gives.
     """
     sites = list(sites)
-    tap = _protected(tap, {site.name for site in sites if site.overwritten})
     known = {site.name for site in sites}
+    tap = _protected(tap, {site.name for site in sites if site.overwritten})
+    each_call = _numbering(tap, None if every_call else known)
     hooked: set[tuple[str, str]] = set()
     routers: list[Site] = []
     inside_attention: dict[nn.Module, dict[str, str]] = {}
@@ -44,11 +45,12 @@ def tapping(model: nn.Module, sites: Iterable[Site], tap: Tap, *, every_call: bo
             if site.where in (*IN_ROUTER, *GIVEN):
                 routers.append(site)
             elif site.where == "attention":
-                inside_attention.setdefault(module, {})[site.name.rsplit(".", 1)[-1]] = site.name
+                name = without_call(site.name)
+                inside_attention.setdefault(module, {})[name.rsplit(".", 1)[-1]] = name
             elif (name := without_call(site.name), site.where) not in hooked:
                 hooked.add((name, site.where))
-                stack.callback(_hook(module, name, site.where, _numbering(tap, None if every_call else known)))
-        stack.enter_context(attention_taps(inside_attention, tap))
+                stack.callback(_hook(module, name, site.where, each_call))
+        stack.enter_context(attention_taps(inside_attention, each_call))
         stack.enter_context(routing_taps(model, routers, tap))
         yield
 
@@ -68,11 +70,12 @@ def _protected(tap: Tap, overwritten: Collection[str]) -> Tap:
 
 
 def _numbering(tap: Tap, known: set[str] | None) -> Tap:
-    """A tap for one module: each call goes to the site of its number, if that is known (None: all are)."""
-    calls = count()
+    """A tap for one pass: each call of a module goes to the site of its number, if that is known (None: all are)."""
+    calls = Counter[str]()
 
     def tapped(name: str, value: Tensor) -> Tensor:
-        site = numbered(name, next(calls))
+        site = numbered(name, calls[name])
+        calls[name] += 1
         return tap(site, value) if known is None or site in known else value
 
     return tapped

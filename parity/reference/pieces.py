@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parity.record.chain import find_layers
+from parity.record.chain import container_of, find_layers
 from parity.record.discover import Discovery, discover
 from parity.record.experts import IN_ROUTER
 from parity.record.tap import Tap, first_tensor, quiet_torch, tapping
@@ -24,7 +24,7 @@ from parity.reference.build import build
 from parity.reference.checkpoint import Checkpoint
 from parity.reference.precision import promoted
 from parity.reference.weights import cast, check_complete, fill_buffers, layer_of_key, move, read
-from parity.sites import Site
+from parity.sites import Site, without_call
 
 EMBED, HEAD = "embed", "head"
 Piece = str | int  # EMBED, HEAD, or the number of a layer
@@ -77,13 +77,13 @@ class PiecewiseModel:
         self.is_cut = bool(self.layers) and self._found.chain.is_whole(len(self.layers))
         if not self.is_cut:
             self.layers = []
-        self._container = _container(self.model, self.layers)
+        self._container = container_of(self.model, self.layers)
         self._sites = self._sort_sites()
         self._calls: list[_Call] = []
         self._prepared: Tensor | None = None  # the token ids that the calls were captured for
         self._held: set[Piece] = set()
         self._original = original
-        self._is_small = checkpoint.size <= SMALL
+        self.is_small = checkpoint.size <= SMALL
         self._is_whole = False  # all weights of a small model are in memory
 
     @property
@@ -111,7 +111,9 @@ class PiecewiseModel:
     def summands(self, site: Site) -> int:
         """How many products one number of a site is the sum of; 1 where the operation is no matrix product."""
         if site.where == "attention":
-            return {"scores": site.shape[-1], "context": max(site.shape)}.get(site.name.rsplit(".", 1)[-1], 1)
+            return {"scores": site.shape[-1], "context": max(site.shape)}.get(
+                without_call(site.name).rsplit(".", 1)[-1], 1
+            )
         weight = getattr(self.model.get_submodule(site.module), "weight", None)
         is_product = site.where in ("output", IN_ROUTER[0]) and isinstance(weight, Tensor) and weight.dim() == 2
         return int(weight.shape[-1]) if is_product and weight is not None else 1
@@ -129,11 +131,11 @@ class PiecewiseModel:
         if self._is_whole or key in self._held:
             yield
             return
-        pieces = self.pieces if self._is_small else [piece]
+        pieces = self.pieces if self.is_small else [piece]
         try:
             with nullcontext() if self._original is None else self._original.loaded(piece):
                 self._load(pieces)
-                self._is_whole = self._is_small
+                self._is_whole = self.is_small
                 self._held.add(key)
                 yield
         finally:
@@ -298,9 +300,3 @@ class PiecewiseModel:
         finally:
             for layer in self.layers:
                 del layer.forward
-
-
-def _container(model: nn.Module, layers: list[nn.Module]) -> str:
-    """What the model calls the list that holds its layers: `layers`, `h`, …"""
-    names = (name for name, module in model.named_modules() if layers and module is layers[0])
-    return next(names, ".").split(".")[-2]

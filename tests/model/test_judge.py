@@ -416,6 +416,23 @@ def test_runs(
         assert word in run.headline
 
 
+def test_a_reference_at_fault_has_the_last_word() -> None:
+    broken = Check("truth agrees with reference", False, "model.norm: further apart", vital=True)
+    run = judged(run_of(layer(0, q="wrong")), [FINE, broken])
+    assert run.verdict == "inconclusive"
+    assert run.headline == "truth agrees with reference: model.norm: further apart"
+
+
+def test_where_the_reference_is_too_rough_there_is_no_match() -> None:
+    sites = run_of(layer(0))
+    sites[1] = replace(sites[1], verdict="unmeasured", gap=Gap("too rough", share=0.7))
+    run = judged(sites)
+    assert run.verdict == "inconclusive"
+    assert sites[1].site in run.headline
+    assert "70%" in run.headline
+    assert judged([*sites[:1], *run_of(layer(1, q="wrong"))[1:]]).verdict == "diverged"
+
+
 def test_a_total_that_cannot_be_computed_is_no_match() -> None:
     assert judge_run(run_of(layer(0), total_ratio=float("nan")), [], [], None)[0] == "inconclusive"
 
