@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 GapKind = Literal[
-    "not recorded", "misshapen", "ambiguous", "reference overflows", "inputs not finite", "too rough", "unknown"
+    "not recorded",
+    "not observable",
+    "misshapen",
+    "ambiguous",
+    "reference overflows",
+    "inputs not finite",
+    "too rough",
+    "unknown",
 ]
 
 
@@ -15,6 +22,7 @@ class Gap:
     """Why a site was not measured. What a kind does not speak of is empty.
 
     not recorded         the candidate has no activation of this name
+    not observable       the candidate's runtime never has this value: it is computed within another operation
     misshapen            its `shape`, of the axes `dims` if it declares them, does not fit `axes` of `sizes`
     ambiguous            its `shape` can be read as any of `readings`, and it declares no axes
     reference overflows  the reference is not finite either, in the working dtype

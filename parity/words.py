@@ -23,6 +23,7 @@ def _ambiguous(g: Gap) -> str:
 
 _GAPS: dict[GapKind, Callable[[Gap], str]] = {
     "not recorded": lambda _: "not recorded by the candidate",
+    "not observable": lambda _: "never there in this runtime, which computes it within another operation",
     "misshapen": _misshapen,
     "ambiguous": _ambiguous,
     "reference overflows": lambda _: "overflows; so does the reference in this dtype",

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 DUMPS = (".h5", ".hdf5", ".safetensors", ".npz")
 FACTORY = Kind("candidate", "function", "impl.qwen3:load or my_port.py:load", CandidateError)
 # PREFIX:REST in a SPEC → where `open(rest, options, names) -> Candidate` is; options are what follows a "?".
-KINDS: dict[str, str] = {"hf": "parity.candidates.transformers_model:TransformersModel"}
+KINDS: dict[str, str] = {
+    "hf": "parity.candidates.transformers_model:TransformersModel",
+    "gguf": "parity.candidates.foreign:Gguf",
+}
 
 
 @runtime_checkable
@@ -32,6 +35,8 @@ class Candidate(Protocol):
     """An implementation under test. A subclass has a name and records; the rest may stay as it is here."""
 
     name: str
+    # Families that the candidate's runtime never has as a value of its own.
+    not_observable: frozenset[str] = frozenset()
 
     def said(self) -> RunInfo:
         """What the candidate itself says of the run: token ids, model, dtype. Empty for one that is told."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from parity.candidates.base import Candidate
+from parity.candidates.tapping import tapping_check
 from parity.candidates.transformers_taps import between_modules, is_compiled, places_of, tapped_attention
 from parity.dump import ArchiveWriter, Dump, NameMap, open_dump, rename, sites_of
 from parity.errors import CandidateError
@@ -72,7 +73,8 @@ class TorchModule(Candidate):
             logits = _run(module, ids, own, recording.tap)
             recording.finish(logits)
         if untapped is not None:
-            self._tapping = _same_run(untapped, logits, len(own))
+            moved = float((logits.double() - untapped.double()).norm() / untapped.double().norm())
+            self._tapping = tapping_check(moved, unit_roundoff(untapped.dtype), len(own))
         return rename(open_dump(path), self._names)
 
     def checks(self, checkpoint: Checkpoint) -> list[Check]:
@@ -207,18 +209,6 @@ def _made(spec: str, factory: Callable[..., Any], run: RunSpec) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise CandidateError(f"candidate {spec!r}: returned {type(module).__name__}, expected a torch.nn.Module.")
     return module.eval()
-
-
-def _same_run(untapped: Tensor, tapped: Tensor, operations: int) -> Check:
-    """Whether a compiled module gave the same logits without taps, which part what the compiler would have fused.
-
-    Rounding of as many operations, each of one unit roundoff, adds up to their root; four times that is allowed.
-    """
-    plain, changed = untapped.detach().double(), tapped.detach().double()
-    moved = float((changed - plain).norm() / plain.norm())
-    allowed = 4 * unit_roundoff(untapped.dtype) * operations**0.5
-    how = "bit-equal" if moved == 0 else f"differ by {moved:.1e} of their size"
-    return Check("compiled run without taps", moved <= allowed, f"logits with and without taps {how}")
 
 
 def _device(module: nn.Module, run: RunSpec) -> torch.device:

@@ -83,7 +83,8 @@ def unexamined(sites: Sequence[Measurement]) -> tuple[str, ...]:
         if site.verdict != "unmeasured":
             span = _span_before(sites, position)
             covered.update(span if len(span) <= longest else ())
-    judged_elsewhere = {m.site for m in sites if m.gap is not None and m.gap.kind == "not recorded"} & covered
+    absent = ("not recorded", "not observable")
+    judged_elsewhere = {m.site for m in sites if m.gap is not None and m.gap.kind in absent} & covered
     return tuple(m.site for m in sites if m.site in open_ - judged_elsewhere)
 
 

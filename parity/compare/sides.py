@@ -16,7 +16,7 @@ from parity.reference.pieces import PiecewiseModel
 from parity.reference.replay import Reference
 from parity.results import Check
 from parity.run_spec import RunSpec
-from parity.sites import Dims, Site
+from parity.sites import Dims, Site, family
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ def pair_up(dump: Dump, candidate: Candidate, model: PiecewiseModel, run: RunSpe
     """
 
     def pairs(axes: dict[str, Dims]) -> dict[str, Pair | Gap]:
-        return {site.name: _pair(dump, site, axes, model.head_dim, token) for site in sized_sites(model, run)}
+        found = {site.name: _pair(dump, site, axes, model.head_dim, token) for site in sized_sites(model, run)}
+        hidden = [site for site in found if site not in dump.entries and family(site) in candidate.not_observable]
+        return found | {site: Gap("not observable") for site in hidden}
 
     token = run.ids.shape[1]
     try:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Ran, slow_but
-from tests.ports import command_of
+from tests.ports import PORTS, command_of
 
 # A checkpoint, how many rows, how many tokens in each.
 RUNS: dict[str, tuple[dict[str, Any], int, int]] = {
@@ -45,7 +45,7 @@ def diff(cli: Callable[..., Ran], port: list[str], model_dir: Path, rows: list[l
 
 
 @pytest.mark.parametrize("run", slow_but(FAST, RUNS))
-@pytest.mark.parametrize("port", ["numpy"])
+@pytest.mark.parametrize("port", slow_but(["rust", "numpy"], PORTS))
 def test_a_correct_port_matches(port: str, run: str, cli: Any, checkpoint: Any) -> None:
     settings, rows, tokens = RUNS[run]
     draw = random.Random(tokens)
