@@ -102,10 +102,13 @@ def _at_site(
                 continue
             if not shows_at(fault, site):
                 continue
-            if not bench.applies(fault, at.piece):
-                excused[fault.id] = excused.get(fault.id, 0) + 1
+            try:
+                if not bench.applies(fault, at.piece):
+                    excused[fault.id] = excused.get(fault.id, 0) + 1
+                    continue
+                trial = _try(fault, site, at, bench, truth, floor)
+            except Exception:  # a fault that cannot be had here is not what happened, and no verdict hangs on it
                 continue
-            trial = _try(fault, site, at, bench, truth, floor)
             if trial is not None and trial.ratio <= CONFIRMED:
                 yield trial
 
@@ -120,15 +123,11 @@ def _try(fault: Fault, site: str, at: LoadedPiece, bench: Workbench, truth: Tens
         return bench.compute(at, [site], bench.reference.working, fault, value)[site]
 
     value = 0.0
-    try:
-        if fault.number is not None:
-            starts = _starts(fault.number, expected, at, bench, truth, floor, site)
-            value = best_value(fault.number, expected, starts, curve, candidate, truth)
-        # What only rounds differently equals the reference in higher precision: its rounding has to be the candidate's.
-        faulty, predicted = curve(value), rounded(value) if fault.only_rounds else None
-    except (RuntimeError, ValueError, IndexError, TypeError, KeyError):
-        # A fault that cannot be had in these shapes is not what happened.
-        return None
+    if fault.number is not None:
+        starts = _starts(fault.number, expected, at, bench, truth, floor, site)
+        value = best_value(fault.number, expected, starts, curve, candidate, truth)
+    # What only rounds differently equals the reference in higher precision: its rounding has to be the candidate's.
+    faulty, predicted = curve(value), rounded(value) if fault.only_rounds else None
     error = energy(candidate, truth)
     explained = 1 - energy(candidate, faulty if predicted is None else predicted) / error if error else 0.0
     if not explained > _PROMISING:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import parity
+from parity.diagnose.workbench import Workbench
 from parity.reference import self_check, weights
 from parity.reference.checkpoint import find
 from parity.reference.pieces import PiecewiseModel
@@ -127,6 +128,21 @@ def _stock(path: Path, dtype: torch.dtype = torch.bfloat16) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("method", ["applies", "expected"])
+def test_no_trial_takes_the_verdict_away(small: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    def fail(*_: object) -> None:
+        raise AttributeError("this model has no such thing")
+
+    monkeypatch.setattr(Workbench, method, fail)
+    candidate = _stock(small, torch.float32)
+    candidate.model.layers[0].mlp.act_fn = nn.Tanh()
+    found = parity.diff(candidate, model=str(small), tokens="3 1 4 1 5", dtype="float32")
+    assert found.verdict == "diverged"
+    assert found.findings[0].sites == ("model.layers.0.mlp.act_fn",)
+    assert found.power is not None
+    assert "this model has no such thing" in {row.detail.partition(": ")[2] for row in found.power.not_tried}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", *slow_but([], ["float32"])])
