@@ -22,6 +22,7 @@ from parity.reference.replay import Reference
 from parity.reference.rope_phases import other_tables, straying_of_angles
 from parity.results import Comparison
 from parity.run_spec import RunSpec
+from tests.conftest import slow_but
 from tests.planted import CLEAN, build
 from tests.planted.base import Qwen3, norms, rebind
 from tests.planted.loops import in_lanes, loop_norm
@@ -191,7 +192,7 @@ def blinded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(explain, "second_look", lambda *_: {})
 
 
-@pytest.mark.parametrize("tokens", [1, 24])
+@pytest.mark.parametrize("tokens", slow_but([1], [1, 24]))
 @pytest.mark.parametrize(
     "variant", ["norm-loop", "norm-loop-fused", "norm-backwards", "norm-loop-of-means", "all-loops"]
 )
@@ -199,6 +200,7 @@ def test_a_plain_loop_matches(wide: Path, variant: str, tokens: int) -> None:
     assert port(wide, variant, tokens).verdict == "match"
 
 
+@pytest.mark.slow
 def test_the_report_says_how_a_port_sums(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = {s.site: s.reason for s in port(wide, "norm-loop", 24).sites}
     assert said["model.norm"] == "sums one after another, as a plain loop does"
