@@ -9,6 +9,7 @@ from torch import Tensor
 from parity.candidates.base import Candidate
 from parity.compare.align import AmbiguousLayoutError, Pair, align
 from parity.dump import Dump
+from parity.errors import IncomparableError
 from parity.reasons import Gap
 from parity.record.arrays import to_torch
 from parity.record.discover import with_sizes
@@ -57,10 +58,38 @@ def pair_up(dump: Dump, candidate: Candidate, model: PiecewiseModel, run: RunSpe
         return found | {site: Gap("not observable") for site in hidden}
 
     token = run.ids.shape[1]
+    _require_all_calls(dump, model, run)
     try:
         return pairs({})
     except AmbiguousLayoutError:
         return pairs(candidate.axes(run, model.sites))
+
+
+def _require_all_calls(dump: Dump, model: PiecewiseModel, run: RunSpec) -> None:
+    """Raise IncomparableError if a dump has the arrays of one call and the token ids of several.
+
+    That is so where the first site has the rows of fewer tokens, and fits otherwise.
+    """
+    batch, token = run.ids.shape
+    sites = [site for site in model.sites if site.name in dump.entries and "token" in site.dims]
+    if not sites or token == 1:
+        return
+    entry, site = dump.entries[sites[0].name], sites[0]
+
+    def fits(tokens: int) -> bool:
+        sized = with_sizes((site,), batch, tokens)[0]
+        try:
+            return isinstance(align(entry, sized, model.head_dim, tokens), Pair)
+        except AmbiguousLayoutError:
+            return True
+
+    fewer = [] if fits(token) else [size for size in sorted(set(entry.shape)) if size < token and fits(size)]
+    if fewer:
+        raise IncomparableError(
+            f"{dump.path}: has {token} token ids but the arrays of one call on {fewer[0]} "
+            f"({site.name} has shape {entry.shape}). Join the arrays of all calls along the token axis, or write each "
+            "as NAME@0, NAME@1, … with parity.calls (dumps/README.md)."
+        )
 
 
 def _pair(dump: Dump, site: Site, axes: dict[str, Dims], head_dim: int | None, token: int) -> Pair | Gap:

@@ -23,6 +23,7 @@ import h5py
 import numpy as np
 from h5py import h5d, h5l, h5o, h5s, h5t
 
+from parity.dump.calls import joined
 from parity.dump.files import Outlet, map_file, reading, require_file, require_stored, whole_or_nothing, writing
 from parity.dump.records import DTYPES, Array, Dump, Entry, RunInfo, dtype_name
 from parity.dump.tokens import token_rows
@@ -134,7 +135,7 @@ def open_archive(path: Path | str) -> Dump:
     except BaseException:
         file.close()
         raise
-    return Dump(path, info, entries, lambda site: _read(path, sites, mapped, entries[site]), file.close)
+    return joined(Dump(path, info, entries, lambda site: _read(path, sites, mapped, entries[site]), file.close))
 
 
 def _storage(dtype: str) -> tuple[h5t.TypeID, np.dtype[Any]]:
@@ -281,7 +282,9 @@ def _format(file: h5py.File) -> Any:
 def _info(run: dict[str, Any]) -> RunInfo:
     tokens = run["token_ids"]
     rows = None if tokens is None else token_rows(tokens)
-    return RunInfo(**{**run, "token_ids": rows, "notes": tuple(run["notes"])})
+    calls = run.get("calls")
+    calls = None if calls is None else tuple(calls)
+    return RunInfo(**{**run, "token_ids": rows, "notes": tuple(run["notes"]), "calls": calls})
 
 
 def _entries(index: dict[str, Any]) -> dict[str, Entry]:

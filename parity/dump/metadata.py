@@ -14,16 +14,17 @@ from typing import Any
 
 import numpy as np
 
+from parity.dump.calls import joined
 from parity.dump.names import lookup, parse_names, rename
 from parity.dump.records import Array, Dump, Entry, RunInfo
-from parity.dump.tokens import MOST, TokenIds, token_rows
+from parity.dump.tokens import MOST, TokenIds, check_calls, token_rows
 from parity.errors import DumpError
 from parity.untrusted import parse_json
 
 PREFIX = "parity."
 TOKEN_IDS = "token_ids"
 TEXTS = ("producer", "model", "fingerprint", "dtype", "device", "attention", "prompt", "created")
-OBJECTS = ("token_ids", "dims", "names")
+OBJECTS = ("token_ids", "dims", "names", "calls")
 """These are JSON text where the format holds nothing but text."""
 
 
@@ -49,9 +50,10 @@ def foreign_dump(path: Path, tensors: Tensors, metadata: Mapping[str, Any]) -> D
         values = _values(path, metadata)
         token_ids = _token_ids(path, tensors, values.get(TOKEN_IDS))
         texts: dict[str, Any] = {key: values.get(key) for key in TEXTS}
-        info = RunInfo(**texts, token_ids=token_ids, notes=tensors.notes)
+        calls = _calls(path, values.get("calls"), token_ids)
+        info = RunInfo(**texts, token_ids=token_ids, notes=tensors.notes, calls=calls)
         entries = _entries(path, tensors, values.get("dims", {}))
-        dump = Dump(path, info, entries, tensors.load, tensors.close)
+        dump = joined(Dump(path, info, entries, tensors.load, tensors.close))
         if "names" not in values:
             return dump
         return rename(dump, parse_names(values["names"], f"{path}: parity.names"))
@@ -102,6 +104,16 @@ def _token_ids(path: Path, tensors: Tensors, declared: Any) -> TokenIds | None:
     return found[0] if found else None
 
 
+def _calls(path: Path, declared: Any, token_ids: TokenIds | None) -> tuple[int, ...] | None:
+    if declared is None:
+        return None
+    try:
+        check_calls(declared, token_ids)
+    except DumpError as error:
+        raise DumpError(f"{path}: {error}") from None
+    return tuple(declared)
+
+
 def _entries(path: Path, tensors: Tensors, dims: Any) -> dict[str, Entry]:
     if not isinstance(dims, dict) or not all(isinstance(value, str) for value in dims.values()):
         raise DumpError(
@@ -112,7 +124,7 @@ def _entries(path: Path, tensors: Tensors, dims: Any) -> dict[str, Entry]:
     for name, (dtype, shape) in tensors.kinds.items():
         if name == TOKEN_IDS:
             continue
-        declared = lookup(dims, name)
+        declared = lookup(dims, name.partition("@")[0]) or lookup(dims, name)
         try:
             entries[name] = Entry(name, tuple(declared[0].split()) if declared else None, shape, dtype)
         except DumpError as error:

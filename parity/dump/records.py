@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from parity.dump.tokens import TokenIds, token_rows
+from parity.dump.tokens import TokenIds, check_calls, token_rows
 from parity.errors import DumpError
 
 Array = npt.NDArray[Any]
@@ -28,6 +28,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
     **{name: np.dtype(name) for name in ("int64", "int32", "int16", "int8", "uint8", "bool")},
 }
 """The dtypes that a dump can hold, by the name that torch gives them."""
+
+
+_NO_TEXTS = ("token_ids", "versions", "notes", "calls")
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,15 @@ class RunInfo:
     created: str | None = None
     """ISO 8601."""
     notes: tuple[str, ...] = ()
+    calls: tuple[int, ...] | None = None
+    """How many tokens each call of the model took: (9, 1, 1) is a prompt of 9 and two tokens decoded after it."""
 
     def __post_init__(self) -> None:
         if self.token_ids is not None:
             token_rows(self.token_ids)  # a ragged batch is no batch
-        texts = {name: value for name, value in vars(self).items() if name not in ("token_ids", "versions", "notes")}
+        if self.calls is not None:
+            check_calls(self.calls, self.token_ids)
+        texts = {name: value for name, value in vars(self).items() if name not in _NO_TEXTS}
         texts |= {f"notes[{i}]": note for i, note in enumerate(self.notes)}
         for name, value in texts.items():
             if not isinstance(value, str | None):

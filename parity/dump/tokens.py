@@ -33,6 +33,17 @@ def token_rows(value: Any) -> TokenIds:
     return tuple(tuple(row) for row in rows)
 
 
+def check_calls(calls: Any, token_ids: TokenIds | None) -> None:
+    """Raise DumpError unless `calls` are numbers of tokens that add up to those of a row."""
+    if not isinstance(calls, Sequence) or not calls or not all(type(call) is int and call > 0 for call in calls):
+        raise DumpError(f"calls are not numbers of tokens — found {calls!r:.60} — write parity.calls = [9, 1, 1]")
+    if token_ids and sum(calls) != len(token_ids[0]):
+        raise DumpError(
+            f"calls do not add up — {sum(calls)} tokens in {len(calls)} calls, {len(token_ids[0])} token ids — "
+            "write the ids and the arrays of all calls, one after the other, and in parity.calls how many each took"
+        )
+
+
 def write_tokens(path: Path | str, token_ids: TokenIds) -> None:
     """Write token ids as text for a port to read: one line for each row, ids separated by spaces."""
     path = Path(path)
