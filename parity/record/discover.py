@@ -117,7 +117,12 @@ class _Watch:
         rest = [size for size in shape if size not in own]
         last = "head*head_dim" if len(rest) == 1 and without_call(name).rsplit(".", 1)[-1] in _PER_HEAD else "feature"
         names = iter(["head", "head_dim"] if len(rest) == 2 else [last] * len(rest))
-        return tuple(own[size] if size in own else next(names) for size in shape)
+        labels = [own[size] if size in own else next(names) for size in shape]
+        # Of two axes that count tokens the second counts keys.
+        again = {"token": "key"}
+        return tuple(
+            again.get(label, f"{label}_{i}") if label in labels[:i] else label for i, label in enumerate(labels)
+        )
 
     def result(self) -> tuple[Site, ...]:
         """The sites; those whose value a later operation wrote into are marked."""

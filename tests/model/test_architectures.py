@@ -138,6 +138,12 @@ def test_the_site_that_goes_into_the_first_layer(architecture: Callable[[str], P
         assert torch.equal(model.embed(IDS, lambda _site, value: value), seen[str(source)][0])
 
 
+def test_an_attention_of_its_own_has_keys_beside_tokens(architecture: Callable[[str], Path]) -> None:
+    sites = {site.name: site for site in PiecewiseModel(find(str(architecture("gptj"))), torch.float32).sites}
+    assert sites["transformer.h.0.attn.attn_dropout.input"].dims == ("batch", "feature", "token", "key")
+    assert all(len(set(site.dims)) == len(site.dims) for site in sites.values())
+
+
 def test_the_probe_leaves_no_tables_behind(architecture: Callable[[str], Path]) -> None:
     model = PiecewiseModel(find(str(architecture("phi3"))), torch.float32)
     rotary = model.model.model.rotary_emb
