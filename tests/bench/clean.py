@@ -128,7 +128,7 @@ def _compared(drawn: Drawn, folder: Path) -> Comparison:
     if drawn.massive != 1:
         _enlarge(path / "model.safetensors", drawn.tokens[0], drawn.massive)
     rows = (drawn.tokens,) * variant.batch
-    run = RunSpec(find(str(path)), rows, drawn.dtype, RunOptions(power=False), faults=FAULTS)
+    run = RunSpec(find(str(path)), rows, drawn.dtype, RunOptions(power=False, allow_unexamined=True), faults=FAULTS)
     reference = Reference(run.model())
     sites = reference.working.sites
     dims = {site.name: site.dims for site in sites}
