@@ -5,7 +5,7 @@ A new kind of candidate is one file with a subclass of `Candidate`, and a row in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from parity.run_spec import RunSpec
 
 DUMPS = (".h5", ".hdf5", ".safetensors", ".npz")
-FACTORY = Kind("candidate", "function", "impl.qwen3:load or my_port.py:load", CandidateError)
+_FACTORY = Kind("candidate", "function", "impl.qwen3:load or my_port.py:load", CandidateError)
 # PREFIX:REST in a SPEC → where `open(rest, options, names) -> Candidate` is; options are what follows a "?".
 KINDS: dict[str, str] = {
     "hf": "parity.candidates.transformers_model:TransformersModel",
@@ -87,10 +87,18 @@ def open_candidate(spec: Any, names: NameMap | Path | str | None = None) -> Cand
         rest, _, query = rest.partition("?")
         opened: Candidate = getattr(import_module(module), name)(rest, dict(parse_qsl(query)), table)
         return opened
-    factory = load(str(spec), FACTORY)  # what is wrong with it is said before torch is imported
+    factory = load_factory(str(spec))  # what is wrong with it is said before torch is imported
     from parity.candidates.torch_module import TorchModule
 
     return TorchModule.from_factory(str(spec), factory, table)
+
+
+def load_factory(spec: str) -> Callable[..., Any]:
+    """The function that module:factory or file.py:factory names. Raises CandidateError."""
+    factory: Callable[..., Any] = load(spec, _FACTORY)
+    if not callable(factory):
+        raise CandidateError(f"candidate {spec!r}: found {type(factory).__name__}, expected a function.")
+    return factory
 
 
 def dump_file(path: Path, names: NameMap | Path | str | None = None) -> Candidate:

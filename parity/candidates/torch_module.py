@@ -53,10 +53,8 @@ class TorchModule(Candidate):
         return cls(type(module).__name__, lambda _run: module, names)
 
     @classmethod
-    def from_factory(cls, spec: str, factory: Any, names: NameMap) -> Self:
-        """The module that `factory(model_dir, dtype, device)` returns. Raises CandidateError if it is no function."""
-        if not callable(factory):
-            raise CandidateError(f"candidate {spec!r}: found {type(factory).__name__}, expected a function.")
+    def from_factory(cls, spec: str, factory: Callable[..., Any], names: NameMap) -> Self:
+        """The module that `factory(model_dir, dtype, device)` returns."""
         return cls(spec, lambda run: _made(spec, factory, run), names)
 
     def record(self, run: RunSpec, sites: Sequence[Site], path: Path) -> Dump:

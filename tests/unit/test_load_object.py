@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from parity.candidates.base import FACTORY
+from parity.candidates.base import load_factory
 from parity.errors import CandidateError, ParityError, UsageError
 from parity.faults import load_user_faults
-from parity.load_object import describe, load, misfit
+from parity.load_object import describe, misfit
 
 Load = Callable[[str], Any]
 KINDS: dict[str, tuple[Load, type[ParityError]]] = {
-    "candidate": (lambda spec: load(spec, FACTORY), CandidateError),
+    "candidate": (load_factory, CandidateError),
     "faults": (load_user_faults, UsageError),
 }
 
@@ -105,7 +105,7 @@ def test_a_file_has_its_neighbours_and_a_name_of_its_own(
 def test_an_error_in_a_library_is_placed_where_the_user_called_it(tmp_path: Path) -> None:
     (tmp_path / "port.py").write_text("import json\n\ndef load():\n    return json.loads('{')\n")
     with pytest.raises(ValueError, match="Expecting") as caught:
-        load("port.py:load", FACTORY)()
+        load_factory("port.py:load")()
     assert describe(caught.value).endswith(" (port.py:4)")
 
 
