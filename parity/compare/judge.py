@@ -2,6 +2,26 @@
 
 The order of decisions: non-finite values first, then the run's rounding mode, then the site's ratio, and only
 where that is too large the question whether the error is noise or has structure.
+
+The thresholds, in units of the floor unless another unit is given, and what measured them:
+
+| value | what it bounds | where | measured by |
+|---|---|---|---|
+| 2 | ratio of a site that is rounding | results.ROUNDING | tests.bench.clean, .localization |
+| 16 | ratio that noise may have | IMPRECISE | .localization (bfloat16 sums, int8, fp8: 1.8 to 10) |
+| x exp(5.6/√ν)·0.6, at most 8 | the same of a sample of ν errors | chance.of_sample | test_chance, .clean |
+| x (1 − 2/9ν + z√(2/9ν))^1.5 | the worst of many rows, z of 1e-8 / rows | chance.of_worst_row | test_chance, .clean |
+| √width | independent errors of a row; 1 in float32 for a row alone | chance.in_row | .clean |
+| u(1.5 + √n/4) rms | a row's common factor: a float32 sum of n terms of one sign | legal_ways | test_legal_ways |
+| u(1 + ln f/2 + k/4) | relative error of RoPE's k-th frequency f | rope_phases | test_legal_ways |
+| u√(n/6) | a number: a float32 sum of n products | reference.floor | .clean |
+| 256 | ratio up to which a legal way may explain it | diagnose.second_look | u(1.5 + √n/4) of 65,536 terms |
+| 0.05, 5/√numbers | correlation of the error with the value | _COHERENT, _follows_value | .localization |
+| −0.36u, −0.35, 8 sites | loss, correlation, number of sites of truncation | _TRUNCATION… | .localization, .clean |
+| 4 x chance x noise of operations | the logits' total error over the reference's | conclude.total_limit | .clean |
+| 4u, 1e-5 | effect, relative change of a constant that is told | diagnose.readings | test_readings |
+
+u is the unit roundoff of float32, 2⁻²⁴; in the row of truncation that of the working dtype.
 """
 
 from __future__ import annotations

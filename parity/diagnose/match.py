@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from parity.diagnose.readings import Uncertainty, best_value, difference, energy, uncertainty
+from parity.diagnose.readings import Uncertainty, best_value, difference, energy, is_told, uncertainty
 from parity.diagnose.workbench import Workbench
 from parity.faults import Fault, Number, shows_at
 from parity.reference.floor import Local
@@ -141,6 +141,8 @@ def _try(fault: Fault, site: str, at: LoadedPiece, bench: Workbench, truth: Tens
         if _is_continuous(fault)
         else Uncertainty()
     )
+    if _is_continuous(fault) and not is_told(value, expected, unsure, faulty, truth):
+        return None
     return Trial(fault, value, expected, unsure, explained, local.ratio)
 
 

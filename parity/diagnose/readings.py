@@ -27,6 +27,10 @@ _SETTLED = 1e-7
 # The logarithm of a number moves by no more than this in one step.
 _FARTHEST = 2.0
 
+# Legal ways to a constant's effect differ by this much: a factor that all rows share, in unit roundoffs of float32 (the
+# mean of a norm, its root, its inverse and the product, each rounded or approximated once), and a base of powers.
+LEAST_EFFECT, _LEAST_CHANGE = 4 * 2.0**-24, 1e-5
+
 # What the reference with the fault computes, for each value of the fault's number.
 Curve = Callable[[float], Tensor]
 
@@ -59,6 +63,17 @@ def energy(candidate: Tensor, truth: Tensor) -> float:
     """Sum of squares of the difference."""
     # Numbers beyond 1e19 have no squares in float32, and sums of many squares have few digits there.
     return float(torch.linalg.vector_norm(difference(candidate, truth), dtype=torch.float64).square())
+
+
+def is_told(value: float, expected: float, unsure: Uncertainty, faulty: Tensor, truth: Tensor) -> bool:
+    """Whether a number that was read is another than the right one, rather than the right one in another legal way.
+
+    `faulty` is the reference's output with the number, `truth` with the right one.
+    """
+    size = float(torch.linalg.vector_norm(torch.where(truth.isfinite(), truth, 0), dtype=torch.float64))
+    is_seen = math.sqrt(energy(faulty, truth)) > LEAST_EFFECT * size
+    margin = max(_LEAST_CHANGE * abs(expected), 2 * unsure.total if math.isfinite(unsure.total) else 0.0)
+    return is_seen and abs(value - expected) > margin
 
 
 def best_value(

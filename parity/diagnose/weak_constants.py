@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from parity.diagnose.readings import LEAST_EFFECT
 from parity.diagnose.workbench import Workbench
 from parity.faults import Fault, shows_at
-from parity.reference.floor import alike
 from parity.reference.one_operation import LoadedPiece
 from parity.reference.precision import unit_roundoff
+from parity.reference.rows import alike
 from parity.results import FaultMatch, Finding, Measurement, Reading
 from parity.sites import family, layer_of
 
@@ -34,9 +35,6 @@ _TIMES_NULL = 1.0
 _LEAST_ROWS = 16
 # Slopes below this share of the step are no fault that anyone has.
 _LEAST_SLOPE = 0.05
-# What a constant moves must be more than legal ways to a factor that all rows share differ by: the mean of a norm, its
-# root, its inverse and the product, each rounded once in float32 or approximated by the hardware.
-_LEAST_EFFECT = 4 * 2.0**-24
 # Layers where the constant is right disagree with those where it is not by more than this share.
 _AGREE = 0.3
 
@@ -169,7 +167,7 @@ def _is_coherent(found: Sequence[_Sums]) -> bool:
     beyond = max(slope - max(null, 0.0), min(null, 0.0) - slope)
     sigmas = beyond * response / math.sqrt(noise)
     effect = abs(slope) * math.sqrt(response / max(sum(s.size for s in found), 1e-300))
-    return effect > _LEAST_EFFECT and beyond > _LEAST_SLOPE and sigmas > _SIGMAS and beyond > _TIMES_NULL * abs(null)
+    return effect > LEAST_EFFECT and beyond > _LEAST_SLOPE and sigmas > _SIGMAS and beyond > _TIMES_NULL * abs(null)
 
 
 def _slope(found: Sequence[_Sums]) -> float:

@@ -20,37 +20,39 @@ than the limit allows for; rows that repeat each other, as those of a repeated t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from parity.reference import chance
 from parity.reference.precision import unit_roundoff
 from parity.reference.replay import Replayed
+from parity.reference.rows import (
+    Floats,
+    Rows,
+    alike,
+    chances,
+    no_less_than_usual,
+    ratios,
+    relative,
+    statistic,
+    structure,
+    tokens_of,
+)
 from parity.results import Structure
-from parity.sites import FLATTENED, Dims
+from parity.sites import FLATTENED
 
 # A correct rounding is rarely smaller than this share of the unit roundoff, so no floor is.
 _LEAST_SHARE = 0.3
 # What rounds a number that a whole row shares, in unit roundoffs of float32: a mean, its root, and their product.
 _SHARED = 1.5
-_PROFILE_BINS = 256
 _MASKED = -1e30
 _HIDDEN = -1e3
-# A token whose ratio is above this counts as the first one that is wrong.
-_FIRST = 3.0
-# Cosines with random directions, which are about 1, are told apart to this part.
-_STEPS = 64
-# As many tokens are named in the reason for a verdict.
-_NAMED = 8
 _HEADS = f"head{FLATTENED}head_dim"
-Floats = NDArray[np.float64]
 # Elements in a block: a handful of float32 temporaries of this size fit a usual L2 cache.
 _BLOCK = 1 << 15
 
@@ -103,7 +105,7 @@ def local_error(site: Replayed, working: torch.dtype, storage: torch.dtype, head
     if site.allowed is not None:
         strict = np.maximum(strict, _numpy(site.allowed).reshape(-1))
     fused = strict + rows.qq
-    by_row = _ratio(rows.rr, strict)
+    by_row = ratios(rows.rr, strict)
     # What another way may be off by, all of a row shares; in float32 that may be most of any error.
     freedom = chance.in_row(shape[-1]) if site.allowed is None else 1.0
     alone = 1.0 if working is torch.float32 else freedom
@@ -112,59 +114,33 @@ def local_error(site: Replayed, working: torch.dtype, storage: torch.dtype, head
     def stray(count: float) -> float:
         return strays(freedom * count)
 
-    by_usual = _ratio(rows.rr, _no_less_than_usual(fused, rows.yy)) / _chances(alone, dims, shape)
+    by_usual = ratios(rows.rr, no_less_than_usual(fused, rows.yy)) / chances(alone, dims, shape)
     worst = float(by_usual.max()) if by_row.size else 0.0
     return Local(
-        ratio=_statistic(rows, strict, stray),
-        ratio_fused=_statistic(rows, fused, stray),
+        ratio=statistic(rows, strict, stray),
+        ratio_fused=statistic(rows, fused, stray),
         row_max=float(by_row.max()) if by_row.size else 0.0,
         row_ratio=worst,
-        worst_tokens=_tokens(by_usual, worst, dims, shape),
+        worst_tokens=tokens_of(by_usual, worst, dims, shape),
         tokens=shape[dims.index("token")] if "token" in dims[:-1] else 0,
         kinds=int(rows.kinds.max()) + 1 if by_row.size else 0,
         width=shape[-1],
-        local_rel=_relative(rows.rr, rows.yy),
-        floor_rel=_relative(strict, rows.yy),
-        reference_rel=_relative(rows.ee, rows.yy),
-        inherited_rel=_relative(rows.inherited, rows.yy),
-        total_ratio=_relative(rows.total, rows.own_total),
+        local_rel=relative(rows.rr, rows.yy),
+        floor_rel=relative(strict, rows.yy),
+        reference_rel=relative(rows.ee, rows.yy),
+        inherited_rel=relative(rows.inherited, rows.yy),
+        total_ratio=relative(rows.total, rows.own_total),
         bit_equal=rows.counts["different"] == 0,
         must_be_exact=must_be_exact,
         all_zero=rows.counts["candidate nonzero"] == 0 and rows.counts["truth nonzero"] > 0,
         nonfinite=rows.counts["candidate nonfinite"],
         nonfinite_inputs=rows.counts["truth nonfinite"] > 0,
         reference_nonfinite=rows.counts["floor nonfinite"],
-        structure=_structure(rows, strict, dims, shape),
+        structure=structure(rows, strict, dims, shape),
     )
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Sums of squares for each row (a row is all but the last axis), and what is summed over all rows.
-
-    rr, ee, ss, qq, yy: the local error, the reference's error, that of storage, that of jitter, and the truth;
-    ry: error times truth; floor: the strict floor; inherited, total, own_total: see Measurement.
-    channels and heads: energy of the error in units of each row's floor, by last-axis index and by head.
-    kinds: for each row the number of its kind (alike).
-    """
-
-    channels: Floats
-    heads: Floats
-    counts: dict[str, int]
-    kinds: NDArray[np.int64]
-    rr: Floats
-    ee: Floats
-    ss: Floats
-    qq: Floats
-    yy: Floats
-    ry: Floats
-    floor: Floats
-    inherited: Floats
-    total: Floats
-    own_total: Floats
-
-
-def _measure_rows(site: Replayed, working: torch.dtype, storage: torch.dtype, head_dim: int | None) -> _Rows:
+def _measure_rows(site: Replayed, working: torch.dtype, storage: torch.dtype, head_dim: int | None) -> Rows:
     """One pass over the site in blocks that stay in cache: whole-tensor temporaries cost ten times as much."""
     assert site.candidate is not None, "unreachable because only recorded sites are measured"
     width = site.truth.shape[-1]
@@ -176,30 +152,13 @@ def _measure_rows(site: Replayed, working: torch.dtype, storage: torch.dtype, he
     blocks = [_block(_Values(*(f[i : i + step] for f in flat)), storage, least) for i in starts]
     channels = _numpy(torch.stack([block.channels for block in blocks]).sum(0))
     heads = width // head_dim if site.site.dims[-1] == _HEADS and head_dim and width % head_dim == 0 else 1
-    return _Rows(
+    return Rows(
         channels,
         channels.reshape(heads, -1).sum(-1),
         {key: sum(block.counts[key] for block in blocks) for key in blocks[0].counts},
         alike(flat.truth),
         *_numpy(torch.cat([block.rows for block in blocks], -1)),
     )
-
-
-def alike(rows: Tensor) -> NDArray[np.int64]:
-    """For each of some rows (n, width) the number of its kind: rows that are multiples of each other are of one.
-
-    Rounding errors of equal rows are equal, and those of rows that differ by rounding nearly so: told by the cosines
-    with three fixed directions, to a hundredth of what is usual between rows of different tokens.
-    """
-    width = rows.shape[-1]
-    directions = torch.randn(width, 3, generator=torch.Generator().manual_seed(width), dtype=torch.float32)
-    plain = rows.float().nan_to_num(0, 0, 0)
-    cosines = (
-        plain @ directions.to(rows.device) / torch.linalg.vector_norm(plain, dim=-1, keepdim=True).clamp_min(1e-30)
-    )
-    steps = (cosines.double() * _STEPS).round().long().cpu().numpy()
-    found: NDArray[np.int64] = np.unique(steps @ np.array([1, 1 << 20, 1 << 40]), return_inverse=True)[1]
-    return found
 
 
 def _numpy(sums: Tensor) -> Floats:
@@ -227,7 +186,7 @@ class _Values(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Rows (10, n) and channels (features) of some of a site's rows, as in _Rows."""
+    """Rows (10, n) and channels (features) of some of a site's rows, as in Rows."""
 
     rows: Tensor
     channels: Tensor
@@ -291,96 +250,3 @@ def _unmasked(candidate: Tensor, truth: Tensor) -> Tensor:
     """The error of a masked score: none if the candidate hides it too, by whatever large negative number."""
     shown = (truth <= _MASKED) & (candidate > _HIDDEN)
     return torch.where(shown, torch.full_like(truth, -_HIDDEN), torch.zeros_like(truth))
-
-
-def _ratio(squares: Floats, floor: Floats) -> Floats:
-    """√(squares / floor); 0 / 0 is 0, and any error over no floor is infinite."""
-    return np.sqrt(np.where(squares == 0, 0.0, squares / floor))
-
-
-def _statistic(rows: _Rows, floor: Floats, stray: Callable[[float], float]) -> float:
-    """The ratio over all rows or in their middle, less what chance makes of so many rows."""
-    by_row = _ratio(rows.rr, floor)
-    if not by_row.size:
-        return 0.0
-    energies = np.bincount(rows.kinds, floor)
-    # As many rows of equal size would make a mean as uncertain: one if one row outweighs all others.
-    counting = energies.sum() ** 2 / max(np.square(energies).sum(), 1e-300)
-    middle = (by_row.size - 1) // 2
-    return max(
-        chance.less(_relative(rows.rr, floor), stray(counting)),
-        chance.less(float(np.partition(by_row, middle)[middle]), stray(energies.size)),
-    )
-
-
-def _no_less_than_usual(floor: Floats, size: Floats) -> Floats:
-    """The floor of each row, or what is usual relative to its size: a row's own floor may be small by chance."""
-    some = size > 0
-    return np.maximum(floor, np.median(floor[some] / size[some]) * size) if some.any() else floor
-
-
-def _chances(freedom: float, dims: Dims, shape: tuple[int, ...]) -> Floats:
-    """By how much each row may stray by chance, as the worst of all; those of the last token among themselves."""
-    rows = math.prod(shape[:-1])
-    every = np.full(shape[:-1], chance.of_worst_row(freedom, rows))
-    if "token" in dims[:-1] and rows:
-        axis = dims.index("token")
-        last = (slice(None),) * axis + (-1,)
-        every[last] = chance.of_worst_row(freedom, rows // shape[axis])
-    return every.reshape(-1)
-
-
-def _tokens(by_row: Floats, worst: float, dims: Dims, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The tokens of the worst rows, in their order; none where a row is no token's."""
-    if "token" not in dims[:-1] or not by_row.size:
-        return ()
-    rest = tuple(i for i, dim in enumerate(dims[:-1]) if dim != "token")
-    by_token = by_row.reshape(shape[:-1]).max(rest) if rest else by_row
-    bad = np.flatnonzero(by_token >= worst / 2)
-    return tuple(sorted(bad[np.argsort(-by_token[bad], kind="stable")][:_NAMED].tolist()))
-
-
-def _relative(squares: Floats, size: Floats) -> float:
-    return float(_ratio(squares.sum(), size.sum()))
-
-
-def _structure(rows: _Rows, strict: Floats, dims: Dims, shape: tuple[int, ...]) -> Structure:
-    weight = 1 / np.where(rows.floor > 0, rows.floor, 1.0)
-    ry, energy, size = (float((x * weight).sum()) for x in (rows.ry, rows.rr, rows.yy))
-    by_token = _profile(rows.rr, strict, dims, shape, "token")
-    channel = int(rows.channels.argmax()) if rows.channels.size else 0
-    if rows.heads.size > 1:
-        # Energy is in units of each row's whole floor, of which one head has its share.
-        by_head = np.sqrt(rows.heads / max(rows.rr.size, 1) * rows.heads.size)
-    else:
-        by_head = _profile(rows.rr, strict, dims, shape, "head")
-    return Structure(
-        gain=ry / size if size else 0.0,
-        cosine=ry / math.sqrt(energy * size) if energy and size else 0.0,
-        by_token=_bins(by_token),
-        by_head=tuple(by_head.tolist()),
-        channel=channel,
-        channel_share=float(rows.channels[channel] / rows.channels.sum()) if energy else 0.0,
-        first_token=next((i for i, value in enumerate(by_token.tolist()) if value > _FIRST), None),
-        elements=math.prod(shape),
-        pooled=_pooled(by_token),
-    )
-
-
-def _profile(rr: Floats, floor: Floats, dims: Dims, shape: tuple[int, ...], axis: str) -> Floats:
-    """Ratio along one axis of the rows; empty if the rows have no such axis."""
-    rows = dims[:-1]
-    if axis not in rows:
-        return np.zeros(0)
-    rest = tuple(i for i, dim in enumerate(rows) if dim != axis)
-    return _ratio(rr.reshape(shape[:-1]).sum(rest), floor.reshape(shape[:-1]).sum(rest))
-
-
-def _bins(profile: Floats) -> tuple[float, ...]:
-    """At most 256 numbers, each the largest of its neighbours."""
-    starts = range(0, profile.size, _pooled(profile))
-    return tuple(np.maximum.reduceat(profile, starts).tolist()) if profile.size else ()
-
-
-def _pooled(profile: Floats) -> int:
-    return max(1, math.ceil(profile.size / _PROFILE_BINS))

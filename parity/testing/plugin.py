@@ -1,32 +1,25 @@
 """The pytest plugin: it makes the items that `parity.testing.items` asks for, and compares once for each prompt.
 
-Without such a test it does nothing. Nothing heavy is imported before one runs. Results travel between processes
-as report.json in a folder of the session, so that pytest-xdist's workers share them.
+Without such a test it does nothing. Nothing heavy is imported before one runs.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import traceback
-import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from parity.errors import ModelError, ParityError, UsageError
+from parity.testing.session import FOLDER, PART, RUN, Answer, Answers
+from parity.testing.summary import Summary
 
 if TYPE_CHECKING:
     from parity.results import Comparison
     from parity.testing.acceptance import Failure
     from parity.testing.items import Case, Port, Run
-
-# Properties of an item: they tell the process that sums up, and JUnit's XML, what the item is a part of.
-_FOLDER, _RUN, _PART = "parity_report", "parity_run", "parity_part"
-_MOST_PARTS = 6
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One item for each case of a port. What cannot be becomes an error of the collection."""
+    """One item for each case of a port. Raises CollectError where none can be made."""
     port: Port | None = vars(metafunc.function).get("parity_port")
     if port is None:
         return
@@ -100,7 +93,7 @@ def parity_check(request: pytest.FixtureRequest, _parity_answers: Answers) -> Ca
         answer = _parity_answers.to(case.run)
         node = request.node
         section = _section(node, case.run)
-        node.user_properties += [(_FOLDER, str(answer.folder)), (_RUN, section), (_PART, case.part)]
+        node.user_properties += [(FOLDER, str(answer.folder)), (RUN, section), (PART, case.part)]
         trouble = answer.trouble or _misfit(case, answer)
         if trouble:
             _report_once(answer.folder, node.nodeid, trouble, skip=answer.no_model and case.skip_missing)
@@ -108,76 +101,6 @@ def parity_check(request: pytest.FixtureRequest, _parity_answers: Answers) -> Ca
             pytest.fail(text, pytrace=False)
 
     return check
-
-
-# -- comparing -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A comparison, or the trouble that there was instead."""
-
-    folder: Path
-    comparison: Comparison | None
-    trouble: str = ""
-    no_model: bool = False
-
-    @property
-    def page(self) -> Path:
-        """What a person would open."""
-        html = self.folder / "index.html"
-        return html if html.is_file() else self.folder / "report.json"
-
-
-class Answers:
-    """The comparisons of this session, each made once by whichever process asks first."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._known: dict[str, Answer] = {}
-
-    def to(self, run: Run) -> Answer:
-        """The answer to a run, from memory, from another process, or made now."""
-        if run.key not in self._known:
-            from filelock import FileLock
-
-            folder = self._root / f"{run.id}-{run.key}"
-            folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / "lock"):
-                if not (folder / "done").exists():
-                    _make(run, folder)
-                    (folder / "done").touch()
-            self._known[run.key] = _load(folder)
-        return self._known[run.key]
-
-
-def _make(run: Run, folder: Path) -> None:
-    from parity.report import html
-    from parity.report import json as report_json
-    from parity.testing.items import compare
-
-    try:
-        # Whether a warning is an error is for tests to say, not for what a candidate does in its forward pass.
-        with warnings.catch_warnings():
-            warnings.simplefilter("default")
-            comparison = compare(run)
-        (folder / "report.json").write_text(report_json.dumps(comparison), encoding="utf-8")
-        (folder / "index.html").write_text(html.render(comparison), encoding="utf-8")
-    except ParityError as error:
-        (folder / "trouble.json").write_text(json.dumps([str(error), isinstance(error, ModelError)]), encoding="utf-8")
-    except Exception as error:
-        (folder / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        text = f"internal error: {type(error).__name__}: {' '.join(str(error).split())[:300]}. The traceback is in "
-        (folder / "trouble.json").write_text(json.dumps([f"{text}{folder / 'traceback.txt'}", False]), encoding="utf-8")
-
-
-def _load(folder: Path) -> Answer:
-    from parity.report import json as report_json
-
-    if (folder / "trouble.json").is_file():
-        trouble, no_model = json.loads((folder / "trouble.json").read_text(encoding="utf-8"))
-        return Answer(folder, None, trouble, no_model)
-    return Answer(folder, report_json.load(folder / "report.json"))
 
 
 def _report_once(folder: Path, nodeid: str, trouble: str, *, skip: bool) -> None:
@@ -247,143 +170,3 @@ def _footer(case: Case, failed: list[Failure], answer: Answer, c: Comparison) ->
 def _section(node: pytest.Item, run: Run) -> str:
     """What a run's baseline stands under: the test and its prompt, without the layer."""
     return f"{node.nodeid.split('::', 1)[1].partition('[')[0]}[{run.id}]"
-
-
-# -- at the end ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A comparison as a test's items saw it: where it is, and which parts failed so far."""
-
-    file: Path
-    section: str
-    folder: Path
-    failed: list[str] = field(default_factory=list)
-
-
-class Summary:
-    """A line at the end about all comparisons; baselines and a workflow's step summary where they are wanted."""
-
-    def __init__(self, config: pytest.Config) -> None:
-        self._config = config
-        self._seen: dict[tuple[Path, str], Seen] = {}
-        self._lines: list[str] = []
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note which comparison a test looked at; the note comes along from a worker."""
-        noted = dict(report.user_properties)
-        if report.when == "call" and _FOLDER in noted:
-            file, section = self._config.rootpath / report.nodeid.split("::")[0], str(noted[_RUN])
-            seen = self._seen.setdefault((file, section), Seen(file, section, Path(str(noted[_FOLDER]))))
-            if report.failed:
-                seen.failed.append(str(noted[_PART]))
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionfinish(self) -> None:
-        """Read the comparisons before pytest may remove them, and write what is to be kept of them."""
-        if not self._seen:
-            return
-        answers = {folder: _load(folder) for folder in dict.fromkeys(seen.folder for seen in self._seen.values())}
-        said = self._record(answers) if self._config.getoption("parity_record") else self._better(answers)
-        self._lines = [_overall(list(answers.values())), *said]
-        try:
-            _append_step_summary(list(self._seen.values()), answers)
-        except (OSError, UsageError) as error:
-            self._lines.append(f"no step summary: {error}")
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Say how the comparisons went, where the reports are and what changed since the baseline."""
-        for line in self._lines:
-            terminalreporter.write_line(f"parity: {line}")
-
-    def _record(self, answers: dict[Path, Answer]) -> Iterable[str]:
-        from parity.testing import baseline
-
-        for file in dict.fromkeys(seen.file for seen in self._seen.values()):
-            sections = {
-                seen.section: comparison.sites
-                for seen in self._seen.values()
-                if seen.file == file
-                and (comparison := answers[seen.folder].comparison) is not None
-                and (not seen.failed or self._config.getoption("parity_record_failing"))
-            }
-            failing = sorted({s.section for s in self._seen.values() if s.file == file} - sections.keys())
-            if failing:
-                yield f"not recorded, because it fails: {', '.join(failing)}; --parity-record-failing stores it too"
-            if sections:
-                baseline.save(baseline.path_for(file), sections)
-                yield f"recorded {baseline.path_for(file).name} ({', '.join(sorted(sections))})"
-
-    def _better(self, answers: dict[Path, Answer]) -> Iterable[str]:
-        from parity.testing import baseline
-
-        for seen in self._seen.values():
-            comparison = answers[seen.folder].comparison
-            old = _baseline(seen.file).get(seen.section, {})
-            new = {m.site: m.ratio for m in comparison.sites if m.ratio is not None} if comparison else {}
-            better = [site for site in old if site in new and baseline.is_worse(old[site], new[site])]
-            if better:
-                first = f"{better[0]} {old[better[0]]:.3g} -> {new[better[0]]:.3g}"
-                count = f"{len(better)} site{'s' * (len(better) > 1)}"
-                yield f"{seen.section}: {count} better than the baseline ({first}); keep it with --parity-record"
-
-
-def _baseline(file: Path) -> dict[str, dict[str, float]]:
-    from parity.testing import baseline
-
-    try:
-        return baseline.load(baseline.path_for(file))
-    except UsageError:
-        return {}  # a test has said so
-
-
-def _overall(answers: list[Answer]) -> str:
-    """All comparisons in one line, with the report of the worst."""
-    from parity.testing.acceptance import worst
-
-    made = [(a, a.comparison) for a in answers if a.comparison is not None]
-    if not made:
-        more = f" (and {len(answers) - 1} more)" if len(answers) > 1 else ""
-        return f"nothing was compared: {answers[0].trouble}{more}"
-    counts = {v: sum(c.verdict == v for _, c in made) for v in ("match", "diverged", "inconclusive")}
-    counts["not compared"] = len(answers) - len(made)
-    said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-    ranked = [(w.ratio or 0.0, w.site, a) for a, c in made if (w := worst(c.sites)) is not None]
-    if not ranked:
-        return f"{said}; no site was measured; report: {made[0][0].page}"
-    ratio, site, answer = max(ranked, key=lambda r: r[0])
-    return f"{said}; worst ratio {ratio:.3g} at {site}; report: {answer.page}"
-
-
-def _append_step_summary(all_seen: list[Seen], answers: dict[Path, Answer]) -> None:
-    """In a workflow of GitHub: a line for each comparison, and the reports of those with a failed test."""
-    name = os.environ.get("GITHUB_STEP_SUMMARY")
-    if not name:
-        return
-    from parity.report.markdown import append_step_summary
-
-    lines = [_markdown(seen, answers[seen.folder]) for seen in all_seen]
-    with Path(name).open("a", encoding="utf-8") as stream:
-        stream.write("\n".join(["", "### parity", "", *lines, ""]))
-    for folder in dict.fromkeys(seen.folder for seen in all_seen if seen.failed):
-        comparison = answers[folder].comparison
-        if comparison is not None:
-            append_step_summary(comparison)
-
-
-def _markdown(seen: Seen, answer: Answer) -> str:
-    """One comparison as an item of a list."""
-    from parity.report.markdown import code, escape
-    from parity.testing.acceptance import worst
-
-    c = answer.comparison
-    sign = "❌" if seen.failed else "✅" if c is not None and c.verdict == "match" else "⚠️"
-    start = f"- {sign} {code(f'{seen.file.name}::{seen.section}')}:"
-    if c is None:
-        return f"{start} nothing was compared: {escape(answer.trouble)}"
-    site = worst(c.sites)
-    ratio = f", worst ratio {site.ratio:.3g} at {code(site.site)}" if site is not None else ""
-    more = f" and {len(seen.failed) - _MOST_PARTS} more" if len(seen.failed) > _MOST_PARTS else ""
-    failed = f"; failed: {', '.join(map(escape, seen.failed[:_MOST_PARTS]))}{more}" if seen.failed else ""
-    return f"{start} {c.verdict}{ratio}{failed}"

@@ -194,7 +194,7 @@ def test_a_port_in_a_class(faked: Session, clean: Comparison, pytester: pytest.P
     in_class = ")\nclass TestPort:\n    def test_x(self):\n        pass\n    test_port = staticmethod(test_port"
     bad = changed(clean, ACT, verdict="wrong", ratio=104.0)
     for more in (in_class, in_class.replace("staticmethod(", "(")):
-        result = faked(bad, "-k", "TestPort", "--parity-record", more=more)
+        result = faked(bad, "-k", "TestPort", "--parity-record", "--parity-record-failing", more=more)
         result.assert_outcomes(passed=ITEMS, failed=1, deselected=ITEMS)
         result.stdout.fnmatch_lines(["*TestPort.test_port[[]7-tokens-layers.1]*", f"{ACT}: wrong*"])
     assert list(baseline.load(pytester.path / "test_x.baseline.txt")) == ["TestPort::test_port[7-tokens]"]
@@ -643,5 +643,7 @@ def test_a_suite_without_ports_is_left_alone(pytester: pytest.Pytester) -> None:
     )
     out = alone(pytester.path, "-q")
     assert "1 passed" in out
-    assert "LOADED ['parity.testing', 'parity.testing.plugin']" in out
+    assert (
+        f"LOADED {['parity.testing', *(f'parity.testing.{name}' for name in ('plugin', 'session', 'summary'))]}" in out
+    )
     assert "parity:" not in out

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from parity.reference import chance
-from parity.reference.floor import alike
+from parity.reference.rows import alike
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:

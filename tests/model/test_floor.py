@@ -236,6 +236,56 @@ def test_a_massive_row_does_not_hide_what_is_wrong_elsewhere() -> None:
     assert local.structure.by_token[0] < 2
 
 
+@pytest.mark.parametrize("working", WORKING, ids=str)
+@pytest.mark.parametrize("token", [3, 22, 23])
+def test_one_wrong_row_hides_behind_no_massive_one(working: torch.dtype, token: int) -> None:
+    """Neither the whole nor the middle sees it: the row itself does."""
+    case = replace(massive(), working=working)
+
+    def wrong(own: Tensor) -> Tensor:
+        out = own.clone()
+        out[:, token] *= 1.3
+        return out
+
+    local = case.judged(wrong)
+    assert local.ratio < 0.1 * local.row_ratio
+    assert working is not B16 or local.ratio < 2
+    assert local.row_ratio > 10
+    assert local.worst_tokens == (token,)
+    assert local.tokens == 24
+    clean = case.judged(lambda own: own)
+    assert clean.row_ratio < 1
+
+
+def test_the_worst_tokens_are_named_in_their_order_and_not_too_many() -> None:
+    case = silu(1, 200, 40)
+
+    def wrong(own: Tensor) -> Tensor:
+        out = own.clone()
+        out[:, 150::10] *= 1.3
+        out[:, 20:40] *= 1.2
+        return out
+
+    worst = case.judged(wrong).worst_tokens
+    assert len(worst) == 8
+    assert list(worst) == sorted(worst)
+    assert case.judged(lambda own: own).row_ratio < 1
+
+
+def test_rows_that_are_equal_count_once() -> None:
+    case = silu(1, 24, 40)
+    (x,) = case.inputs
+    repeated = replace(case, inputs=(x[:, :1].expand_as(x).contiguous(),))
+    assert case.judged(lambda own: own).kinds == 24
+    assert repeated.judged(lambda own: own).kinds == 1
+    noisy = draw(1, 1, 40, seed=8) * 0.006
+
+    def off(own: Tensor) -> Tensor:
+        return (own.float() * (1 + noisy)).to(own.dtype)
+
+    assert repeated.judged(off).ratio < 0.5 * case.judged(off).ratio, "of one row it may be chance"
+
+
 def test_what_is_wrong_in_the_massive_row_alone_is_seen_too() -> None:
     def wrong(own: Tensor) -> Tensor:
         out = own.clone()

@@ -530,6 +530,13 @@ def test_stock_models_as_candidates(checkpoint: Callable[..., Path], model_type:
     ("array", "working", "stored", "expected"),
     [
         ("bfloat16", "float32", None, "bfloat16"),  # a file of bfloat16 numbers
+        ("bfloat16", "float32", "bfloat16", "bfloat16"),
+        (
+            "bfloat16",
+            "float32",
+            "float32",
+            "float32",
+        ),  # this operation alone: no excuse
         ("float32", "float32", "float32", "float32"),
         ("float32 on bfloat16's grid", "bfloat16", None, "bfloat16"),
         ("float32 on bfloat16's grid", "float32", "bfloat16", "bfloat16"),  # so is all of the dump

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parity.diagnose.readings import Uncertainty, best_value, difference, energy, uncertainty
+from parity.diagnose.readings import Uncertainty, best_value, difference, energy, is_told, uncertainty
 from parity.faults import Number
 
 TRUTH = torch.randn(40, 24, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -83,3 +83,21 @@ def test_energy_of_what_is_large_masked_or_not_finite() -> None:
     candidate = torch.tensor([2e30, -1e9, -math.inf, 4.0, 5.0])
     assert difference(candidate, truth).tolist() == pytest.approx([1e30, 0, 0, 3, 0])
     assert energy(candidate, truth) == pytest.approx(1e60)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "unsure", "told"),
+    [
+        (1e4, 1e6, Uncertainty(3.0), True),
+        (999999.552, 1e6, Uncertainty(0.01), False),  # frequencies by another power function
+        (9.9e5, 1e6, Uncertainty(9e3), False),
+        (9.9e5, 1e6, Uncertainty(math.inf), True),
+        (9.9e5, 1e6, Uncertainty(1.0, (9e3, 0.0)), False),
+        (0.5, 0.0, Uncertainty(0.1), True),
+    ],
+)
+def test_what_legal_ways_make_of_a_constant_is_not_another_constant(
+    value: float, expected: float, unsure: Uncertainty, *, told: bool
+) -> None:
+    assert is_told(value, expected, unsure, 1.5 * TRUTH, TRUTH) == told
+    assert not is_told(value, expected, unsure, TRUTH * (1 + 2e-7), TRUTH), "as a root or its inverse may be rounded"

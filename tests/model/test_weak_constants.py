@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,16 @@ def test_an_eps_below_the_rounding_is_read_where_the_reference_rounds_as_the_can
     assert len(reads) >= 3
     assert all(abs(eps.value - 1e-3) <= 2 * eps.stderr for eps in reads.values()), reads
     assert all(abs(eps.value - 1e-3) <= 5e-5 for eps in reads.values()), reads
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_repeated_token_is_one_row(model: Path, dtype: str) -> None:
+    """Its rounding leans as one row's does, however often it is repeated."""
+    chosen = next(v for v in CLEAN if v.id == "norm-weight-fp32")
+    for token in (5, 14, 77):
+        asked = replace(question(model, 1, dtype), token_ids=((token,) * 64,))
+        found = diff(asked, open_candidate(build(chosen, model, dtype)), reference=Reference(asked.model()))
+        assert (found.verdict, found.findings) == ("match", ())
 
 
 @pytest.mark.parametrize("tokens", [1, 33])

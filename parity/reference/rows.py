@@ -1,0 +1,166 @@
+"""What the rows of a site say: ratios over all of them, in their middle and of the worst, and where the error is.
+
+A row is all but the last axis. Rows that repeat each other, as those of a repeated token do, count once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from parity.reference import chance
+from parity.results import Structure
+from parity.sites import Dims
+
+_PROFILE_BINS = 256
+# A token whose ratio is above this counts as the first one that is wrong.
+_FIRST = 3.0
+# Cosines with random directions, which are about 1, are told apart to this part.
+_STEPS = 64
+# As many tokens are named in the reason for a verdict.
+_NAMED = 8
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Sums of squares for each row (a row is all but the last axis), and what is summed over all rows.
+
+    rr, ee, ss, qq, yy: the local error, the reference's error, that of storage, that of jitter, and the truth;
+    ry: error times truth; floor: the strict floor; inherited, total, own_total: see Measurement.
+    channels and heads: energy of the error in units of each row's floor, by last-axis index and by head.
+    kinds: for each row the number of its kind (alike).
+    """
+
+    channels: Floats
+    heads: Floats
+    counts: dict[str, int]
+    kinds: NDArray[np.int64]
+    rr: Floats
+    ee: Floats
+    ss: Floats
+    qq: Floats
+    yy: Floats
+    ry: Floats
+    floor: Floats
+    inherited: Floats
+    total: Floats
+    own_total: Floats
+
+
+def alike(rows: Tensor) -> NDArray[np.int64]:
+    """For each of some rows (n, width) the number of its kind: rows that are multiples of each other are of one.
+
+    Rounding errors of equal rows are equal, and those of rows that differ by rounding nearly so: told by the cosines
+    with three fixed directions, to a hundredth of what is usual between rows of different tokens.
+    """
+    width = rows.shape[-1]
+    directions = torch.randn(width, 3, generator=torch.Generator().manual_seed(width), dtype=torch.float32)
+    plain = rows.float().nan_to_num(0, 0, 0)
+    cosines = (
+        plain @ directions.to(rows.device) / torch.linalg.vector_norm(plain, dim=-1, keepdim=True).clamp_min(1e-30)
+    )
+    steps = (cosines.double() * _STEPS).round().long().cpu().numpy()
+    found: NDArray[np.int64] = np.unique(steps @ np.array([1, 1 << 20, 1 << 40]), return_inverse=True)[1]
+    return found
+
+
+def ratios(squares: Floats, floor: Floats) -> Floats:
+    """√(squares / floor); 0 / 0 is 0, and any error over no floor is infinite."""
+    return np.sqrt(np.where(squares == 0, 0.0, squares / floor))
+
+
+def statistic(rows: Rows, floor: Floats, stray: Callable[[float], float]) -> float:
+    """The ratio over all rows or in their middle, less what chance makes of so many rows."""
+    by_row = ratios(rows.rr, floor)
+    if not by_row.size:
+        return 0.0
+    energies = np.bincount(rows.kinds, floor)
+    # As many rows of equal size would make a mean as uncertain: one if one row outweighs all others.
+    counting = energies.sum() ** 2 / max(np.square(energies).sum(), 1e-300)
+    middle = (by_row.size - 1) // 2
+    return max(
+        chance.less(relative(rows.rr, floor), stray(counting)),
+        chance.less(float(np.partition(by_row, middle)[middle]), stray(energies.size)),
+    )
+
+
+def no_less_than_usual(floor: Floats, size: Floats) -> Floats:
+    """The floor of each row, or what is usual relative to its size: a row's own floor may be small by chance."""
+    some = size > 0
+    return np.maximum(floor, np.median(floor[some] / size[some]) * size) if some.any() else floor
+
+
+def chances(freedom: float, dims: Dims, shape: tuple[int, ...]) -> Floats:
+    """By how much each row may stray by chance, as the worst of all; those of the last token among themselves."""
+    rows = math.prod(shape[:-1])
+    every = np.full(shape[:-1], chance.of_worst_row(freedom, rows))
+    if "token" in dims[:-1] and rows:
+        axis = dims.index("token")
+        last = (slice(None),) * axis + (-1,)
+        every[last] = chance.of_worst_row(freedom, rows // shape[axis])
+    return every.reshape(-1)
+
+
+def tokens_of(by_row: Floats, worst: float, dims: Dims, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The tokens of the worst rows, in their order; none where a row is no token's."""
+    if "token" not in dims[:-1] or not by_row.size:
+        return ()
+    rest = tuple(i for i, dim in enumerate(dims[:-1]) if dim != "token")
+    by_token = by_row.reshape(shape[:-1]).max(rest) if rest else by_row
+    bad = np.flatnonzero(by_token >= worst / 2)
+    return tuple(sorted(bad[np.argsort(-by_token[bad], kind="stable")][:_NAMED].tolist()))
+
+
+def relative(squares: Floats, size: Floats) -> float:
+    """Root mean square over all rows, in units of that of `size`; both are squares, row by row."""
+    return float(ratios(squares.sum(), size.sum()))
+
+
+def structure(rows: Rows, strict: Floats, dims: Dims, shape: tuple[int, ...]) -> Structure:
+    """Where the error is, by the floor of each row, for values of this shape and these axes."""
+    weight = 1 / np.where(rows.floor > 0, rows.floor, 1.0)
+    ry, energy, size = (float((x * weight).sum()) for x in (rows.ry, rows.rr, rows.yy))
+    by_token = _profile(rows.rr, strict, dims, shape, "token")
+    channel = int(rows.channels.argmax()) if rows.channels.size else 0
+    if rows.heads.size > 1:
+        # Energy is in units of each row's whole floor, of which one head has its share.
+        by_head = np.sqrt(rows.heads / max(rows.rr.size, 1) * rows.heads.size)
+    else:
+        by_head = _profile(rows.rr, strict, dims, shape, "head")
+    return Structure(
+        gain=ry / size if size else 0.0,
+        cosine=ry / math.sqrt(energy * size) if energy and size else 0.0,
+        by_token=_bins(by_token),
+        by_head=tuple(by_head.tolist()),
+        channel=channel,
+        channel_share=float(rows.channels[channel] / rows.channels.sum()) if energy else 0.0,
+        first_token=next((i for i, value in enumerate(by_token.tolist()) if value > _FIRST), None),
+        elements=math.prod(shape),
+        pooled=_pooled(by_token),
+    )
+
+
+def _profile(rr: Floats, floor: Floats, dims: Dims, shape: tuple[int, ...], axis: str) -> Floats:
+    """Ratio along one axis of the rows; empty if the rows have no such axis."""
+    rows = dims[:-1]
+    if axis not in rows:
+        return np.zeros(0)
+    rest = tuple(i for i, dim in enumerate(rows) if dim != axis)
+    return ratios(rr.reshape(shape[:-1]).sum(rest), floor.reshape(shape[:-1]).sum(rest))
+
+
+def _bins(profile: Floats) -> tuple[float, ...]:
+    """At most 256 numbers, each the largest of its neighbours."""
+    starts = range(0, profile.size, _pooled(profile))
+    return tuple(np.maximum.reduceat(profile, starts).tolist()) if profile.size else ()
+
+
+def _pooled(profile: Floats) -> int:
+    return max(1, math.ceil(profile.size / _PROFILE_BINS))
