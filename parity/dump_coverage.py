@@ -21,7 +21,7 @@ class FamilyCheck:
 
 @dataclass(frozen=True)
 class DumpCheck:
-    """What `parity check` knows of a dump. `unknown` are names that the reference has not."""
+    """What `parity check` knows of a dump. `unknown` are names that the reference does not have."""
 
     families: tuple[FamilyCheck, ...]
     unknown: tuple[str, ...]

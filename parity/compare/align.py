@@ -46,7 +46,10 @@ class Pair:
         return () if mine == self.site.dims else (f"{' '.join(mine)} → {' '.join(self.site.dims)}",)
 
     def read(self, array: NDArray[Any]) -> NDArray[Any]:
-        """The candidate's array in the layout of the reference: a view wherever numpy can give one."""
+        """The candidate's array in the layout of the reference: a view wherever numpy can give one.
+
+        It goes in with any shape and comes out in the site's, (b, t, d) for most.
+        """
         size = dict(self.atoms)
         order = [atom for axis in self.axes for atom in axis.split(FLATTENED)]
         missing = [atom for atom, _ in self.atoms if atom not in order]

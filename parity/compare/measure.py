@@ -94,7 +94,7 @@ class Storage:
         return cls(working, DTYPES[working_dtype(sides.dump)] if working is torch.float32 else None)
 
     def dtype_of(self, candidate: Tensor) -> torch.dtype:
-        """The dtype whose grid the numbers of a candidate's activation lie on."""
+        """The dtype whose grid the numbers of a candidate's activation lie on. `candidate` may have any shape."""
         narrow = (torch.bfloat16, torch.float16)
         if candidate.dtype in narrow:
             return candidate.dtype if self.only in (None, candidate.dtype) else self.working

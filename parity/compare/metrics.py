@@ -93,7 +93,7 @@ def ulp_histogram(a: Array, b: Array) -> tuple[int, ...]:
     One count for the distances up to each of `ULP_BINS`, then one for what is further apart or not finite; zeros at
     the end are left out.
 
-    Raises: ValueError if shapes differ, TypeError as `measure`.
+    Shapes: equal. Raises: ValueError if shapes differ, TypeError as `ulp_distance`.
     """
     reader = _Reader(a, b)
     beyond = np.zeros(len(ULP_BINS), np.int64)

@@ -35,7 +35,7 @@ class Sides:
     checks: tuple[Check, ...] = ()
 
     def recorded(self, site: Site) -> Tensor | None:
-        """The candidate's activation in the reference's layout; None where it has none."""
+        """The candidate's activation in the reference's layout; (b, t, d) for most; None where it has none."""
         pair = self.pairs[site.name]
         return to_torch(pair.read(self.dump.read(site.name))) if isinstance(pair, Pair) else None
 

@@ -8,7 +8,7 @@ apart are reported together, and where nothing fits nothing is said.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -124,7 +124,7 @@ def _try(fault: Fault, site: str, at: LoadedPiece, bench: Workbench, truth: Tens
 
     value = 0.0
     if fault.number is not None:
-        starts = _starts(fault.number, expected, at, bench, truth, floor, site)
+        starts = _starts(fault.number, expected, lambda: bench.local(at, site, truth, floor).structure.first_token)
         value = best_value(fault.number, expected, starts, curve, candidate, truth)
     # What only rounds differently equals the reference in higher precision: its rounding has to be the candidate's.
     faulty, predicted = curve(value), rounded(value) if fault.only_rounds else None
@@ -167,14 +167,12 @@ def _is_continuous(fault: Fault) -> bool:
     return fault.number is not None and not fault.number.discrete
 
 
-def _starts(
-    number: Number, expected: float, at: LoadedPiece, bench: Workbench, truth: Tensor, floor: Tensor, site: str
-) -> list[float]:
-    """Numbers to start from: those seen in the wild, and what the residual or a coarse grid suggests."""
+def _starts(number: Number, expected: float, first_wrong: Callable[[], int | None]) -> list[float]:
+    """Numbers to start from: those seen in the wild, and what the first wrong token or a coarse grid suggests."""
     starts = [value for value in number.typical if value != expected]
     if number.discrete:
         # A window ends shortly before the first token that is clearly wrong.
-        first = bench.local(at, site, truth, floor).structure.first_token if number.method == "first-token" else None
+        first = first_wrong() if number.method == "first-token" else None
         return starts + ([] if first is None else [float(w) for w in range(max(first - _NEAR, 1), first + 2)])
     if number.log and expected > 0:
         return starts + [expected * factor for factor in (0.1, 0.5, 1.01, 2.0, 10.0)]

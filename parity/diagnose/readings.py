@@ -54,13 +54,13 @@ class Uncertainty:
 
 
 def difference(candidate: Tensor, truth: Tensor) -> Tensor:
-    """Candidate minus truth where that is finite and the truth is not masked, else 0."""
+    """Candidate minus truth where that is finite and the truth is not masked, else 0. All have one shape, any shape."""
     raw = candidate.to(truth.device, truth.dtype) - truth
     return torch.where(raw.isfinite() & (truth > torch.finfo(torch.float16).min), raw, 0)
 
 
 def energy(candidate: Tensor, truth: Tensor) -> float:
-    """Sum of squares of the difference."""
+    """Sum of squares of the difference. Both have one shape, any shape."""
     # Numbers beyond 1e19 have no squares in float32, and sums of many squares have few digits there.
     return float(torch.linalg.vector_norm(difference(candidate, truth), dtype=torch.float64).square())
 
@@ -68,7 +68,7 @@ def energy(candidate: Tensor, truth: Tensor) -> float:
 def is_told(value: float, expected: float, unsure: Uncertainty, faulty: Tensor, truth: Tensor) -> bool:
     """Whether a number that was read is another than the right one, rather than the right one in another legal way.
 
-    `faulty` is the reference's output with the number, `truth` with the right one.
+    `faulty` is the reference's output with the number, `truth` with the right one; both have one shape, any shape.
     """
     size = float(torch.linalg.vector_norm(torch.where(truth.isfinite(), truth, 0), dtype=torch.float64))
     is_seen = math.sqrt(energy(faulty, truth)) > LEAST_EFFECT * size
@@ -79,7 +79,7 @@ def is_told(value: float, expected: float, unsure: Uncertainty, faulty: Tensor, 
 def best_value(
     number: Number, expected: float, starts: Iterable[float], curve: Curve, candidate: Tensor, truth: Tensor
 ) -> float:
-    """The number with the smallest remainder."""
+    """The number with the smallest remainder. `candidate` and `truth` have one shape, any shape."""
     error = energy(candidate, truth)
     tried: dict[float, float] = {}
     regressed: dict[float, float] = {}
@@ -149,6 +149,7 @@ def uncertainty(value: float, curve: Curve, candidate: Tensor, floor: Tensor, pl
 
     `floor` is what the reference with the fault computes in the working dtype, `plain` its rounding error without.
     The noise is what the fault leaves of the candidate, or the reference's own rounding if that is larger.
+    The tensors have one shape, any shape.
     """
     faulty = curve(value)
     slope = _slope(curve, value, faulty)

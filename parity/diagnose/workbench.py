@@ -77,7 +77,7 @@ class Workbench:
         fault: Fault | None = None,
         value: float = 0.0,
     ) -> dict[str, Tensor]:
-        """What a model computes at sites of a loaded piece, with a fault or without."""
+        """What a model computes at sites of a loaded piece, with a fault or without. Most values are (b, t, d)."""
 
         def patch(patched: PiecewiseModel) -> AbstractContextManager[None]:
             assert fault is not None, "unreachable because the patch is passed with a fault only"
@@ -86,7 +86,10 @@ class Workbench:
         return one_operation.run(model, at, sites, patch) if fault else one_operation.run(model, at, sites)
 
     def local(self, at: LoadedPiece, site: str, truth: Tensor, floor: Tensor) -> Local:
-        """The candidate's error at a site against any truth and floor."""
+        """The candidate's error at a site against any truth and floor.
+
+        `truth` and `floor` have one shape, (b, t, d) for most sites.
+        """
         working = self.reference.working
         one = self.sites[site]
         replayed = Replayed(one, truth, truth, at.recorded[site], truth, floor, truth, working.summands(one))

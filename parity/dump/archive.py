@@ -70,7 +70,7 @@ class ArchiveWriter:
     def add(self, site: str, array: Array, dims: tuple[str, ...] | None) -> None:
         """Record the array at a site, bit by bit, with a name for each axis.
 
-        Raises DumpError if the site is recorded already, or the dims do not fit the shape.
+        Raises DumpError if the site is recorded already, or the dims do not fit the array, which may have any shape.
         """
         if site in self._entries:
             raise DumpError(

@@ -161,7 +161,10 @@ def require_stored(what: str, needed: int, stored: int) -> None:
 
 
 def map_file(path: Path) -> npt.NDArray[np.uint8]:
-    """The bytes of a file, read-only and not yet in memory. Views of them keep the file mapped."""
+    """The bytes of a file, read-only and not yet in memory. Views of them keep the file mapped.
+
+    They are an array (n,) of n bytes.
+    """
     with reading(path):
         return np.asarray(np.memmap(path, np.uint8, mode="r"))  # slicing the memmap itself is slow
 

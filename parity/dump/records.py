@@ -122,7 +122,7 @@ class Dump:
     def read(self, site: str) -> Array:
         """The array recorded at a site: read-only, a view of the file wherever the format allows.
 
-        The array stays valid after `close`.
+        The array stays valid after `close`. It has any shape, which `entries` says.
         """
         if self._closed:
             raise ValueError(f"{self.path}: read from a closed dump")

@@ -62,7 +62,10 @@ def open_safetensors(path: Path | str) -> Dump:
 
 
 def write_safetensors(path: Path | str, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
-    """Write tensors and metadata (keys with their prefix, `parity.token_ids`) as safetensors."""
+    """Write tensors and metadata (keys with their prefix, `parity.token_ids`) as safetensors.
+
+    Arrays may have any shape.
+    """
     path = Path(path)
     codes = {name: code for code, name in CODES.items()}
     header: dict[str, Any] = {METADATA: dict(metadata)}

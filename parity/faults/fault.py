@@ -167,7 +167,10 @@ def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def weight(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
-    """The parameter `name` of a module holds `value` during the block."""
+    """The parameter `name` of a module holds `value` during the block.
+
+    It has the parameter's shape, (out, in) for a linear layer.
+    """
     before = module._parameters[name]
     module._parameters[name] = nn.Parameter(value, requires_grad=False)
     try:

@@ -20,7 +20,10 @@ _BACK = {np.dtype(there): (bits, here) for here, (bits, there) in _FOREIGN.items
 
 
 def to_numpy(value: Tensor) -> NDArray[Any]:
-    """The tensor's numbers as a numpy array; shares memory where the tensor is contiguous on the CPU."""
+    """The tensor's numbers as a numpy array; shares memory where the tensor is contiguous on the CPU.
+
+    It may have any shape.
+    """
     value = value.detach().cpu().contiguous()
     if value.dtype in _FOREIGN:
         bits, dtype = _FOREIGN[value.dtype]
@@ -29,7 +32,7 @@ def to_numpy(value: Tensor) -> NDArray[Any]:
 
 
 def to_torch(array: NDArray[Any]) -> Tensor:
-    """The array's numbers as a tensor that may be written to."""
+    """The array's numbers as a tensor that may be written to. It may have any shape."""
     array = np.array(array, copy=True, order="C")
     if array.dtype in _BACK:
         bits, dtype = _BACK[array.dtype]

@@ -51,7 +51,10 @@ def register(implementation: str) -> str:
 
 @contextmanager
 def attention_taps(sites: dict[nn.Module, dict[str, str]], tap: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-    """Let `tap` see the named values inside the given attention modules during the block."""
+    """Let `tap` see the named values inside the given attention modules during the block.
+
+    Queries, keys (b, h, t, d), scores, probabilities (b, h, t, k) and the context (b, t, h, d).
+    """
     token = _active.set((sites, tap))
     try:
         yield

@@ -59,7 +59,7 @@ class Chain:
 
 @contextmanager
 def watch_chain(layers: list[nn.Module], name_of: Callable[[Tensor], str | None]) -> Iterator[Chain]:
-    """Watch how the layers are called; `name_of` knows which site a value is."""
+    """Watch how the layers are called; `name_of` knows which site a value is. Values are hidden states (b, t, d)."""
     chain = Chain()
     sources: dict[int, str | None] = {}
 
@@ -87,5 +87,5 @@ def watch_chain(layers: list[nn.Module], name_of: Callable[[Tensor], str | None]
 
 
 def taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The hidden states among a module's arguments: the first tensor."""
+    """The hidden states among a module's arguments: the first tensor. They are (b, t, d)."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)

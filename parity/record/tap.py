@@ -89,7 +89,10 @@ def _hook(module: nn.Module, site: str, where: str, tap: Tap) -> Callable[[], No
 
 
 def first_tensor(output: Any) -> Tensor | None:
-    """The activation in what a module returned: the tensor itself, its `logits`, or the first of a tuple."""
+    """The activation in what a module returned: the tensor itself, its `logits`, or the first of a tuple.
+
+    It may have any shape.
+    """
     output = getattr(output, "logits", output)
     if isinstance(output, (tuple, list)) and output:
         output = output[0]

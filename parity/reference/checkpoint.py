@@ -53,7 +53,7 @@ class Checkpoint:
                 shards.append(stack.enter_context(safe_open(file, framework="pt")))
             except (SafetensorError, OSError) as error:
                 raise ModelError(
-                    f"model {self.name!r}: {file} is no whole safetensors file ({error}). Download it again."
+                    f"model {self.name!r}: {file} is not a complete safetensors file ({error}). Download it again."
                 ) from error
         return shards
 
@@ -169,7 +169,7 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:
-        # The hub client's error classes differ by version and by transport; each means: not to be had from here.
+        # The hub client's error classes differ by version and by transport; each means that it is not available here.
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise ModelError(
             f"model {name!r}: not a directory here, and the hub did not deliver it{offline}: {first_sentence(error)}. "

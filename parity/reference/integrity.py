@@ -16,7 +16,10 @@ from parity.results import Check
 
 
 def reference_checks(model: PiecewiseModel, input_ids: Tensor) -> list[Check]:
-    """A reference that rounds its RoPE frequencies, uses TF32 or gives other numbers each time is no reference."""
+    """A reference that rounds its RoPE frequencies, uses TF32 or gives other numbers each time is no reference.
+
+    `input_ids` (b, t).
+    """
     checks = [
         Check(
             "reference in pieces",

@@ -44,7 +44,10 @@ def _unchanged(_model: PiecewiseModel) -> AbstractContextManager[None]:
 def run(
     model: PiecewiseModel, at: LoadedPiece, wanted: Collection[str], patch: Patch = _unchanged
 ) -> dict[str, Tensor]:
-    """What the model computes at the wanted sites of a loaded piece, with `patch` applied to it meanwhile."""
+    """What the model computes at the wanted sites of a loaded piece, with `patch` applied to it meanwhile.
+
+    Most values are (b, t, d).
+    """
     values: dict[str, Tensor] = {}
 
     def tap(site: str, fresh: Tensor) -> Tensor:

@@ -67,7 +67,10 @@ def _widened(value: Any) -> Any:
 
 
 def stochastically_rounded(value: torch.Tensor, working: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """`value` rounded to a neighbour in `working`, up or down with the odds of their distances; its dtype stays."""
+    """`value` rounded to a neighbour in `working`, up or down with the odds of their distances; its dtype stays.
+
+    `value` may have any shape.
+    """
     _, exponent = torch.frexp(value)
     ulp = torch.ldexp(torch.ones_like(value), exponent - PRECISION_BITS[working])
     draw = torch.rand(value.shape, generator=generator, device=value.device, dtype=value.dtype)
@@ -78,7 +81,7 @@ def jittered(value: torch.Tensor, working: torch.dtype, generator: torch.Generat
     """`value` moved by less than the rounding to `working` that it may have gone through.
 
     Each element moves by a uniform draw from ±½ unit in the last place of `working`: an operation fused
-    with the one before it may have seen any of these numbers before they were rounded.
+    with the one before it may have seen any of these numbers before they were rounded. `value` may have any shape.
     """
     _, exponent = torch.frexp(value)
     ulp = torch.ldexp(torch.ones_like(value), exponent - PRECISION_BITS[working])

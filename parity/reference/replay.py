@@ -59,7 +59,7 @@ class Replayed:
 
     @property
     def plain(self) -> Tensor:
-        """The reference's own run, routed as it routes itself."""
+        """The reference's own run, routed as it routes itself: (b, t, d) at most sites."""
         return self.own if self.apart is None else self.apart
 
 

@@ -47,6 +47,7 @@ def other_tables(arguments: MutableMapping[str, Any], frequencies: Iterable[Tens
     """A layer's tables are, during the block, those of angles that are off as far as they may be.
 
     Nothing happens where the layer is handed no tables, or tables of frequencies that are none of the given.
+    `frequencies` are those of each pair of channels, (d/2,).
     """
     given: Any = arguments.get("position_embeddings")
     new = _moved(given, arguments.get("position_ids"), frequencies, sign) if _is_tables(given) else None

@@ -107,7 +107,11 @@ def choices_of(sites: Sequence[Site]) -> list[Site]:
 def router_at(
     model: PiecewiseModel, at: LoadedPiece, chosen: Site, values: Mapping[str, Tensor], recorded: Mapping[str, Tensor]
 ) -> Router | None:
-    """The router that makes a choice; None if no site holds its logits. `values` are those of the truth."""
+    """The router that makes a choice; None if no site holds its logits.
+
+    values    those of the truth by site, the logits and the choice (token, expert) among them
+    recorded  the candidate's, likewise
+    """
     sites = model.sites_of(at.piece)
     inside = (s for s in sites if s.module == chosen.module or s.module.startswith(f"{chosen.module}."))
     logits = next((s for s in inside if s.shape[-1] == chosen.shape[-1] and s != chosen), None)
@@ -126,7 +130,10 @@ def route_of(
     *,
     working: torch.dtype,
 ) -> Route:
-    """The choice that a candidate made, from what three passes computed on its own inputs."""
+    """The choice that a candidate made, from what three passes computed on its own inputs, by site.
+
+    Of these the logits and the choice are (token, expert).
+    """
     name = router.logits.name
     noise, coarse = _noise(router, truth[name], [floor[name], jitter[name]], working)
     choice = _recorded_choice(router)

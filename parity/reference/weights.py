@@ -102,6 +102,7 @@ def cast(mine: nn.Module, theirs: nn.Module, dtype: torch.dtype, copies: dict[Te
     """Parameters and buffers of `theirs` into `mine`, numbers in `dtype`; exact when that is the wider one.
 
     Buffers too: some hold learned numbers, and none may be drawn or computed anew. Tied weights are copied once.
+    Tensors may have any shape.
     """
     for own, other in ((mine._parameters, theirs._parameters), (mine._buffers, theirs._buffers)):
         for name, value in other.items():

@@ -211,7 +211,7 @@ def _config(model: str) -> Path:
     try:
         return Path(hf_hub_download(model, "config.json"))
     except Exception as error:
-        # The hub client's error classes differ by version and by transport; each means: not to be had from here.
+        # The hub client's error classes differ by version and by transport; each means that it is not available here.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"model {model!r}: no directory, and the hub did not deliver its config.json: {reason[:200].rstrip('.')}. "

@@ -104,7 +104,7 @@ def parity_check(request: pytest.FixtureRequest, _parity_answers: Answers) -> Ca
 
 
 def _report_once(folder: Path, nodeid: str, trouble: str, *, skip: bool) -> None:
-    """Fail the item that comes first, skip the others: one problem is told once."""
+    """Fail the item that comes first, skip the others: one problem is reported once."""
     __tracebackhide__ = True
     first = folder / "told.txt"
     try:
@@ -147,7 +147,7 @@ def _judge(case: Case, answer: Answer, node: pytest.Item, record: bool) -> str:
     from parity.testing import acceptance, baseline
 
     c = answer.comparison
-    assert c is not None, "unreachable because trouble was told before"
+    assert c is not None, "unreachable because trouble was reported before"
     worst = acceptance.worst(acceptance.split(c.sites).get(case.part, []))
     if worst is not None and worst.ratio is not None:
         node.user_properties += [("parity_worst_ratio", f"{worst.ratio:.3g}"), ("parity_worst_site", worst.site)]

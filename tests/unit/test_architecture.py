@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, environment
+from tests.unit.sources import sources
 
 # From the ground up; each floor may import what is named beside it, and nothing else of parity.
 FLOORS: dict[str, set[str]] = {
@@ -96,11 +97,7 @@ FLOORS: dict[str, set[str]] = {
 LATE: dict[str, set[str]] = {"showing": {"results", "report"}}
 OUTSIDE = {"models"}  # programs that make data; nobody imports them
 HEAVY = {"torch", "transformers", "numpy", "h5py", "safetensors", "matplotlib"}
-LONGEST_FILE, LONGEST_FUNCTION = 400, 60
-
-
-def sources(folder: str) -> list[Path]:
-    return [path for path in sorted((ROOT / folder).rglob("*.py")) if path.name != "make_tiny_qwen3.py"]
+LONGEST_FILE, LONGEST_FUNCTION, MOST_PARAMETERS = 330, 50, 6
 
 
 def imported(source: str, package: str = "parity") -> set[str]:
@@ -257,6 +254,11 @@ def too_long(source: str) -> Iterator[str]:
             length = node.end_lineno - node.lineno + 1
             if length > LONGEST_FUNCTION:
                 yield f"{node.name}: {length} lines"
+            given = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            count = len(given) - (given[:1] in (["self"], ["cls"]))
+            # What a command takes is what its user may say.
+            if count > MOST_PARAMETERS and not node.decorator_list:
+                yield f"{node.name}: {count} parameters"
 
 
 @pytest.mark.parametrize("path", [*sources("parity"), *sources("impl")], ids=lambda p: str(p.relative_to(ROOT)))
@@ -272,3 +274,5 @@ def test_what_exceeds_its_budget_is_found() -> None:
     ]
     assert list(too_long("x = 1\n" * (LONGEST_FILE + 1))) == [f"{LONGEST_FILE + 1} lines"]
     assert not list(too_long("x = 1\n" * LONGEST_FILE))
+    assert list(too_long("def f(a, b, c, d, /, e, f, *, g): ...")) == ["f: 7 parameters"]
+    assert not list(too_long("class C:\n    def f(self, a, b, c, d, e, f): ..."))

@@ -254,7 +254,10 @@ class Recording:
         return site.replace("N", found[2]) if found else site
 
     def values_of(self, node: Any, axes: int) -> Array:
-        """The numbers of a node, copied, for its memory is used again. ggml names the fastest axis first."""
+        """The numbers of a node, copied, for its memory is used again; its last `axes` axes.
+
+        ggml names the fastest axis first: (d, t) there is (t, d) here.
+        """
         tensor = node.contents
         if tensor.type != FLOAT32:
             raise ValueError(f"{tensor.name.decode()} is of type {tensor.type}, not float32")
@@ -264,7 +267,7 @@ class Recording:
         return np.array(values.reshape(values.shape[-axes:]))
 
     def one_each(self, layers: int) -> dict[str, Array]:
-        """The one array of every site. Stops if a site has none or several."""
+        """The one array of every site, (t, d) for most. Stops if a site has none or several."""
         if self.errors:
             raise SystemExit(self.errors[0])
         wanted = {site.replace("N", str(n)) for site in TAPS.values() for n in range(layers)}

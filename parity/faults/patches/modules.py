@@ -127,7 +127,10 @@ def entry(kwargs: dict[str, Any], name: str, value: Any) -> Iterator[None]:
 
 
 def elsewhere(scope: Scope, parameter: str, step: int) -> Tensor | None:
-    """A parameter of the layer as another layer has it, `step` layers on; None if there is none of this name."""
+    """A parameter of the layer as another layer has it, `step` layers on; None if there is none of this name.
+
+    It has the parameter's shape, (out, in) for a linear layer.
+    """
     if scope.index is None or not 0 <= scope.index + step < int(scope.config.num_hidden_layers):
         return None
     own = next(name for name, module in scope.model.named_modules() if module is scope.layer)

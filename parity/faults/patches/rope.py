@@ -120,7 +120,7 @@ def with_tables(scope: Scope, new: Tables) -> Change:
 
 
 def original_rotation(scope: Scope) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The function of the reference that turns queries and keys."""
+    """The function of the reference that turns queries and keys. It takes and gives queries and keys (b, h, t, d)."""
     found: Callable[..., tuple[Tensor, Tensor]] = source_of(attention_of(scope)).apply_rotary_pos_emb
     return found
 

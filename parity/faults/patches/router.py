@@ -121,7 +121,7 @@ class Swapped(TorchFunctionMode):
 
 @contextmanager
 def buffer(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
-    """The buffer `name` of a module holds `value` during the block."""
+    """The buffer `name` of a module holds `value`, of any shape, during the block."""
     before = module._buffers[name]
     module._buffers[name] = value
     try:
