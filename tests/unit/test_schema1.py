@@ -28,8 +28,12 @@ def pair(name: str) -> tuple[dict[str, Any], Comparison]:
 
 
 def within(old: Any, new: Any) -> Any:
-    """What the new value says of the keys that the old one has."""
-    return {key: new[key] for key in old} if isinstance(old, dict) else new
+    """What the new value says of the keys that the old one has, at any depth."""
+    if isinstance(old, dict):
+        return {key: within(value, new[key]) for key, value in old.items()}
+    if isinstance(old, list) and len(old) == len(new):
+        return [within(a, b) for a, b in zip(old, new, strict=True)]
+    return new
 
 
 @pytest.mark.parametrize("name", NAMES)
