@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from parity.reference.checkpoint import Checkpoint
 
 # Before anything imports the hub's client, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -74,6 +79,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def chatting(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """The embedded model with a chat template."""
+    from parity.reference.checkpoint import find
+
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(tiny, folder)
+    path = folder / "tokenizer_config.json"
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+    )
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    return find(str(folder))
 
 
 @pytest.fixture(scope="session")

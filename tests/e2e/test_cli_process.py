@@ -14,10 +14,9 @@ import pytest
 from safetensors import safe_open
 
 from parity.dump import open_dump
-from parity.reference.checkpoint import find
+from parity.reference.checkpoint import Checkpoint, find
 from parity.reference.tokenizer import tokenize
 from tests.conftest import Ran, environment
-from tests.model.test_tokens import chatting  # noqa: F401
 
 Cli = Callable[..., Ran]
 TOKENS = "5 17 3 120 44 9 61 2 33"
@@ -77,7 +76,7 @@ def test_a_recording_called_safetensors_is_one(cli: Cli, small: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_chat_is_run_in_its_template(cli: Cli, chatting, tmp_path: Path) -> None:  # type: ignore[no-untyped-def] # noqa: F811
+def test_a_chat_is_run_in_its_template(cli: Cli, chatting: Checkpoint, tmp_path: Path) -> None:
     ran = cli("record", "--prompt", "Hello", "--chat", "-m", chatting.path, "-o", "chat.h5")
     assert ran.code == 0, ran.err
     with open_dump(tmp_path / "chat.h5") as dump:

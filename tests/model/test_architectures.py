@@ -15,9 +15,9 @@ from parity.reference.checkpoint import find
 from parity.reference.pieces import EMBED, HEAD, PiecewiseModel
 from parity.reference.replay import Reference
 from tests.architectures import ARCHITECTURES, make
+from tests.builders import LONG_IDS
 from tests.conftest import slow_but
 
-IDS = (torch.arange(2 * 40).reshape(2, 40) * 37 + 11) % 200 + 3  # more tokens than any window, the pad token not among
 # Each has something that the others lack: layers that return tuples, masks of another kind, buffers with learned
 # numbers, weights kept in float32, an attention without registry, operations in place, sizes that do not fit.
 ODD = ["bamba", "deepseek_v3", "ernie4_5_moe", "falcon", "gemma4", "glm4_moe", "gpt2", "llama4", "mamba"]
@@ -40,7 +40,7 @@ def stock(path: Path, dtype: torch.dtype, model: PiecewiseModel, **more: Any) ->
     more |= {"experts_implementation": experts} if experts else {}
     with quiet_torch():
         whole = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager", **more).eval()
-        logits: Tensor = whole(input_ids=IDS, use_cache=False).logits
+        logits: Tensor = whole(input_ids=LONG_IDS, use_cache=False).logits
     return logits
 
 
@@ -55,7 +55,7 @@ def run(model: PiecewiseModel) -> tuple[dict[str, list[Tensor]], Tensor]:
     hidden = None
     for piece in model.pieces:
         with model.loaded(piece):
-            hidden = model.run(piece, IDS, hidden, tap)
+            hidden = model.run(piece, LONG_IDS, hidden, tap)
     assert hidden is not None
     return seen, hidden
 
@@ -122,7 +122,7 @@ def test_what_the_candidate_recorded_is_not_written_into(architecture: Callable[
     reference = Reference(PiecewiseModel(find(str(architecture("olmo"))), torch.float32))
     recorded = {name: values[0].clone() for name, values in run(reference.working)[0].items()}
     before = {name: value.clone() for name, value in recorded.items()}
-    for _piece, sites in reference.replay(IDS, lambda site: recorded[site.name]):
+    for _piece, sites in reference.replay(LONG_IDS, lambda site: recorded[site.name]):
         for site in sites:
             assert torch.equal(site.floor, before[site.site.name]), site.site.name
     assert all(torch.equal(recorded[name], value) for name, value in before.items())
@@ -135,7 +135,7 @@ def test_the_site_that_goes_into_the_first_layer(architecture: Callable[[str], P
     source = model.source_of(0)
     assert source in {site.name for site in model.sites_of(EMBED)}
     with model.loaded(EMBED):
-        assert torch.equal(model.embed(IDS, lambda _site, value: value), seen[str(source)][0])
+        assert torch.equal(model.embed(LONG_IDS, lambda _site, value: value), seen[str(source)][0])
 
 
 def test_an_attention_of_its_own_has_keys_beside_tokens(architecture: Callable[[str], Path]) -> None:

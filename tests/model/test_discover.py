@@ -8,56 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from parity.record.attention import register
 from parity.record.discover import discover, with_sizes
-from parity.record.tap import quiet_torch, tapping
 from parity.reference.checkpoint import find
 from parity.reference.pieces import PiecewiseModel
 from parity.sites import Site
+from tests.builders import BATCH, TOKEN, fired, on_meta
 from tests.checkpoints import OTHER
 from tests.conftest import slow_but
 
 TYPES = ["qwen3", *OTHER]
-BATCH, TOKEN = 2, 11  # more tokens than a sliding window of 7
-IDS = (torch.arange(BATCH * TOKEN).reshape(BATCH, TOKEN) * 37 + 11) % 200
 
 
 def found(
     path: Path, implementation: str = "eager", dtype: torch.dtype = torch.float32, inner: bool = False
 ) -> tuple[Site, ...]:
     return PiecewiseModel(find(str(path)), dtype, attention=implementation, inner=inner).sites
-
-
-def on_meta(path: Path, implementation: str, dtype: torch.dtype) -> Any:
-    return PiecewiseModel(find(str(path)), dtype, attention=implementation).model
-
-
-def whole(path: Path, implementation: str, dtype: torch.dtype) -> Any:
-    """The stock model in memory; experts computed as the pieces do, for there are several ways to round them."""
-    from transformers import AutoModelForCausalLM
-
-    experts = getattr(on_meta(path, "eager", dtype).config, "_experts_implementation", None)
-    more = {"experts_implementation": experts} if "moe" in path.name else {}
-    with quiet_torch():
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=implementation, **more
-        ).eval()
-
-
-def fired(path: Path, implementation: str, dtype: torch.dtype, sites: tuple[Site, ...]) -> dict[str, list[Tensor]]:
-    """Every value that a real run of the whole model hands to a tap, in order."""
-    seen: dict[str, list[Tensor]] = {}
-
-    def tap(site: str, value: Tensor) -> Tensor:
-        seen.setdefault(site, []).append(value.clone())
-        return value
-
-    model = whole(path, register(implementation), dtype)
-    with quiet_torch(), tapping(model, sites, tap):
-        model(input_ids=IDS, use_cache=False)
-    return seen
 
 
 @pytest.mark.parametrize("inner", [False, True], ids=["", "inner"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,65 +15,9 @@ from torch.nn import functional as F
 
 from parity.reference import floor
 from parity.reference.floor import Local, local_error
-from parity.reference.precision import jittered, truth_dtype
 from parity.reference.replay import Replayed
-from parity.sites import Dims, Site
-
-B16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-ROWS: Dims = ("batch", "token", "feature")
-Op = Callable[..., Tensor]
-
-
-def draw(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@dataclass(frozen=True)
-class Case:
-    """One operation of the reference on inputs that a candidate recorded."""
-
-    op: Op
-    inputs: tuple[Tensor, ...]
-    dims: Dims = ROWS
-    working: torch.dtype = B16
-    summands: int = 1
-    head_dim: int | None = None
-
-    @property
-    def recorded(self) -> tuple[Tensor, ...]:
-        return tuple(x.to(self.working) for x in self.inputs)
-
-    def at(self, dtype: torch.dtype) -> Tensor:
-        """The operation in a precision, on the inputs as they were recorded."""
-        return self.op(*(x.to(dtype) for x in self.recorded))
-
-    def site(self, candidate: Tensor) -> Replayed:
-        wide = truth_dtype(self.working)
-        moved = (jittered(x.to(wide), self.working, torch.Generator().manual_seed(1)) for x in self.recorded)
-        truth, own = self.at(wide), self.at(self.working)
-        name = Site("model.layers.0.x", self.dims, tuple(truth.shape), "bfloat16", "x")
-        return Replayed(name, own, truth, candidate, truth, own, self.op(*moved), self.summands)
-
-    def measure(self, candidate: Tensor, storage: torch.dtype | None = None) -> Local:
-        return local_error(self.site(candidate), self.working, storage or self.working, self.head_dim)
-
-    def judged(self, candidate: Callable[[Tensor], Tensor]) -> Local:
-        """A candidate that is a change to the reference's own result."""
-        return self.measure(candidate(self.at(self.working)))
-
-
-def linear(tokens: int = 24, inputs: int = 48, outputs: int = 40, **more: object) -> Case:
-    weight = draw(outputs, inputs, seed=9).to(B16)
-    return Case(
-        lambda x: F.linear(x, weight.to(x.dtype)),
-        (draw(1, tokens, inputs),),
-        summands=inputs,
-        **more,  # type: ignore[arg-type]
-    )
-
-
-def silu(*shape: int, **more: object) -> Case:
-    return Case(F.silu, (draw(*(shape or (1, 24, 40))),), **more)  # type: ignore[arg-type]
+from parity.sites import Dims
+from tests.builders import B16, F16, F32, Case, draw, linear, silu
 
 
 def moved(**more: object) -> Case:

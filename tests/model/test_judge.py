@@ -19,7 +19,7 @@ from parity.compare.judge import IMPRECISE, RoundingMode, judge_site, luck, roun
 from parity.reasons import Gap
 from parity.reference.floor import Local
 from parity.results import EXIT_CODES, ROUNDING, Check, Comparison, Measurement, NextToken, Structure, Token
-from tests.model.test_floor import draw, linear, silu
+from tests.builders import draw, linear, silu
 from tests.report_example import matching
 
 NOISE = Structure(0.0, 0.0, (1.0, 1.1, 0.9, 1.0), (), 0, 0.1, None, 4000)

@@ -18,10 +18,9 @@ from parity.record import attention
 from parity.record.tap import Tap, quiet_torch
 from parity.reference.checkpoint import Checkpoint, find
 from parity.reference.pieces import EMBED, HEAD, PiecewiseModel
+from tests.builders import IDS, fired, hooks, whole
 from tests.checkpoints import OTHER
 from tests.conftest import slow_but
-from tests.model.test_discover import IDS, fired, whole
-from tests.model.test_record import hooks
 
 TYPES = ["qwen3", *OTHER]
 pytestmark = pytest.mark.usefixtures("one_piece_at_a_time")

@@ -30,8 +30,8 @@ from parity.reference.replay import Reference
 from parity.results import Comparison
 from parity.run_spec import DTYPES, RunSpec
 from parity.sites import family
+from tests.builders import whole
 from tests.conftest import slow_but
-from tests.model.test_discover import whole
 from tests.planted import BUGS, CLEAN, build, observe
 
 TOKENS = tuple((97 * i * i + 31 * i + 7) % 200 for i in range(24))

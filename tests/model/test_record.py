@@ -19,6 +19,7 @@ from parity.record.arrays import to_numpy, to_torch
 from parity.record.attention import INSIDE, attention_taps, register
 from parity.record.tap import first_tensor, quiet_torch, tapping
 from parity.sites import Site
+from tests.builders import hooks
 from tests.conftest import slow_but
 
 IDS = torch.tensor([[5, 17, 3, 120, 44, 9, 61, 2, 33], [8, 8, 100, 7, 1, 90, 30, 200, 4]])
@@ -34,10 +35,6 @@ def stock(path: Path, implementation: str, dtype: torch.dtype = torch.float32) -
 def run(model: Any, ids: Tensor = IDS, **kwargs: Any) -> Any:
     with quiet_torch():
         return model(input_ids=ids, use_cache=False, **kwargs)
-
-
-def hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 def unchanged(_site: str, value: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from parity.reference.pieces import PiecewiseModel
 from parity.reference.replay import Reference
 from parity.results import Check
 from tests.architectures import make
+from tests.builders import LONG_IDS
 from tests.conftest import slow_but
-from tests.model.test_architectures import IDS
 
 STOCK, NUMBERS, AGREE = (
     "reference is from_pretrained",
@@ -38,7 +38,7 @@ def reference(path: Path, dtype: torch.dtype = torch.bfloat16) -> Reference:
 
 
 def checks(of: Reference) -> dict[str, Check]:
-    return {check.name: check for check in self_check.checked(of, IDS)}
+    return {check.name: check for check in self_check.checked(of, LONG_IDS)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -151,7 +151,7 @@ def test_a_port_without_the_correction_bias_is_no_match(
     tmp_path_factory: pytest.TempPathFactory, name: str, dtype: str
 ) -> None:
     path = make(name, tmp_path_factory.mktemp("bias") / name)
-    tokens = " ".join(map(str, IDS[0].tolist()))
+    tokens = " ".join(map(str, LONG_IDS[0].tolist()))
     candidate = _stock(path, getattr(torch, dtype))
     assert parity.diff(candidate, model=str(path), tokens=tokens, dtype=dtype, power=False).verdict == "match"
     for layer in candidate.model.layers:

@@ -18,19 +18,6 @@ from parity.reference.tokenizer import tokenize
 TEXT = "The capital of France is"
 
 
-@pytest.fixture(scope="module")
-def chatting(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """The embedded model with a chat template."""
-    folder = tmp_path_factory.mktemp("chat") / "model"
-    shutil.copytree(tiny, folder)
-    path = folder / "tokenizer_config.json"
-    template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
-    )
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
-    return find(str(folder))
-
-
 def test_a_chat_is_the_prompt_in_the_template(chatting: Checkpoint) -> None:
     assert tokenize(chatting, TEXT, chat=True).ids == tokenize(chatting, f"<user>{TEXT}<bot>").ids
     assert tokenize(chatting, TEXT).ids == tokenize(find(EMBEDDED), TEXT).ids

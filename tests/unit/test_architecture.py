@@ -198,6 +198,12 @@ def strangers(source: str) -> set[str]:
     return {name.split(".")[0] for name in imported(source, "impl")} & {"parity", "transformers"}
 
 
+@pytest.mark.parametrize("path", sources("tests"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_tests_share_is_in_no_test(path: Path) -> None:
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    assert not [name for name in imported(path.read_text(), package) if ".test_" in name]
+
+
 # -- light ---------------------------------------------------------------------------------------------------
 
 _HELP = """
