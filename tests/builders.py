@@ -26,8 +26,6 @@ BATCH, TOKEN = 2, 11  # more tokens than a sliding window of 7
 IDS = (torch.arange(BATCH * TOKEN).reshape(BATCH, TOKEN) * 37 + 11) % 200
 # More tokens than any window, the pad token not among them.
 LONG_IDS = (torch.arange(2 * 40).reshape(2, 40) * 37 + 11) % 200 + 3
-    torch.arange(2 * 40).reshape(2, 40) * 37 + 11
-) % 200 + 3  # more tokens than any window, the pad token not among
 
 
 def on_meta(path: Path, implementation: str, dtype: torch.dtype) -> Any:
