@@ -50,6 +50,12 @@ def without_call(site: str) -> str:
     return site.partition(_CALL)[0]
 
 
+def shows_at_end(site: str, end: str) -> bool:
+    """Whether a site's name ends in `end` at a dot; the empty end is a layer's own output."""
+    site = without_call(site)
+    return site == end or site.endswith(f".{end}") if end else re.search(r"\.\d+$", site) is not None
+
+
 def family(site: str) -> str:
     """The site's name with `*` for the layer number: what a bug in all layers has in common."""
     return _LAYER_NUMBER.sub("*", site, count=1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from parity.compare.findings import findings
+from parity.compare.findings import finding_of, findings
 from parity.compare.judge import RoundingMode, judge_site, luck, rounding_mode
 from parity.compare.measure import Measured, MeasuredSite
 from parity.compare.routing import judge_routers
@@ -24,6 +24,7 @@ from parity.reasons import Gap
 from parity.reference.floor import Local
 from parity.reference.precision import unit_roundoff
 from parity.results import BAD, Finding, Measurement, Power
+from parity.sites import short
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,15 @@ def explain(sides: Sides, judged: Judged, observer: Observer) -> Explained:
         return Explained(sites, found, untried(run.faults, run.dtype) if run.options.power else None)
     bench = Workbench(sides.reference, run.ids, sides.recorded)
     refuse_idle(run.faults, bench)
+    unread = _unread(sides)
     if found:
         observer.show("looking for causes", 0, 0)
         with observer.timed("diagnose"):
-            found = with_error_maps(diagnose(found, bench, run.faults), sites, bench)
+            causes = diagnose(found, bench, run.faults, lambda names: finding_of(names, sites), unread)
+            found = with_error_maps([_with_advice(finding) for finding in causes], sites, bench)
     # In float32 the ratio shows any constant, but where an order of summation has widened the floor.
-    weak = [s for s in sites if model.dtype is not torch.float32 or s.site in judged.strayed]
+    weak = [s for s in sites if s.site not in unread]
+    weak = [s for s in weak if model.dtype is not torch.float32 or s.site in judged.strayed]
     if weak and not judged.mode.truncates:
         with observer.timed("wrong constants"):
             leaning = weak_constants(weak, bench, run.faults)
@@ -94,6 +98,27 @@ def explain(sides: Sides, judged: Judged, observer: Observer) -> Explained:
             named = {finding.fault.id for finding in found if finding.fault}
             could_see = power(bench, run.faults, observer, named)
     return Explained(sites, found, could_see)
+
+
+def _with_advice(finding: Finding) -> Finding:
+    """What to record to get the cause, where unmeasured sites hide it."""
+    if finding.fault is not None or not finding.span:
+        return finding
+    kinds = dict.fromkeys(short(site) for site in finding.span)
+    advice = f"record {', '.join(kinds)} to tell which operation it is"
+    return replace(finding, evidence=(*finding.evidence, advice))
+
+
+def _unread(sides: Sides) -> frozenset[str]:
+    """The sites where no constant is read: those of modules with weights, if the candidate's are known to differ.
+
+    The check tells that some differ, not of each which; a wrong weight would be read as a wrong constant.
+    """
+    if all(check.ok for check in sides.checks if check.name == "candidate weights"):
+        return frozenset()
+    model = sides.reference.working
+    own = {name.rpartition(".")[0] for name, _ in model.model.named_parameters()}
+    return frozenset(site.name for site in model.sites if site.module in own)
 
 
 def _accused(sites: Sequence[Measurement], leaning: Sequence[Finding]) -> tuple[Measurement, ...]:

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 
+from parity.diagnose.spans import span_before
 from parity.results import BAD, ROUNDING, Finding, Measurement, worst_verdict
-from parity.sites import branch, family, is_stream, layer_of
+from parity.sites import family, layer_of
 
 # Embedding and final norm may belong to the span of a layer.
 _ENDS = 2
@@ -15,26 +16,27 @@ _ENDS = 2
 
 def findings(sites: Sequence[Measurement]) -> tuple[Finding, ...]:
     """Bad sites grouped by family, in order of execution, with the span of unmeasured sites before each."""
-    groups: dict[str, list[Measurement]] = {}
+    groups: dict[str, list[str]] = {}
     for site in sites:
         if site.verdict in BAD:
-            groups.setdefault(family(site.site), []).append(site)
+            groups.setdefault(family(site.site), []).append(site.site)
+    return tuple(finding_of(names, sites) for names in groups.values())
+
+
+def finding_of(names: Sequence[str], sites: Sequence[Measurement]) -> Finding:
+    """The finding that some bad sites of one family make, among all sites in order of execution."""
     order = {site.site: position for position, site in enumerate(sites)}
-    return tuple(_finding(name, group, sites, order) for name, group in groups.items())
-
-
-def _finding(name: str, group: list[Measurement], sites: Sequence[Measurement], order: dict[str, int]) -> Finding:
+    group = [sites[order[name]] for name in names]
     worst = max(group, key=lambda m: (m.ratio is not None, m.ratio))
-    layers = tuple(layer for m in group if (layer := layer_of(m.site)) is not None)
     return Finding(
-        families=(name,),
-        sites=tuple(m.site for m in group),
-        layers=layers,
+        families=(family(names[0]),),
+        sites=tuple(names),
+        layers=tuple(layer for name in names if (layer := layer_of(name)) is not None),
         verdict=worst_verdict(m.verdict for m in group),
         ratio=worst.ratio or 0.0,
         first_token=min((first for m in group if (first := _first_token(m)) is not None), default=None),
         evidence=tuple(evidence(worst)),
-        span=_span_before(sites, order[group[0].site]),
+        span=_span_before(sites, order[names[0]]),
     )
 
 
@@ -43,27 +45,8 @@ def _first_token(m: Measurement) -> int | None:
 
 
 def _span_before(sites: Sequence[Measurement], position: int) -> tuple[str, ...]:
-    """The unmeasured sites whose operations a site's verdict covers too: back to what was measured.
-
-    Walks backwards along the data: a measured site closes its branch (or the trunk), the residual stream closes
-    everything, and an unmeasured site of the trunk or stream opens what flows into it.
-    """
-    own = branch(sites[position].site)
-    closed: set[str] = set()
-    span: list[str] = []
-    for earlier in reversed(sites[:position]):
-        side, stream = branch(earlier.site), is_stream(earlier.site)
-        if own and side not in (own, ""):
-            continue
-        if earlier.verdict != "unmeasured":
-            if stream or own:
-                break
-            closed.add(side)
-        elif stream or side not in closed:
-            span.insert(0, earlier.site)
-            own = own if side else ""
-            closed = set() if stream else closed
-    return tuple(span)
+    measured = {m.site for m in sites if m.verdict != "unmeasured"}
+    return span_before([m.site for m in sites], position, measured.__contains__)
 
 
 def unexamined(sites: Sequence[Measurement]) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ that reproduces the candidate is the answer.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -16,7 +15,7 @@ from typing import Any, Literal, NotRequired, TypedDict, Unpack
 
 from torch import Tensor, nn
 
-from parity.sites import without_call
+from parity.sites import shows_at_end
 
 TWO_TOKENS = "two tokens or more"
 
@@ -134,9 +133,7 @@ def shows_at(fault: Fault, site: str) -> bool:
 
     The empty end stands for the output of a layer.
     """
-    site = without_call(site)
-    is_layer = re.search(r"\.\d+$", site) is not None
-    return any(is_layer if not end else site == end or site.endswith(f".{end}") for end in fault.sites)
+    return any(shows_at_end(site, end) for end in fault.sites)
 
 
 # -- changing a model for the length of a block --------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -144,9 +145,11 @@ def rope_stretched(scope: Scope, stretch: float) -> Change:
     fix="multiply cosines and sines by the attention factor that belongs to the scaling, once",
     source="exllamav3#259",
     applies=has_rope,
-    # 0.1 ln(s) + 1 for YaRN's usual s = 4, 8, 32, 40, and none at all.
+    # None at all, and 0.1 ln(s) + 1 for YaRN's usual s.
     number=Number(
-        name="factor", expected=lambda s: frequencies(s)[1], typical=(1.0, 1.13863, 1.20794, 1.34657, 1.36889)
+        name="factor",
+        expected=lambda s: frequencies(s)[1],
+        typical=(1.0, *(0.1 * math.log(s) + 1 for s in (4, 8, 32, 40, 16, 2, 64))),
     ),
 )
 def rope_attention_factor(scope: Scope, factor: float) -> Change:
