@@ -60,18 +60,22 @@ class Case:
 
 
 def attempt(fault: Fault, case: Case, start: float | None = None) -> Trial | None:
-    """The fault at the site with the number that fits best; None if it explains little or cannot be had there.
+    """The fault at the site with the number that fits best; None if it explains little.
 
-    With `start`, the number that explains another site, nothing else is tried unless that fails.
+    With `start`, the number that explains another site, the search begins there, and is made anew only if that fails.
+    Raises whatever the fault's patch does where it cannot be had.
     """
     expected = case.bench.expected(fault, case.at.piece)
-    if start is not None and (known := _with(fault, case, start, expected)) is not None and known.fits:
-        return known
-    value = 0.0
-    if fault.number is not None:
-        starts = _starts(fault.number, expected, case)
+    if fault.number is None:
+        return _with(fault, case, 0.0, expected)
+    begin = [] if start is None else [[start]]
+    found = None
+    for starts in (*begin, _starts(fault.number, expected, case)):
         value = best_value(fault.number, expected, starts, lambda v: _exact(fault, case, v), case.candidate, case.truth)
-    return _with(fault, case, value, expected)
+        found = _with(fault, case, value, expected)
+        if found is not None and found.fits:
+            return found
+    return found
 
 
 def _exact(fault: Fault, case: Case, value: float) -> Tensor:
