@@ -2,6 +2,9 @@
 
 A fault whose effect is smaller than a few floors on these tokens, in this dtype, would have gone unseen; a
 report that does not say so mistakes blindness for health.
+
+A fault is visible from 3 floors on (VISIBLE): above the ratio 2 up to which an error is rounding, so that what is
+called visible is found. The numbers of tokens of the head, of sites and of layers that are tried only save time.
 """
 
 from __future__ import annotations

@@ -5,6 +5,16 @@ residual of every site of a family is regressed on that direction: with rows wei
 is 0 for rounding and 1 for the fault. Rounding may lean too: an operation that rounds twice has a bias, which a
 candidate that rounds once does not share. So every slope between 0 and that of the reference's own rounding on the
 same inputs, the null, is legal, and a candidate is accused only if it leans far beyond these.
+
+The thresholds, all on the slope (1 is the whole fault), and what holds them:
+
+| value | what it bounds | unit | where | held by |
+|---|---|---|---|---|
+| 8 | distance from what is legal | standard errors | _SIGMAS | tests.bench.localization: constants read |
+| 1 | the same | slopes of the null | _TIMES_NULL | .localization: legal variants of the norm |
+| 0.05 | the least slope | share of the fault | _LEAST_SLOPE | chosen |
+| 0.3 | spread of the slopes of layers that agree | share of the slope | _AGREE | chosen |
+| 16 | rows of a fit | number | _LEAST_ROWS | chosen |
 """
 
 from __future__ import annotations
