@@ -4,15 +4,6 @@ A fault is the answer if the reference with that fault reproduces the candidate:
 fault's own floor, as large as rounding in the working dtype makes it. Where sites before a guilty one were not
 recorded, every fault that acts in their operations is tried as well. A fault is true of the layers where it fits and
 of no others. Faults that cannot be told apart are reported together, and where nothing fits nothing is said.
-
-The thresholds, and what holds them:
-
-| value | what it bounds | unit | where | held by |
-|---|---|---|---|---|
-| 1.6 | remainder of a fault that is the cause | its floors | CONFIRMED | tests.bench.localization: bugs named |
-| 1.5 | a rival's remainder over the best one's | a factor | _CLEARLY_WORSE | .localization: bugs named first |
-| 0.5 | energy explained, for a second pass | share of the error's | _PROMISING | chosen: saves time |
-| 16 | window sizes before the first wrong token | number | _NEAR | chosen: saves time |
 """
 
 from __future__ import annotations

@@ -1,4 +1,13 @@
-"""One fault tried at one guilty site: the reference with it, on the candidate's own inputs, against the candidate."""
+"""One fault tried at one guilty site: the reference with it, on the candidate's own inputs, against the candidate.
+
+The thresholds, and what holds them:
+
+| value | what it bounds | unit | where | held by |
+|---|---|---|---|---|
+| 1.6 | remainder of a fault that is the cause | its floors | CONFIRMED | tests.bench.localization: bugs named |
+| 0.5 | energy explained, for a second pass | share of the error's | _PROMISING | chosen: saves time |
+| 16 | window sizes before the first wrong token | number | _NEAR | chosen: saves time |
+"""
 
 from __future__ import annotations
 
@@ -55,7 +64,7 @@ class Case:
 
     @property
     def candidate(self) -> Tensor:
-        """What the candidate recorded there."""
+        """What the candidate recorded there, (b, t, d) at most sites."""
         return self.at.recorded[self.site]
 
 
