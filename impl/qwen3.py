@@ -223,6 +223,10 @@ class Qwen3(nn.Module):
         logits: Tensor = self.lm_head(self.model.norm(x))
         return logits
 
+    def new_cache(self) -> Cache:
+        """An empty cache for `forward`, which then takes a text in as many calls as one likes."""
+        return Cache()
+
     @torch.no_grad()
     def generate(self, input_ids: Tensor, new_tokens: int) -> Tensor:
         """Greedy continuation with the cache: (b, t) → (b, t + new_tokens)."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parity.candidates.base import Candidate, dump_file, open_candidate
+from parity.candidates.base import Candidate, dump_file, open_candidate, require_calls
 from parity.dump import copy_as_safetensors, open_dump, write_tokens
 from parity.errors import UsageError
 from parity.observer import Observer
@@ -129,10 +129,12 @@ def recorded(
 
     run = run_spec(options)
     model = run.model()
+    run = run.continued(model)
     missing: tuple[str, ...] = ()
     if candidate is None:
         record_reference(run, path, model, observer or Observer())
     else:
+        require_calls(candidate, run)
         with closing(candidate), candidate.record(run, model.sites, path) as dump:
             missing = tuple(site.name for site in model.sites if site.name not in dump.entries)
     ids = path.with_suffix(".tokens.txt")

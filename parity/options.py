@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -37,6 +38,13 @@ class RunOptions:
     trust_remote_code: bool = _option(
         False, WHAT, "Let transformers run Python that the checkpoint brings along.", "--trust-remote-code"
     )
+    decode: int = _option(
+        0, WHAT, "Feed the last K tokens one by one, with the candidate's own cache, the others before them at once."
+    )
+    greedy: bool = _option(
+        False, WHAT, "With --decode: the tokens are those that the reference says after the prompt.", "--greedy"
+    )
+    chunks: str | None = _option(None, WHAT, "Feed the prompt in chunks of so many tokens: 5,5,3.")
     faults: str | None = _option(None, WHAT, "Your own faults: module:FAULTS or file.py:FAULTS.")
     dtype: str | None = _option(None, HOW, "float32, bfloat16 or float16. [default: the checkpoint's]")
     device: str = _option("cpu", HOW, "cpu, cuda, cuda:1, …")
@@ -52,6 +60,12 @@ class RunOptions:
         given = [flag(name) for name in _ASKING if getattr(self, name) is not None]
         if len(given) > 1:
             raise UsageError(f"{given[0]} and {given[1]} both say what to run. Give one of them.")
+        if self.decode < 0:
+            raise UsageError(f"--decode {self.decode}: how many tokens are decoded is 1 or more.")
+        if self.greedy and not self.decode:
+            raise UsageError("--greedy says which tokens are decoded. Say with --decode how many.")
+        if self.chunks is not None and not re.fullmatch(r"[1-9][0-9]{0,6}(,[1-9][0-9]{0,6})*", self.chunks):
+            raise UsageError(f"--chunks {self.chunks!r}: no list of sizes. Give numbers of tokens, such as 5,5,3.")
 
     @property
     def says_what_to_run(self) -> bool:
@@ -72,6 +86,19 @@ class RunOptions:
         """What is not as it would be without a word, by name: the environment block of a report."""
         rows = (row for row in dataclasses.fields(self) if row.name not in _ASKING)
         return {row.name: str(value) for row in rows if (value := getattr(self, row.name)) != row.default}
+
+    def calls(self, tokens: int) -> tuple[int, ...]:
+        """How many tokens each call of the model takes, of `tokens` in all. Raises UsageError if they do not add up."""
+        prompt = tokens - self.decode
+        if prompt < 1:
+            raise UsageError(
+                f"--decode {self.decode}: the prompt has {tokens} tokens, so that none is left before them."
+            )
+        chunks = tuple(map(int, self.chunks.split(","))) if self.chunks else (prompt,)
+        if sum(chunks) != prompt:
+            decoded = f" before the {self.decode} decoded ones" if self.decode else ""
+            raise UsageError(f"--chunks {self.chunks}: {sum(chunks)} tokens, but the prompt has {prompt}{decoded}.")
+        return chunks + (1,) * self.decode
 
     def command(self, candidate: str, names: Path | str | None = None) -> list[str]:
         """The comparison of a candidate with these options as a command line."""

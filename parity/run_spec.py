@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
@@ -26,7 +26,8 @@ class RunSpec:
     """What both sides are asked: the model, the tokens, and how to run.
 
     `token_ids` (b, t) are the rows of the batch, `prompt` the text they came from, if any; `faults` are the
-    known bugs that a diagnosis tries; `command` repeats the run. Everything else is as the `options` say.
+    known bugs that a diagnosis tries; `command` repeats the run. `calls` are the numbers of tokens that each call of
+    the candidate takes, all at once if there are none. Everything else is as the `options` say.
     """
 
     checkpoint: Checkpoint
@@ -36,6 +37,11 @@ class RunSpec:
     prompt: str | None = None
     faults: tuple[Fault, ...] = CATALOGUE
     command: str = ""
+    calls: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.calls and self.token_ids:
+            object.__setattr__(self, "calls", (len(self.token_ids[0]),))
 
     @property
     def device(self) -> str:
@@ -59,6 +65,7 @@ class RunSpec:
             attention=self.options.attention,
             prompt=self.prompt,
             versions=versions(),
+            calls=self.calls if len(self.calls) > 1 else None,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
@@ -71,6 +78,20 @@ class RunSpec:
         )
         self._check_tokens(model.config.vocab_size, getattr(model.config, "max_position_embeddings", None))
         return model
+
+    def continued(self, model: PiecewiseModel) -> RunSpec:
+        """The run with the tokens that `model` says after the prompt, where these are to be decoded (`--greedy`)."""
+        ids = self.ids
+        if not self.options.greedy or ids.shape[1] == sum(self.calls):
+            return self
+        for _ in range(self.options.decode):
+            hidden: Tensor | None = None
+            for piece in model.pieces:
+                with model.loaded(piece):
+                    hidden = model.run(piece, ids, hidden, lambda _site, value: value)
+            assert hidden is not None, "unreachable because a model has pieces"
+            ids = torch.cat([ids, hidden[:, -1:].argmax(-1).cpu()], dim=1)
+        return replace(self, token_ids=tuple(map(tuple, ids.tolist())))
 
     def _check_tokens(self, vocabulary: int, positions: int | None) -> None:
         rows, name = self.token_ids, self.checkpoint.name
@@ -95,15 +116,32 @@ def run_spec(options: RunOptions, said: RunInfo | None = None, command: str = ""
     text = options.text
     known = None if options.says_what_to_run else said.token_ids
     _check_device(options.device)
+    token_ids = known or options.token_ids or _tokenized(checkpoint, text, options.chat, said)
     return RunSpec(
         checkpoint=checkpoint,
-        token_ids=known or options.token_ids or _tokenized(checkpoint, text, options.chat, said),
+        token_ids=token_ids,
+        calls=_calls(options, len(token_ids[0]), said),
         dtype=options.dtype or said.dtype or default_dtype(checkpoint),
         options=options,
         prompt=text,
         faults=CATALOGUE + (load_user_faults(options.faults) if options.faults else ()),
         command=command,
     )
+
+
+def _calls(options: RunOptions, tokens: int, said: RunInfo) -> tuple[int, ...]:
+    if not (options.decode or options.chunks):
+        return said.calls or ()
+    calls = options.calls(tokens + (options.decode if options.greedy else 0))
+    if said.calls not in (None, calls):
+        raise UsageError(
+            f"the dump was run in calls of {_sizes(said.calls)} tokens, not {_sizes(calls)}. Ask for those."
+        )
+    return calls
+
+
+def _sizes(calls: tuple[int, ...]) -> str:
+    return ", ".join(map(str, calls[:8])) + (", …" if len(calls) > 8 else "")
 
 
 def _tokenized(checkpoint: Checkpoint, prompt: str | None, chat: bool, said: RunInfo) -> tuple[tuple[int, ...], ...]:

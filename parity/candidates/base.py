@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from urllib.parse import parse_qsl
 
-from parity.errors import CandidateError
+from parity.errors import CandidateError, UsageError
 from parity.load_object import Kind, load
 from parity.results import Check
 from parity.sites import Dims, Site
@@ -35,6 +35,8 @@ class Candidate(Protocol):
     """An implementation under test. A subclass has a name and records; the rest may stay as it is here."""
 
     name: str
+    in_calls: bool = False
+    """Whether it can be run in several calls, as `RunSpec.calls` says."""
     # Families that the candidate's runtime never has as a value of its own.
     not_observable: frozenset[str] = frozenset()
 
@@ -62,6 +64,12 @@ class Candidate(Protocol):
     def close(self) -> None:
         """Give back what the candidate holds: after this it only has its name."""
         return
+
+
+def require_calls(candidate: Candidate, run: RunSpec) -> None:
+    """Raise UsageError if a run has several calls and the candidate cannot be run so."""
+    if len(run.calls) > 1 and not candidate.in_calls:
+        raise UsageError(f"--decode and --chunks: {candidate.name} runs all tokens at once. Leave them out.")
 
 
 def open_candidate(spec: Any, names: NameMap | Path | str | None = None) -> Candidate:

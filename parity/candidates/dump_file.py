@@ -21,6 +21,8 @@ _SAMPLE = 65536
 class DumpFile(Candidate):
     """A recorded run on disk; `name` is its path."""
 
+    in_calls = True
+
     def __init__(self, path: Path, names: NameMap) -> None:
         self.name = str(path)
         self._path, self._names = path, names

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from parity.candidates.base import Candidate
+from parity.candidates.decoding import calling
+from parity.candidates.recording import Call, Names, Recording
 from parity.candidates.tapping import tapping_check
 from parity.candidates.transformers_taps import between_modules, is_compiled, places_of, tapped_attention
 from parity.dump import ArchiveWriter, Dump, NameMap, open_dump, rename, sites_of
 from parity.errors import CandidateError
 from parity.load_object import describe, misfit
-from parity.record.arrays import to_numpy
 from parity.record.experts import GIVEN, IN_ROUTER, ROUTED
 from parity.record.tap import Tap, first_tensor, quiet_torch, tapping, without_wrappers
 from parity.reference.checkpoint import Checkpoint
@@ -26,7 +27,7 @@ from parity.reference.integrity import weight_check
 from parity.reference.precision import unit_roundoff
 from parity.results import Check
 from parity.run_spec import RunSpec
-from parity.sites import Dims, Site, numbered, without_call
+from parity.sites import Dims, Site
 
 Build = Callable[[RunSpec], nn.Module]
 _ROUTING = tuple(zip(ROUTED, GIVEN, strict=True))
@@ -38,6 +39,8 @@ class TorchModule(Candidate):
     A site is the output of the submodule of the same name, or of one that `names` maps to it (it is recorded under
     the submodule's name); the logits are what the module returns.
     """
+
+    in_calls = True
 
     def __init__(self, name: str, build: Build, names: NameMap) -> None:
         self.name = name
@@ -60,17 +63,26 @@ class TorchModule(Candidate):
     def record(self, run: RunSpec, sites: Sequence[Site], path: Path) -> Dump:
         """Run the module once and write what it has of `sites` to `path`.
 
-        Raises CandidateError when the module fails, returns no logits, or calls a submodule more often than once
-        for each of its names.
+        Where `run.calls` are several, it runs in as many, with its own cache, and what they recorded is joined.
+        Raises CandidateError when the module fails, returns no logits, calls a submodule more often than once
+        for each of its names, or has no cache where it needs one.
         """
         module, own = self._loaded(run), self._own(run, sites)
-        ids = run.ids.to(_device(module, run))
-        untapped = _run(module, ids, [], lambda _site, value: value) if is_compiled(module) else None
+        parts = torch.split(run.ids.to(_device(module, run)), list(run.calls), dim=1)
+        untapped = _untapped(module, parts) if is_compiled(module) else None
+        dims = {site.name: site.dims for site in own if site.where != "output"}
+        if len(parts) > 1 and len(set(run.calls)) == 1:  # then sizes do not tell tokens from heads
+            dims = self._own_axes(run, sites) | dims
+        names = Names(self._names, sites, own, _names_of(module))
         with ArchiveWriter(path, run.info(self.name)) as writer:
-            recording = _Recording(writer, self._names, sites, own, _names_of(module))
-            logits = _run(module, ids, own, recording.tap)
-            recording.finish(logits)
+            step, answers = calling(module, parts), list[Tensor]()
+            for number, ids in enumerate(parts):
+                call = Call(number, ids.shape[1], sum(run.calls[: number + 1])) if len(parts) > 1 else None
+                recording = Recording(writer, names, dims, call)
+                answers.append(_run(module, ids, own, recording.tap, step))
+                recording.finish(answers[-1])
         if untapped is not None:
+            logits = torch.cat(answers, dim=1)
             moved = float((logits.double() - untapped.double()).norm() / untapped.double().norm())
             self._tapping = tapping_check(moved, unit_roundoff(untapped.dtype), len(own))
         return rename(open_dump(path), self._names)
@@ -82,15 +94,19 @@ class TorchModule(Candidate):
 
     def axes(self, run: RunSpec, sites: Sequence[Site]) -> dict[str, Dims]:
         """Found by running the module on fewer tokens and rows. Of two axes that count tokens the second is "key"."""
+        found = self._own_axes(run, sites)
+        return {ours: dims for site, dims in found.items() for ours in sites_of(self._names, site)}
+
+    def _own_axes(self, run: RunSpec, sites: Sequence[Site]) -> dict[str, Dims]:
+        """The same by the module's own names."""
         module, own, ids = self._loaded(run), self._own(run, sites), run.ids
         ids = ids.to(_device(module, run))
         full = _shapes(module, ids, own)
         fewer_tokens = _shapes(module, ids[:, :-1], own) if ids.shape[1] > 1 else full
         fewer_rows = _shapes(module, ids[:-1], own) if ids.shape[0] > 1 else full
         return {
-            ours: _labels(shape, fewer_tokens.get(site, shape), fewer_rows.get(site, shape))
+            site: _labels(shape, fewer_tokens.get(site, shape), fewer_rows.get(site, shape))
             for site, shape in full.items()
-            for ours in sites_of(self._names, site)
         }
 
     def close(self) -> None:
@@ -127,70 +143,6 @@ class TorchModule(Candidate):
                 if site in wanted and site not in inner and site not in places
             ),
         ]
-
-
-class _Recording:
-    """Writes what the hooks see; the logits come last, because what the module returns is its answer."""
-
-    def __init__(
-        self,
-        writer: ArchiveWriter,
-        names: NameMap,
-        sites: Sequence[Site],
-        own: Sequence[Site],
-        names_of: dict[str, list[str]],
-    ) -> None:
-        self._writer, self._names, self._names_of = writer, names, names_of
-        self._known, self._logits = {site.name for site in sites}, sites[-1].name
-        self._dims = {site.name: site.dims for site in own if site.where != "output"}
-        self._calls = 0
-        self._head: tuple[str, Tensor] | None = None
-
-    def tap(self, site: str, value: Tensor) -> Tensor:
-        """Record one call of a submodule; the n-th call of a shared one is that of the n-th place where it stands."""
-        self._calls += 1
-        name = self._place(site)
-        if self._logits in sites_of(self._names, name):
-            self._head = name, value
-        else:
-            self._writer.add(name, to_numpy(value), self._dims.get(name))
-        return value
-
-    def _place(self, site: str) -> str:
-        first = without_call(site)
-        call = int(site[len(first) + 1 :] or 0)
-        places = self._names_of.get(first, [first])
-        if call < len(places):
-            return places[call]
-        if len(places) == 1 and any(numbered(name, call) in self._known for name in sites_of(self._names, first)):
-            return site
-        raise CandidateError(
-            f"the candidate calls {first} again in one forward pass, the reference does not (call {call + 1}). "
-            "Run all tokens in one call of the model, and give each call a module of its own."
-        )
-
-    def finish(self, logits: Tensor) -> None:
-        """Record what the module returned (b, t, vocab). Raises CandidateError if its head gave something else."""
-        if not self._calls:
-            raise CandidateError(
-                "the candidate has no submodule with a name that the reference has, so nothing could be recorded. "
-                "Name its modules as the checkpoint does (`parity sites` lists the names); nn.Identity will do."
-            )
-        name, head = self._head or (self._logits, logits)
-        if head.numel() != logits.numel():
-            # A port may answer for the last tokens alone; then its head has more to say.
-            self._require_end_of(name, head, logits)
-            logits = head
-        self._writer.add(name, to_numpy(logits), None)
-
-    def _require_end_of(self, name: str, head: Tensor, logits: Tensor) -> None:
-        fits = head.dim() == logits.dim() and logits.shape[-1] == head.shape[-1] and logits.shape[-2] <= head.shape[-2]
-        end = head[..., -logits.shape[-2] :, :] if fits else head
-        if end.shape != logits.shape or not bool((end.to(logits.dtype) == logits).all()):
-            raise CandidateError(
-                f"the candidate returns logits of shape {tuple(logits.shape)} that are not the last ones of {name}, "
-                f"of shape {tuple(head.shape)}. Return the logits of every token."
-            )
 
 
 def _made(spec: str, factory: Callable[..., Any], run: RunSpec) -> nn.Module:
@@ -248,6 +200,11 @@ def _compiled_anew(module: nn.Module) -> Iterator[None]:
         torch.compiler.reset()
 
 
+def _untapped(module: nn.Module, parts: Sequence[Tensor]) -> Tensor:
+    step = calling(module, parts)
+    return torch.cat([_run(module, ids, [], lambda _site, value: value, step) for ids in parts], dim=1)
+
+
 def _shapes(module: nn.Module, input_ids: Tensor, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -255,11 +212,13 @@ def _shapes(module: nn.Module, input_ids: Tensor, sites: Sequence[Site]) -> dict
         shapes[site] = tuple(value.shape)
         return value
 
-    _run(module, input_ids, sites, tap)
+    _run(module, input_ids, sites, tap, module)
     return shapes
 
 
-def _run(module: nn.Module, input_ids: Tensor, sites: Sequence[Site], tap: Tap) -> Tensor:
+def _run(
+    module: nn.Module, input_ids: Tensor, sites: Sequence[Site], tap: Tap, call: Callable[[Tensor], Any]
+) -> Tensor:
     try:
         with (
             _compiled_anew(module),
@@ -268,7 +227,7 @@ def _run(module: nn.Module, input_ids: Tensor, sites: Sequence[Site], tap: Tap) 
             tapped_attention(module, sites),
             tapping(module, sites, tap, every_call=True),
         ):
-            output: Any = module(input_ids)
+            output: Any = call(input_ids)
     except CandidateError:
         raise
     except (Exception, SystemExit) as error:

@@ -233,7 +233,7 @@ def faults(
 
 
 @app.command()
-@with_run_options("noise", "power", "attention", "inner", "allow_unexamined")
+@with_run_options("noise", "power", "attention", "inner", "allow_unexamined", "decode", "greedy", "chunks")
 def power(run: RunOptions, json: Json = False) -> None:
     """Say which known bugs a run on this prompt would reveal, and which not: no candidate is needed."""
     from parity import words

@@ -10,7 +10,7 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
-from parity.candidates.base import Candidate
+from parity.candidates.base import Candidate, require_calls
 from parity.compare.conclude import conclude
 from parity.compare.dump_check import name_checks
 from parity.compare.explain import explain, judge
@@ -33,6 +33,8 @@ def diff(
     """
     observer = observer or Observer()
     reference = reference or Reference(run.model())
+    run = run.continued(reference.working)
+    require_calls(candidate, run)
     with tempfile.TemporaryDirectory(prefix="parity-") as folder, closing(candidate):
         observer.show(f"recording {candidate.name}", 0, 1)
         with observer.timed("record candidate"):

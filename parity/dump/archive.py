@@ -135,7 +135,8 @@ def open_archive(path: Path | str) -> Dump:
     except BaseException:
         file.close()
         raise
-    return joined(Dump(path, info, entries, lambda site: _read(path, sites, mapped, entries[site]), file.close))
+    dump = Dump(path, info, entries, lambda site: _read(path, sites, mapped, entries[site]), file.close)
+    return joined(dump, leave_out=True)  # parity's own recording has what it has
 
 
 def _storage(dtype: str) -> tuple[h5t.TypeID, np.dtype[Any]]:

@@ -46,10 +46,11 @@ def call_name(site: str, call: int) -> str:
     return f"{site}@{call}"
 
 
-def joined(dump: Dump) -> Dump:
+def joined(dump: Dump, *, leave_out: bool = False) -> Dump:
     """The same dump with the arrays of all calls joined; itself, if it has none of single calls.
 
-    Closing it closes the other. Raises DumpError if calls are missing or their shapes do not fit `RunInfo.calls`.
+    Closing it closes the other. Raises DumpError if calls are missing or their shapes do not fit `RunInfo.calls`;
+    with `leave_out` such sites are not recorded, and a note says so.
     """
     groups: dict[str, dict[int, Entry]] = {}
     for name, entry in dump.entries.items():
@@ -58,16 +59,25 @@ def joined(dump: Dump) -> Dump:
             groups.setdefault(found[1], {})[int(found[2])] = entry
     if not groups:
         return dump
-    sites = {name: _site(dump, name, parts) for name, parts in groups.items()}
+    sites: dict[str, _Joined] = {}
+    for name, parts in groups.items():
+        try:
+            sites[name] = _site(dump, name, parts)
+        except DumpError:
+            if not leave_out:
+                raise
     entries: dict[str, Entry] = {}
     for name, entry in dump.entries.items():
         found = _OF_CALL.fullmatch(name)
-        entries[found[1] if found else name] = sites[found[1]].entry if found else entry
+        if found is None:
+            entries[name] = entry
+        elif found[1] in sites:
+            entries[found[1]] = sites[found[1]].entry
 
     def load(site: str) -> Array:
         return _join(dump, sites[site]) if site in sites else dump.read(site)
 
-    note = f"{len(sites)} sites were joined from {len(dump.info.calls or ())} calls"
+    note = f"{len(sites)} of {len(groups)} sites were joined from {len(dump.info.calls or ())} calls"
     return Dump(dump.path, replace(dump.info, notes=(*dump.info.notes, note)), entries, load, dump.close)
 
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor, nn
 
-from parity.candidates.base import dump_file, open_candidate
+from impl.qwen3 import load
+from parity.candidates.base import Candidate, dump_file, open_candidate
 from parity.compare.pipeline import diff
 from parity.dump import open_dump, write_safetensors
 from parity.dump.calls import call_name
-from parity.errors import IncomparableError
+from parity.errors import CandidateError, IncomparableError, UsageError
 from parity.options import RunOptions
 from parity.results import Comparison
 from parity.run_spec import RunSpec, run_spec
+from tests.architectures import make
+from tests.conftest import slow_but
 
 TOKENS = tuple((97 * i * i + 31 * i + 7) % 200 for i in range(13))
 
@@ -74,3 +79,109 @@ def test_the_last_step_alone_is_told_to_bring_the_others(small: Path, whole: Pat
         compare(small, step)
     assert "13 token ids but the arrays of one call on 1" in str(error.value)
     assert "Join the arrays of all calls" in str(error.value)
+
+
+# -- a module that is run in several calls -------------------------------------------------------------------
+
+CALLS = [
+    {"decode": 4},
+    {"chunks": "5,5,3"},
+    {"chunks": "4,4", "decode": 5},
+    {"decode": 12},
+    {"decode": 3, "greedy": True},
+]
+
+
+@pytest.mark.parametrize("options", CALLS, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("spec", ["impl.qwen3:load", "hf:", "hf:?attn=sdpa"])
+def test_a_port_in_several_calls_matches(small: Path, spec: str, dtype: str, options: dict[str, Any]) -> None:
+    found = diff(ask(small, dtype, **options), open_candidate(spec))
+    assert found.verdict == "match", found.headline
+    assert (found.coverage.measured, found.coverage.unexamined) == (found.coverage.known, 0)
+
+
+@pytest.mark.parametrize("options", CALLS[:2], ids=str)
+def test_scores_and_probs_of_calls_are_joined_too(small: Path, options: dict[str, Any]) -> None:
+    for spec in ("impl.qwen3:load", "hf:"):
+        found = diff(ask(small, inner=True, **options), open_candidate(spec))
+        assert (found.verdict, found.coverage.measured) == ("match", found.coverage.known)
+
+
+def test_greedy_tokens_are_those_that_the_reference_says(small: Path) -> None:
+    run = ask(small, "float32", decode=3, greedy=True)
+    done = run.continued(run.model())
+    expected = load(small, "float32").generate(run.ids, 3)
+    assert done.ids.tolist() == expected.tolist()
+    assert done.calls == (13, 1, 1, 1)
+
+
+class NoCache(nn.Module):
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        inner = load(path)
+        self.model, self.lm_head, self._inner = inner.model, inner.lm_head, [inner]
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self._inner[0](input_ids)
+        return logits
+
+
+def test_a_module_without_a_cache_is_one_line(small: Path) -> None:
+    with pytest.raises(
+        CandidateError, match=r"no cache that parity knows, and is to run in 5 calls: forward takes inp"
+    ):
+        diff(ask(small, decode=4), open_candidate(NoCache(small)))
+
+
+def test_a_cache_that_is_taken_and_not_returned_is_one_line(small: Path) -> None:
+    class Dropped(NoCache):
+        def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False) -> Tensor:
+            return super().forward(input_ids)
+
+    with pytest.raises(CandidateError, match="takes past_key_values, but returns none"):
+        diff(ask(small, decode=4), open_candidate(Dropped(small)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decode": 13}, "--decode 13: the prompt has 13 tokens, so that none is left"),
+        ({"chunks": "5,5"}, "--chunks 5,5: 10 tokens, but the prompt has 13"),
+        ({"chunks": "5,5", "decode": 4}, "the prompt has 9 before the 4 decoded ones"),
+        ({"chunks": "5,,5"}, "no list of sizes"),
+        ({"decode": -1}, "how many tokens are decoded"),
+        ({"greedy": True}, "Say with --decode how many"),
+    ],
+)
+def test_calls_that_cannot_be_are_one_line(small: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        ask(small, **options)
+
+
+def test_a_dump_of_other_calls_is_one_line(small: Path, whole: Path, tmp_path: Path) -> None:
+    dump = dump_file(in_calls(whole, tmp_path / "calls.safetensors", (9, 1, 1, 1, 1)))
+    options = RunOptions(model=str(small), decode=3)
+    with pytest.raises(UsageError, match=r"calls of 9, 1, 1, 1, 1 tokens, not 10, 1, 1, 1"):
+        run_spec(options, dump.said())
+
+
+def test_what_runs_all_at_once_is_one_line(small: Path) -> None:
+    class Other(Candidate):
+        name = "other"
+
+    with pytest.raises(UsageError, match="other runs all tokens at once"):
+        diff(ask(small, decode=4), Other())  # type: ignore[abstract]
+
+
+CACHED = ("llama", "mistral", "qwen2", "gemma2", "gemma3", "olmo3", "phi", "gpt_neox", "starcoder2", "qwen3_moe")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", slow_but(["mistral"], CACHED))
+def test_models_of_transformers_match_with_their_own_cache(tmp_path: Path, name: str, dtype: str) -> None:
+    """Their windows of 11 slide."""
+    path, ids = make(name, tmp_path / name, dtype), " ".join(map(str, (*TOKENS, *TOKENS[:7])))
+    for options in ({"decode": 4}, {"chunks": "7,7", "decode": 6}):
+        found = diff(ask(path, dtype, tokens=ids, **options), open_candidate("hf:"))
+        assert found.verdict == "match", found.headline

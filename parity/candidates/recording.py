@@ -1,0 +1,119 @@
+"""What hooks see of a module's run becomes a dump."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from parity.dump import ArchiveWriter, NameMap, sites_of
+from parity.dump.calls import call_name
+from parity.errors import CandidateError
+from parity.record.arrays import to_numpy
+from parity.sites import Dims, Site, numbered, without_call
+
+
+class Names:
+    """The names of a module's sites: its own, those of the reference, and all places of a shared submodule."""
+
+    def __init__(
+        self, names: NameMap, sites: Sequence[Site], own: Sequence[Site], places: Mapping[str, list[str]]
+    ) -> None:
+        self.names, self._places = names, places
+        self._known, self.logits = {site.name for site in sites}, sites[-1].name
+        self.attention = {site.name for site in own if site.where == "attention"}
+
+    def is_logits(self, name: str) -> bool:
+        """Whether the module's own name is that of the reference's logits."""
+        return self.logits in sites_of(self.names, name)
+
+    def place(self, site: str) -> str:
+        """The name of the n-th call of a submodule. Raises CandidateError if the reference has no such call."""
+        first = without_call(site)
+        call = int(site[len(first) + 1 :] or 0)
+        places = self._places.get(first, [first])
+        if call < len(places):
+            return places[call]
+        if len(places) == 1 and any(numbered(name, call) in self._known for name in sites_of(self.names, first)):
+            return site
+        raise CandidateError(
+            f"the candidate calls {first} again in one forward pass, the reference does not (call {call + 1}). "
+            "Run all tokens in one call of the model, and give each call a module of its own."
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """One of several calls: its number from 0, its tokens, and how many the module has been given by then."""
+
+    number: int
+    tokens: int
+    seen: int
+
+    def inside_attention(self, name: str, value: Tensor) -> Tensor:
+        """What the call adds to a value (b, h, …) of transformers' attention, to which the cache has been joined.
+
+        Keys (…, s, d) of earlier calls go; scores and probs (…, t, s) of a window, which keeps the last keys, get
+        room for all that were seen.
+        """
+        end = without_call(name).rsplit(".", 1)[-1]
+        if end == "k_rope":
+            return value[..., -self.tokens :, :]
+        if end in _OF_KEYS and value.shape[-1] < self.seen:
+            hidden = 0.0 if end == "probs" else torch.finfo(value.dtype).min
+            return pad(value, (self.seen - value.shape[-1], 0), value=hidden)
+        return value
+
+
+_OF_KEYS = ("scores", "probs")
+
+
+class Recording:
+    """Writes what the hooks see; the logits come last, because what the module returns is its answer."""
+
+    def __init__(self, writer: ArchiveWriter, names: Names, dims: Mapping[str, Dims], call: Call | None = None) -> None:
+        self._writer, self._names, self._dims, self._call = writer, names, dims, call
+        self._calls = 0
+        self._head: tuple[str, Tensor] | None = None
+
+    def tap(self, site: str, value: Tensor) -> Tensor:
+        """Record one call of a submodule; the n-th call of a shared one is that of the n-th place where it stands."""
+        self._calls += 1
+        name = self._names.place(site)
+        if self._names.is_logits(name):
+            self._head = name, value
+        elif self._call is not None and name in self._names.attention:
+            self._add(name, self._call.inside_attention(name, value))
+        else:
+            self._add(name, value)
+        return value
+
+    def _add(self, name: str, value: Tensor) -> None:
+        stored = name if self._call is None else call_name(name, self._call.number)
+        self._writer.add(stored, to_numpy(value), self._dims.get(name))
+
+    def finish(self, logits: Tensor) -> None:
+        """Record what the module returned (b, t, vocab). Raises CandidateError if its head gave something else."""
+        if not self._calls:
+            raise CandidateError(
+                "the candidate has no submodule with a name that the reference has, so nothing could be recorded. "
+                "Name its modules as the checkpoint does (`parity sites` lists the names); nn.Identity will do."
+            )
+        name, head = self._head or (self._names.logits, logits)
+        if head.numel() != logits.numel():
+            # A port may answer for the last tokens alone; then its head has more to say.
+            self._require_end_of(name, head, logits)
+            logits = head
+        self._add(name, logits)
+
+    def _require_end_of(self, name: str, head: Tensor, logits: Tensor) -> None:
+        fits = head.dim() == logits.dim() and logits.shape[-1] == head.shape[-1] and logits.shape[-2] <= head.shape[-2]
+        end = head[..., -logits.shape[-2] :, :] if fits else head
+        if end.shape != logits.shape or not bool((end.to(logits.dtype) == logits).all()):
+            raise CandidateError(
+                f"the candidate returns logits of shape {tuple(logits.shape)} that are not the last ones of {name}, "
+                f"of shape {tuple(head.shape)}. Return the logits of every token."
+            )
