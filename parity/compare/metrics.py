@@ -1,43 +1,50 @@
-"""How far one array is from another: errors, angles and ULPs, in one pass over memory.
+"""How far one tensor is from another: errors, angles and ULPs, in one pass where the tensors are.
 
-Arrays are read in tiles that stay in cache and are widened to float64 there: besides the inputs, only scratch
-of a fixed size is used, whatever the shape, strides or dtype.
+Tensors are read in blocks that suit the device and widened there. Numbers of 16 bits or less are squared and added
+along rows in float32, rows and all else in float64. What that is too narrow for (squares beyond float32, NaN,
+infinities) shows in the sums, and is read once more with more care.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from math import inf, isfinite, nan
-from typing import Any
+from __future__ import annotations
 
-import ml_dtypes
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import dataclass, replace
+from math import inf, isfinite, nan, sqrt
 
+import torch
+from torch import Tensor
+
+from parity.reference.transfer import Floats, Task, row_blocks, run_together
 from parity.results import ULP_BINS
 
-Array = NDArray[Any]
-Floats = NDArray[np.float64]
-
-# Large enough to hide the interpreter's share, small enough for the scratch to stay in a cache of 1 or 2 MiB.
-TILE = 32768
-# OpenBLAS starts threads beyond 10 000 elements: no gain here, and sums would depend on how many there are.
-DOT = 8192
+_FLOATS = (
+    torch.float8_e5m2,
+    torch.float8_e4m3fn,
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+    torch.float64,
+)  # from coarse to fine
+_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Mean squares below this may have lost numbers whose squares float32 has not.
+_SMALL = 1e-30
+# Squares of float64 are taken as they are between these; otherwise the numbers are scaled first.
+_LEAST, _SCALE = 2.0**-900, 2.0**600
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """What `measure` found in a pair of arrays, candidate c and reference r.
+    """What `measure` found in a pair of tensors, candidate c and reference r.
 
     NaN clashes with everything, itself included; an infinity with all but itself. A single clash makes `mse`,
     `max_abs`, `rel_l2`, `ulp_max` and `ulp_mean` inf and `cosine` nan: none looks like agreement. Equal
-    infinities differ by zero and add nothing to the norms. Empty arrays are equal.
+    infinities differ by zero and add nothing to the norms. Empty tensors are equal.
     """
 
     count: int  # pairs of elements
-    mse: float  # mean of (c − r)², in squared units of the arrays
-    cosine: float  # of the angle between the flattened arrays; 1 if both are zero, 0 if only one is
-    max_abs: float  # largest |c − r|, in units of the arrays
+    mse: float  # mean of (c − r)², in squared units of the tensors
+    cosine: float  # of the angle between the flattened tensors; 1 if both are zero, 0 if only one is
+    max_abs: float  # largest |c − r|, in units of the tensors
     rel_l2: float  # ‖c − r‖ / ‖r‖; if r is zero: 0 if c is zero too, else inf
     ulp_max: float  # distance in ULP as `ulp_distance` defines it
     ulp_mean: float
@@ -46,30 +53,38 @@ class Metrics:
     bit_equal: bool  # same dtype, same bits, no NaN; −0.0 and +0.0 have different bits
 
 
-def measure_arrays(candidate: Array, reference: Array) -> Metrics:
-    """All elementwise metrics of a pair of arrays, in one pass and without copying either.
+def measure(candidate: Tensor, reference: Tensor) -> Metrics:
+    """All elementwise metrics of a pair of tensors.
 
-    Shapes: equal, any strides. Dtypes: floats of 8, 16, 32 or 64 bits (those of ml_dtypes too), integers and
-    bool; the two may differ. Differences of integers are exact, all else is computed in float64. Only
-    float64 values whose squares leave its range are read a second time, rescaled; of two arrays more than
-    about 1e150 apart, the smaller then counts as zero.
+    Shapes: equal. Dtypes: floats of 8 (e4m3fn, e5m2), 16, 32 or 64 bits, integers up to int64 and bool; the two may
+    differ. Differences of integers are exact. Sums of numbers of 16 bits or less are good to 1e-6, others are
+    computed in float64; of two float64 tensors more than about 1e150 apart, the smaller counts as zero.
 
     Raises: ValueError if shapes differ, TypeError for any other dtype.
     """
-    reader = _Reader(candidate, reference)
-    scale = 1.0
-    with np.errstate(all="ignore"):
-        sums = _sums(candidate, reference, reader)
-        size = float(sums.squares.sum())
-        if np.float64 in (candidate.dtype, reference.dtype) and not 2.0**-900 < size < inf:
-            scale = 2.0**600 if size < 1.0 else 2.0**-600
-            scaled = _sums(candidate, reference, reader, scale)
-            sums = replace(sums, squares=scaled.squares, cr=scaled.cr)
-    return _metrics(sums, candidate.size, scale)
+    return run_together([measuring(candidate, reference)])[0]
 
 
-def ulp_distance(a: Array, b: Array) -> Floats:
-    """How many representable numbers apart two arrays are, element by element.
+def measuring(candidate: Tensor, reference: Tensor) -> Task[Metrics]:
+    """`measure` as a task that shares its transfers with others."""
+    _check(candidate, reference)
+    narrow = all(x.is_floating_point() and x.element_size() <= 2 for x in (candidate, reference))
+    sums = _Sums.of((yield _sums(candidate, reference, torch.float32 if narrow else torch.float64)))
+    if narrow and not sums.is_sure(candidate.numel()):
+        sums = _Sums.of((yield _sums(candidate, reference, torch.float64)))
+    careful = not isfinite(sums.cc + sums.rr)
+    if careful:
+        sums = _Sums.of((yield _sums(candidate, reference, torch.float64, careful=True)))
+    scale, size = 1.0, sums.cc + sums.rr + sums.dd
+    if torch.float64 in (candidate.dtype, reference.dtype) and not _LEAST < size < inf:
+        scale = _SCALE if size < 1.0 else 1 / _SCALE
+        scaled = _Sums.of((yield _sums(candidate, reference, torch.float64, careful=careful, scale=scale)))
+        sums = replace(sums, cc=scaled.cc, rr=scaled.rr, dd=scaled.dd)
+    return _metrics(sums, candidate.numel(), scale)
+
+
+def ulp_distance(a: Tensor, b: Tensor) -> Tensor:
+    """How many representable numbers apart two tensors are, element by element, in float64.
 
     Shapes: equal → the same. Units: ULP of the dtype with fewer mantissa bits, to which both sides are
     rounded first (to nearest, ties to even). Zeros of either sign are one number. A finite number that
@@ -79,15 +94,11 @@ def ulp_distance(a: Array, b: Array) -> Floats:
 
     Raises: ValueError if shapes differ, TypeError as `measure`.
     """
-    reader = _Reader(a, b)
-    out = np.empty(a.shape, np.float64)
-    with np.errstate(all="ignore"):
-        for left, right, target in _tiles(a, b, out):
-            target[...] = _steps(reader, left, right)
-    return out
+    _check(a, b)
+    return _careful_steps(a, b).double()
 
 
-def ulp_histogram(a: Array, b: Array) -> tuple[int, ...]:
+def ulp_histogram(a: Tensor, b: Tensor) -> tuple[int, ...]:
     """How many pairs of numbers are how far apart, in ULP as `ulp_distance` counts them.
 
     One count for the distances up to each of `ULP_BINS`, then one for what is further apart or not finite; zeros at
@@ -95,191 +106,197 @@ def ulp_histogram(a: Array, b: Array) -> tuple[int, ...]:
 
     Shapes: equal. Raises: ValueError if shapes differ, TypeError as `ulp_distance`.
     """
-    reader = _Reader(a, b)
-    beyond = np.zeros(len(ULP_BINS), np.int64)
-    with np.errstate(all="ignore"):
-        for left, right in _tiles(a, b):
-            steps = _steps(reader, left, right)
-            for place, end in enumerate(ULP_BINS):
-                if not (further := np.count_nonzero(steps > end)):
-                    break
-                beyond[place] += further
-    counts = -np.diff(beyond, prepend=a.size, append=0)
-    return tuple(np.trim_zeros(counts, "b").tolist())
+    return run_together([counting_ulps(a, b)])[0]
 
 
-@dataclass
+def counting_ulps(a: Tensor, b: Tensor) -> Task[tuple[int, ...]]:
+    """`ulp_histogram` as a task that shares its transfers with others."""
+    _check(a, b)
+    counts = yield _histogram(a, b, careful=False)
+    if counts[-1]:  # a place beyond the largest number: it may be NaN or infinite
+        counts = yield _histogram(a, b, careful=True)
+    last = max((place for place, count in enumerate(counts[:-1]) if count), default=-1)
+    return tuple(int(count) for count in counts[: last + 1])
+
+
+@dataclass(frozen=True)
 class _Sums:
-    squares: Floats = field(default_factory=lambda: np.zeros(3))  # of c, r and their difference
-    cr: float = 0.0
-    max_abs: float = 0.0
-    ulp_max: float = 0.0
-    ulp_sum: float = 0.0
-    nonfinite: NDArray[np.int64] = field(default_factory=lambda: np.zeros(2, np.int64))  # in c, r
-    clashes: int = 0
-    same_bits: bool = True
+    """Sums of squares of c, r and their difference, and what else is told of a pair; clashes: see Metrics."""
+
+    cc: float
+    rr: float
+    dd: float
+    max_abs: float
+    ulp_max: float
+    ulp_sum: float
+    changed_bits: float
+    nonfinite_candidate: float
+    nonfinite_reference: float
+    clashes: float
+
+    @classmethod
+    def of(cls, sums: Floats) -> _Sums:
+        return cls(*sums.tolist())
+
+    def is_sure(self, count: int) -> bool:
+        """Whether float32 held all squares: finite, and large enough for those that vanished not to matter."""
+        least = _SMALL * count
+        sizes = (self.cc, self.rr, self.dd if self.max_abs else inf)
+        return isfinite(self.cc + self.rr) and min(sizes) > least
 
 
 def _metrics(sums: _Sums, count: int, scale: float) -> Metrics:
-    c, r, d = np.sqrt(sums.squares).tolist()
-    same = sums.max_abs == 0.0  # rounding of the sums must not make equal arrays differ
+    c, r, d = sqrt(sums.cc), sqrt(sums.rr), sqrt(sums.dd)
+    same = sums.max_abs == 0.0  # rounding of the sums must not make equal tensors differ
+    # From the difference, so that rounding of the sums shows least where the angle is small.
+    cosine = (1.0 - (sums.dd - (c - r) ** 2) / (2 * c * r)) if c * r else 0.0
     metrics = Metrics(
         count=count,
-        mse=float(sums.squares[2]) / max(count, 1) / scale / scale,  # not by scale², which is beyond float64
-        cosine=1.0 if same else min(1.0, max(-1.0, sums.cr / (c * r))) if c * r else 0.0,
+        mse=sums.dd / max(count, 1) / scale / scale,  # not by scale², which is beyond float64
+        cosine=1.0 if same else min(1.0, max(-1.0, cosine)),
         max_abs=sums.max_abs,
         rel_l2=0.0 if same else d / r if r else inf,
         ulp_max=sums.ulp_max,
         ulp_mean=sums.ulp_sum / max(count, 1),
-        nonfinite_candidate=int(sums.nonfinite[0]),
-        nonfinite_reference=int(sums.nonfinite[1]),
-        bit_equal=sums.same_bits and not sums.clashes,
+        nonfinite_candidate=int(sums.nonfinite_candidate),
+        nonfinite_reference=int(sums.nonfinite_reference),
+        bit_equal=not sums.changed_bits and not sums.clashes,
     )
     if sums.clashes:
         return replace(metrics, mse=inf, cosine=nan, max_abs=inf, rel_l2=inf, ulp_max=inf, ulp_mean=inf)
     return metrics
 
 
-def _sums(candidate: Array, reference: Array, reader: "_Reader", scale: float = 1.0) -> _Sums:
-    sums = _Sums(same_bits=candidate.dtype == reference.dtype)
-    for left, right in _tiles(candidate, reference):
-        sums.same_bits = sums.same_bits and np.array_equal(_bits(left), _bits(right))
-        wide, steps = reader.read(left, right)
-        if scale != 1.0:
-            wide *= scale
-        squares = _dot(wide, wide)
-        if not isfinite(squares[0] + squares[1]):  # the only test that tiles without NaN or Inf pay for
-            finite, clash = _nonfinite(wide)
-            sums.nonfinite += [np.count_nonzero(row) for row in ~finite]
-            sums.clashes += int(np.count_nonzero(clash))
-            keep = finite.all(axis=0)
-            bits = wide.view(np.int64)
-            bits &= -keep.astype(np.int64)  # zeros the rest; boolean indexing is 15 times slower
-            steps *= keep
-            squares = _dot(wide, wide)
-        sums.squares += squares
-        sums.cr += float(_dot(wide[0], wide[1]))
-        sums.max_abs = max(sums.max_abs, float(np.maximum.reduce(np.abs(wide[2], out=wide[2]))))
-        if most := float(np.maximum.reduce(steps)):
-            sums.ulp_max = max(sums.ulp_max, most)
-            total = {2: np.uint32, 4: np.uint64}.get(steps.itemsize, np.float64)  # fast, yet no overflow
-            sums.ulp_sum += float(np.add.reduce(steps, dtype=total))
-    return sums
+def _sums(c: Tensor, r: Tensor, wide: torch.dtype, *, careful: bool = False, scale: float = 1.0) -> Tensor:
+    """The fields of _Sums (10); without care, NaN and infinities spoil cc or rr."""
+    if not c.numel():
+        return torch.tensor([0.0] * 6 + [float(c.dtype != r.dtype)] + [0.0] * 3, dtype=torch.float64)
+    blocks = [_block(*pair, wide, careful, scale) for pair in row_blocks(_rows(c), _rows(r))]
+    sums, largest = (torch.stack(part) for part in zip(*blocks, strict=True))
+    added, most = sums.sum(0), largest.amax(0)
+    return torch.cat((added[:3], most[:2], added[3:4], most[2:], added[4:]))
 
 
-def _dot(a: Floats, b: Floats) -> Floats:
-    blocks = [slice(start, start + DOT) for start in range(0, a.shape[-1], DOT)]
-    return np.asarray(sum(np.vecdot(a[..., block], b[..., block]) for block in blocks))
+def _block(c: Tensor, r: Tensor, wide: torch.dtype, careful: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """What adds up over blocks (cc, rr, dd, ulp_sum, nonfinite, nonfinite, clashes), and what is largest."""
+    steps = _steps(c, r)
+    x, y = c.to(wide), r.to(wide)
+    # Exact beyond 2⁵³ too.
+    d = steps.double() if _grid(c, r) is None else x - y
+    counts = torch.zeros(3, dtype=torch.float64, device=c.device)
+    if careful:
+        finite, others = x.isfinite(), y.isfinite()
+        keep = finite & others
+        counts = torch.stack([mask.sum() for mask in (~finite, ~others, ~keep & (x != y))]).double()
+        x, y, d, steps = (torch.where(keep, value, 0) for value in (x, y, d, steps))
+    low, high = d.aminmax()
+    if scale != 1.0:
+        x, y, d = x * scale, y * scale, d * scale
+    squares = [torch.linalg.vecdot(value, value).sum(dtype=torch.float64) for value in (x, y, d)]
+    changed = torch.ones((), device=c.device)
+    if c.dtype == r.dtype:
+        bits = _BITS[c.element_size()]
+        least, most = (c.view(bits) ^ r.view(bits)).aminmax()
+        changed = (least != 0) | (most != 0)
+    largest = (torch.maximum(high, -low), steps.amax(), changed)
+    added = torch.stack((*squares, steps.sum(-1).sum(dtype=torch.float64)))
+    return torch.cat((added, counts)), torch.stack([value.double() for value in largest])
 
 
-def _steps(reader: "_Reader", left: Array, right: Array) -> Array:
-    """Steps between the numbers of two tiles; inf where they clash."""
-    wide, steps = reader.read(left, right)
-    finite, clash = _nonfinite(wide)
-    return steps if finite.all() else np.where(finite.all(axis=0), steps, np.where(clash, inf, 0.0))
+def _histogram(a: Tensor, b: Tensor, *, careful: bool) -> Tensor:
+    """Counts by bin (len(ULP_BINS) + 1), and whether a number lies beyond the largest of its dtype."""
+    if not a.numel():
+        return torch.zeros(len(ULP_BINS) + 2, dtype=torch.float64)
+    return torch.stack([_count(*pair, careful) for pair in row_blocks(_rows(a), _rows(b))]).sum(0)
 
 
-def _nonfinite(wide: Floats) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    finite = np.isfinite(wide[:2])
-    return finite, ~finite.all(axis=0) & (wide[0] != wide[1])
+def _count(a: Tensor, b: Tensor, careful: bool) -> Tensor:
+    beyond = torch.zeros(1, dtype=torch.float64, device=a.device)
+    if careful:
+        steps = _careful_steps(a, b)
+    else:
+        steps = _steps(a, b)
+        if (grid := _grid(a, b)) is not None:
+            largest = _order(torch.tensor(torch.finfo(grid).max, dtype=grid, device=a.device))
+            ends = [end for x in (a, b) for end in _order(_rounded(x, grid)).aminmax()]
+            beyond = (torch.stack(ends).long().abs() > largest).sum()[None].double()
+    # The exponent of the number just below, in float32: 0 up to the first bin's end, 1 to the second, …
+    bits = steps.float().clamp_max_(2.0 * ULP_BINS[-1]).view(torch.int32)
+    place = ((bits - 1) >> 23).sub_(125).clamp_(0, len(ULP_BINS))
+    return torch.cat((_frequencies(place), beyond))
 
 
-class _Reader:
-    """Turns pairs of tiles into float64 and into steps of the coarser dtype, in scratch that it owns."""
-
-    def __init__(self, candidate: Array, reference: Array) -> None:
-        _check(candidate, reference)
-        self.dtypes = (candidate.dtype.newbyteorder("="), reference.dtype.newbyteorder("="))
-        floats = [dtype for dtype in self.dtypes if dtype.kind not in "biu"]
-        # The further keys only make the choice independent of the order of the arguments.
-        floats.sort(key=lambda d: (ml_dtypes.finfo(d).nmant, d.itemsize, d.name))  # type: ignore[no-untyped-call]
-        self.grid = floats[0] if floats else None
-        if self.grid is None:  # float64 where no integer dtype holds both: uint64 against a signed one
-            cell = np.result_type(np.uint8, *self.dtypes)
-        else:
-            cell = np.dtype(np.float64 if self.grid.itemsize == 1 else f"i{self.grid.itemsize}")
-        self.wide = np.empty((3, TILE), np.float64)
-        self.cells, self.spare = np.empty((2, 2, TILE), cell)
-
-    def read(self, *tiles: Array) -> tuple[Floats, Array]:
-        """Candidate, reference and difference in float64, and steps apart; scratch for the caller to use."""
-        n = tiles[0].size
-        wide, cells, spare = self.wide[:, :n], self.cells[:, :n], self.spare[:, :n]
-        for side, (tile, dtype) in enumerate(zip(tiles, self.dtypes, strict=True)):
-            values = tile.view(dtype)
-            np.copyto(wide[side], values, casting="unsafe")
-            if self.grid is None:
-                np.copyto(cells[side], values)
-            else:
-                rounded = values if dtype == self.grid else _round(wide[side], dtype, self.grid)
-                _order(rounded, wide[side], cells[side], spare[side])
-        np.maximum(cells[0], cells[1], out=spare[0])
-        np.minimum(cells[0], cells[1], out=spare[1])
-        steps = np.subtract(spare[0], spare[1], out=spare[0])
-        # Integers may have wrapped around, to what is right when read as unsigned.
-        steps = _bits(steps) if steps.dtype.kind == "i" else steps
-        np.subtract(wide[0], wide[1], out=wide[2])
-        if self.grid is None:  # exact beyond 2⁵³ too
-            np.copyto(wide[2], steps, casting="unsafe")
-        return wide, steps
+def _frequencies(place: Tensor) -> Tensor:
+    """How often each of the numbers 0 … len(ULP_BINS) occurs."""
+    if place.device.type == "cpu":
+        return torch.bincount(place.flatten(), minlength=len(ULP_BINS) + 1).double()
+    # bincount would wait for the device.
+    small = place.to(torch.int8)
+    return torch.stack([(small == number).sum() for number in range(len(ULP_BINS) + 1)]).double()
 
 
-def _order(rounded: Array, wide: Floats, cells: Array, spare: Array) -> None:
-    """Floats of one dtype to consecutive numbers in `cells`: 0 for both zeros, then 1, 2, … and −1, −2, …"""
-    if rounded.itemsize == 1:
-        # With the sign of the value: formats with a single NaN have lost that of what overflowed.
-        np.copysign(_places(rounded.dtype)[_bits(rounded)], wide, out=cells)
-        return
-    bits, top = rounded.view(cells.dtype), 8 * rounded.itemsize - 1
-    np.right_shift(bits, top, out=spare)
-    np.bitwise_and(bits, (1 << top) - 1, out=cells)
-    np.bitwise_xor(cells, spare, out=cells)
-    np.subtract(cells, spare, out=cells)
+def _careful_steps(a: Tensor, b: Tensor) -> Tensor:
+    """Steps between numbers; inf where they clash."""
+    x, y, steps = a.double(), b.double(), _steps(a, b)
+    if _grid(a, b) is None:
+        return steps
+    return torch.where(x.isfinite() & y.isfinite(), steps, torch.where(x == y, 0.0, inf).to(steps))
 
 
-def _round(wide: Floats, origin: np.dtype[Any], grid: np.dtype[Any]) -> Array:
-    """Numbers of dtype origin, in float64, to the nearest of the grid, ties to even, rounding once.
+def _steps(a: Tensor, b: Tensor) -> Tensor:
+    """Steps between the numbers of two tensors, in float32 where that is exact; whatever where one is not finite."""
+    grid = _grid(a, b)
+    x, y = (v.long() if grid is None else _order(_rounded(v, grid)) for v in (a, b))
+    if x.dtype is torch.int64:
+        # They may wrap around, to what is right when read as unsigned.
+        apart = torch.maximum(x, y) - torch.minimum(x, y)
+        return apart.double() + (apart < 0) * 2.0**64
+    narrow = torch.float64 if x.dtype is torch.int32 else torch.float32
+    return (x.to(narrow) - y.to(narrow)).abs_()
 
-    ml_dtypes casts float64 by way of float32, which rounds twice. Rounding to odd first cures that: Boldo and
+
+def _order(values: Tensor) -> Tensor:
+    """Floats of one dtype as consecutive integers: 0 for both zeros, then 1, 2, … and −1, −2, …"""
+    top = 8 * values.element_size() - 1
+    bits = values.view(_BITS[values.element_size()])
+    sign = bits >> top
+    return (bits & (1 << top) - 1).bitwise_xor_(sign).sub_(sign)
+
+
+def _rounded(values: Tensor, grid: torch.dtype) -> Tensor:
+    """Numbers to the nearest of the grid, ties to even, rounding once; what overflows lies one step beyond.
+
+    torch casts float64 by way of float32, which rounds twice. Rounding to odd first cures that: Boldo and
     Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd" (2008).
     """
-    if grid in (np.float16, np.float32, np.float64):
-        return wide.astype(grid)
-    single = wide.astype(np.float32)
-    if not np.can_cast(origin, np.float32):
-        towards = np.sign(np.abs(wide) - np.abs(single))
-        bits = single.view(np.int32)
-        bits += towards.astype(np.int32) * (~bits & 1)  # if even, the neighbour across the value is odd
-    return single.astype(grid)
+    if values.dtype == grid or grid in (torch.float32, torch.float64):
+        return values.to(grid)
+    wide = values if values.is_floating_point() else values.double()
+    if wide.dtype is torch.float64:
+        single = wide.float()
+        towards = torch.sign(wide.abs() - single.abs().double()).nan_to_num(0).int()
+        bits = single.view(torch.int32)
+        wide = (bits + towards * (~bits & 1)).view(torch.float32)
+    narrow = wide.to(grid)
+    if grid is torch.float8_e4m3fn:  # has no infinity, and torch stays at the largest number
+        beyond = torch.where(wide.signbit(), -1, 127).to(torch.int8)
+        narrow = torch.where(wide.abs() > 464, beyond, narrow.view(torch.int8)).view(grid)
+    return narrow
 
 
-@lru_cache
-def _places(dtype: np.dtype[Any]) -> Floats:
-    """For each byte, the place of its magnitude among all, 0 for zero; NaN and Inf follow the largest."""
-    values = np.abs(np.arange(256, dtype=np.uint8).view(dtype).astype(np.float64))
-    finite = np.isfinite(values)
-    magnitudes = np.unique(np.append(values[finite], 0.0))
-    return np.searchsorted(magnitudes, np.where(finite, values, np.inf)).astype(np.float64)
+def _grid(a: Tensor, b: Tensor) -> torch.dtype | None:
+    """The coarser of two dtypes of floats; None between integers."""
+    floats = [x.dtype for x in (a, b) if x.is_floating_point()]
+    return min(floats, key=_FLOATS.index) if floats else None
 
 
-def _check(candidate: Array, reference: Array) -> None:
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]) if x.dim() else x.reshape(1, 1)
+
+
+def _check(candidate: Tensor, reference: Tensor) -> None:
     if candidate.shape != reference.shape:
-        raise ValueError(f"shapes differ: candidate {candidate.shape}, reference {reference.shape}")
+        raise ValueError(f"shapes differ: candidate {tuple(candidate.shape)}, reference {tuple(reference.shape)}")
     for dtype in (candidate.dtype, reference.dtype):
-        known = dtype.kind in "biu" or dtype.name in ("float64", "float32", "float16", "bfloat16")
-        if not known and not (dtype.itemsize == 1 and dtype.name.startswith("float")):
-            raise TypeError(f"cannot measure arrays of dtype {dtype}")
-
-
-def _bits(tile: Array) -> Array:
-    return tile.view(f"u{tile.itemsize}")
-
-
-def _tiles(*arrays: Array) -> Iterator[tuple[Array, ...]]:
-    """Matching stretches of contiguous native elements of all arrays; those after the second are written."""
-    if arrays[0].size:
-        # nditer buffers only what numpy knows: ml_dtypes travel as the unsigned integers of their size.
-        plain = [_bits(array) if array.dtype.kind == "V" else array for array in arrays]
-        flags = [["readonly", "contig", "nbo"]] * 2 + [["writeonly", "contig"]] * (len(arrays) - 2)
-        with np.nditer(plain, ["external_loop", "buffered"], flags, buffersize=TILE) as tiles:  # type: ignore[arg-type]
-            yield from tiles
+        if dtype not in _FLOATS + _INTEGERS:
+            raise TypeError(f"cannot measure tensors of dtype {dtype}")
