@@ -10,15 +10,18 @@ from torch import Tensor
 
 from parity.candidates.dump_file import working_dtype
 from parity.compare.align import Pair
-from parity.compare.metrics import Metrics, measure_arrays, ulp_histogram
+from parity.compare.metrics import Metrics, counting_ulps, measuring
 from parity.compare.next_token import Ending, ending
 from parity.compare.sides import Sides
 from parity.observer import Observer
-from parity.record.arrays import to_numpy
-from parity.reference.floor import Local, local_error
+from parity.reference.floor import Local, measuring_local
 from parity.reference.pieces import Piece
 from parity.reference.replay import Replayed
+from parity.reference.transfer import Task, run_together
 from parity.run_spec import DTYPES
+
+_NARROW = (torch.bfloat16, torch.float16)
+_SAMPLE = 4096
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,11 @@ def measure(sides: Sides, observer: Observer) -> Measured:
         with observer.timed("replay"):
             _, values = next(replayed)
         with observer.timed("measure"):
-            for value in values:
-                pair = sides.pairs[value.site.name]
-                if isinstance(pair, Pair):
-                    sites[value.site.name] = _measured(value, pair, sides, storage)
-                if value.site.name == model.sites[-1].name:
-                    end = ending(value, sides.run.checkpoint)
+            pairs = {v.site.name: pair for v in values if isinstance(pair := sides.pairs[v.site.name], Pair)}
+            tasks = [_measuring(v, pairs[v.site.name], sides, storage) for v in values if v.site.name in pairs]
+            sites |= zip(pairs, run_together(tasks), strict=True)
+            if values and values[-1].site.name == model.sites[-1].name:
+                end = ending(values[-1], sides.run.checkpoint)
     return Measured(sites, end)
 
 
@@ -66,14 +68,15 @@ def piece_name(piece: Piece) -> str:
     return f"layer {piece}" if isinstance(piece, int) else piece
 
 
-def _measured(site: Replayed, pair: Pair, sides: Sides, storage: Storage) -> MeasuredSite:
+def _measuring(site: Replayed, pair: Pair, sides: Sides, storage: Storage) -> Task[MeasuredSite]:
     assert site.candidate is not None, "unreachable because pairs are read before the replay"
     model = sides.reference.working
-    metrics = measure_arrays(to_numpy(site.candidate), to_numpy(site.plain))
-    local = local_error(site, model.dtype, storage.dtype_of(site.candidate), model.head_dim)
+    metrics = yield from measuring(site.candidate, site.plain)
+    grid = yield from storage.finding_dtype(site.candidate)
+    local = yield from measuring_local(site, model.dtype, grid, model.head_dim)
     # A masked score may be any large negative number: how far apart two of them are says nothing.
     telling = not local.bit_equal and not site.site.name.endswith(".scores")
-    ulps = ulp_histogram(to_numpy(site.candidate), to_numpy(site.floor)) if telling else None
+    ulps = (yield from counting_ulps(site.candidate, site.floor)) if telling else None
     return MeasuredSite(pair, metrics, local, ulps, sides.dump.entries[site.site.name].dtype)
 
 
@@ -93,12 +96,16 @@ class Storage:
         working = sides.reference.working.dtype
         return cls(working, DTYPES[working_dtype(sides.dump)] if working is torch.float32 else None)
 
-    def dtype_of(self, candidate: Tensor) -> torch.dtype:
+    def finding_dtype(self, candidate: Tensor) -> Task[torch.dtype]:
         """The dtype whose grid the numbers of a candidate's activation lie on. `candidate` may have any shape."""
-        narrow = (torch.bfloat16, torch.float16)
-        if candidate.dtype in narrow:
+        if candidate.dtype in _NARROW:
             return candidate.dtype if self.only in (None, candidate.dtype) else self.working
-        if self.working in narrow:
+        if self.working in _NARROW:
             return self.working
-        fitting = [d for d in narrow if torch.equal(candidate.to(d).to(candidate.dtype), candidate)]
-        return fitting[0] if fitting and self.only in (None, fitting[0]) else self.working
+        # A few numbers show that most sites fit no narrower grid.
+        for some in (candidate.flatten()[:_SAMPLE], candidate):
+            fits = yield torch.stack([(some.to(d).to(some.dtype) == some).all() for d in _NARROW])
+            if not fits.any():
+                return self.working
+        fitting = _NARROW[int(fits.argmax())]
+        return fitting if self.only in (None, fitting) else self.working

@@ -170,8 +170,8 @@ def _metrics(sums: _Sums, count: int, scale: float) -> Metrics:
 def _sums(c: Tensor, r: Tensor, wide: torch.dtype, *, careful: bool = False, scale: float = 1.0) -> Tensor:
     """The fields of _Sums (10); without care, NaN and infinities spoil cc or rr."""
     if not c.numel():
-        return torch.tensor([0.0] * 6 + [float(c.dtype != r.dtype)] + [0.0] * 3, dtype=torch.float64)
-    blocks = [_block(*pair, wide, careful, scale) for pair in row_blocks(_rows(c), _rows(r))]
+        return torch.tensor([0.0] * 6 + [float(c.dtype != r.dtype)] + [0.0] * 3, dtype=torch.float64, device=c.device)
+    blocks = [_block(x, y, wide, careful, scale) for x, y in row_blocks(_rows(c), _rows(r))]
     sums, largest = (torch.stack(part) for part in zip(*blocks, strict=True))
     added, most = sums.sum(0), largest.amax(0)
     return torch.cat((added[:3], most[:2], added[3:4], most[2:], added[4:]))
@@ -206,8 +206,8 @@ def _block(c: Tensor, r: Tensor, wide: torch.dtype, careful: bool, scale: float)
 def _histogram(a: Tensor, b: Tensor, *, careful: bool) -> Tensor:
     """Counts by bin (len(ULP_BINS) + 1), and whether a number lies beyond the largest of its dtype."""
     if not a.numel():
-        return torch.zeros(len(ULP_BINS) + 2, dtype=torch.float64)
-    return torch.stack([_count(*pair, careful) for pair in row_blocks(_rows(a), _rows(b))]).sum(0)
+        return torch.zeros(len(ULP_BINS) + 2, dtype=torch.float64, device=a.device)
+    return torch.stack([_count(x, y, careful) for x, y in row_blocks(_rows(a), _rows(b))]).sum(0)
 
 
 def _count(a: Tensor, b: Tensor, careful: bool) -> Tensor:

@@ -32,7 +32,7 @@ from parity.diagnose.workbench import Workbench
 from parity.faults import Fault, shows_at
 from parity.reference.one_operation import LoadedPiece
 from parity.reference.precision import unit_roundoff
-from parity.reference.rows import alike
+from parity.reference.row_sums import alike
 from parity.results import FaultMatch, Finding, Measurement, Reading
 from parity.sites import family, layer_of
 

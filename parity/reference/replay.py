@@ -93,10 +93,11 @@ class Reference:
         passes = self._passes(recorded)
         noisy = [_Pass(self.precise, self._noisy(seed)) for seed in range(noise)]
         strayed = [_Pass(self.precise, self._replacing(recorded)) for _ in range(ways)]
+        device = self.working.device
         for piece in self.working.pieces:
             sites = self.working.sites_of(piece)
             recorded.clear()
-            recorded.update({s.name: v for s in sites if (v := candidate(s)) is not None})
+            recorded.update({s.name: v.to(device) for s in sites if (v := candidate(s)) is not None})
             with self.working.loaded(piece), self.precise.loaded(piece):
                 self._on_inputs(passes, piece, input_ids, recorded)
                 for one in (passes["plain"], passes["ideal"], *noisy):

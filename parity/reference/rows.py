@@ -10,9 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from parity.reference import chance
 from parity.results import Structure
@@ -21,8 +19,8 @@ from parity.sites import Dims
 _PROFILE_BINS = 256
 # A token whose ratio is above this counts as the first one that is wrong.
 _FIRST = 3.0
-# Cosines with random directions, which are about 1, are told apart to this part.
-_STEPS = 64
+# Rows without a direction are of one kind.
+_NOWHERE = -(1 << 19)
 # As many tokens are named in the reason for a verdict.
 _NAMED = 8
 Floats = NDArray[np.float64]
@@ -35,7 +33,7 @@ class Rows:
     rr, ee, ss, qq, yy: the local error, the reference's error, that of storage, that of jitter, and the truth;
     ry: error times truth; floor: the strict floor; inherited, total, own_total: see Measurement.
     channels and heads: energy of the error in units of each row's floor, by last-axis index and by head.
-    kinds: for each row the number of its kind (alike).
+    kinds: for each row the number of its kind (kinds_of).
     """
 
     channels: Floats
@@ -54,19 +52,9 @@ class Rows:
     own_total: Floats
 
 
-def alike(rows: Tensor) -> NDArray[np.int64]:
-    """For each of some rows (n, width) the number of its kind: rows that are multiples of each other are of one.
-
-    Rounding errors of equal rows are equal, and those of rows that differ by rounding nearly so: told by the cosines
-    with three fixed directions, to a hundredth of what is usual between rows of different tokens.
-    """
-    width = rows.shape[-1]
-    directions = torch.randn(width, 3, generator=torch.Generator().manual_seed(width), dtype=torch.float32)
-    plain = rows.float().nan_to_num(0, 0, 0)
-    cosines = (
-        plain @ directions.to(rows.device) / torch.linalg.vector_norm(plain, dim=-1, keepdim=True).clamp_min(1e-30)
-    )
-    steps = (cosines.double() * _STEPS).round().long().cpu().numpy()
+def kinds_of(directions: Floats) -> NDArray[np.int64]:
+    """For each row the number of its kind, from its directions (n, 3): equal ones are of one kind."""
+    steps = np.nan_to_num(directions, nan=_NOWHERE, posinf=_NOWHERE, neginf=_NOWHERE).astype(np.int64)
     found: NDArray[np.int64] = np.unique(steps @ np.array([1, 1 << 20, 1 << 40]), return_inverse=True)[1]
     return found
 

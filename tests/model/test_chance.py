@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from parity.reference import chance
-from parity.reference.rows import alike
+from parity.reference.row_sums import alike
 
 
 def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:

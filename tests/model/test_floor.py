@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from parity.reference import floor
+from parity.reference import transfer
 from parity.reference.floor import Local, local_error
 from parity.reference.replay import Replayed
 from parity.sites import Dims
@@ -516,7 +516,7 @@ def test_the_size_of_a_block_changes_nothing(monkeypatch: pytest.MonkeyPatch, na
 
     candidate = wrong(case.at(B16))
     expected = case.measure(candidate)
-    monkeypatch.setattr(floor, "_BLOCK", size)
+    monkeypatch.setattr(transfer, "_IN_CACHE", size)
     found = case.measure(candidate)
     assert numbers(found) == pytest.approx(numbers(expected), rel=1e-4, abs=1e-7)
     for name in ("bit_equal", "must_be_exact", "all_zero", "nonfinite", "nonfinite_inputs", "reference_nonfinite"):

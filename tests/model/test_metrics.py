@@ -1,7 +1,6 @@
 """Metrics against plain whole-array formulas, and ULP distances against the formats' own neighbours."""
 
 import math
-import tracemalloc
 import warnings
 from fractions import Fraction
 

@@ -27,6 +27,7 @@ from parity.record.chain import Chain
 from parity.reference import pieces
 from parity.reference.checkpoint import find
 from parity.reference.replay import Reference
+from parity.reference.transfer import run_together
 from parity.results import Comparison
 from parity.run_spec import DTYPES, RunSpec
 from parity.sites import family
@@ -551,5 +552,6 @@ def test_a_narrow_grid_is_storage_only_where_all_of_the_dump_has_it(
         values = values.bfloat16()
     if array.startswith("float32"):
         values = values.float()
-    said = Storage(DTYPES[working], DTYPES[stored] if stored else None).dtype_of(values)
+    storage = Storage(DTYPES[working], DTYPES[stored] if stored else None)
+    said = run_together([storage.finding_dtype(values)])[0]
     assert said is DTYPES[expected]
