@@ -66,7 +66,7 @@ def measure(candidate: Tensor, reference: Tensor) -> Metrics:
 
 
 def measuring(candidate: Tensor, reference: Tensor) -> Task[Metrics]:
-    """`measure` as a task that shares its transfers with others."""
+    """`measure` as a task that shares its transfers with others. Shapes: equal, otherwise any."""
     _check(candidate, reference)
     narrow = all(x.is_floating_point() and x.element_size() <= 2 for x in (candidate, reference))
     sums = _Sums.of((yield _sums(candidate, reference, torch.float32 if narrow else torch.float64)))
@@ -110,7 +110,7 @@ def ulp_histogram(a: Tensor, b: Tensor) -> tuple[int, ...]:
 
 
 def counting_ulps(a: Tensor, b: Tensor) -> Task[tuple[int, ...]]:
-    """`ulp_histogram` as a task that shares its transfers with others."""
+    """`ulp_histogram` as a task that shares its transfers with others. Shapes: equal, otherwise any."""
     _check(a, b)
     counts = yield _histogram(a, b, careful=False)
     if counts[-1]:  # a place beyond the largest number: it may be NaN or infinite
