@@ -18,8 +18,9 @@ from parity.faults import Fault, shows_at
 from parity.reference.one_operation import LoadedPiece
 from parity.results import Finding
 
-# So many sites of a finding are tried with the whole catalogue; the others with what fits there.
-_WHOLE = 4
+# So many sites of a finding are tried with the whole catalogue, the others with what fits there; if nothing fits at
+# the first of them, it is not tried at all of so many.
+_WHOLE, _IN_VAIN = 4, 2
 
 
 def diagnose(
@@ -43,7 +44,7 @@ def _tried(
     whole = 0
     for site in _order(finding.sites):
         known = {id: trial for found in fits.values() for id, trial in found.items()}
-        if whole >= _WHOLE and not known:
+        if whole >= _IN_VAIN and not known:
             break
         with bench.piece(bench.reference.working.piece_of(site)) as at:
             if at is None or site not in at.recorded:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from parity.errors import UsageError
 from parity.faults import (
+    architecture,
     attention,
     cache,
     embedding_and_head,
@@ -23,6 +24,7 @@ from parity.faults import (
     residual,
     rope,
     rope_precision,
+    rope_tables,
     router,
     softmax,
     weight_numbers,
@@ -48,6 +50,7 @@ __all__ = [
 CATALOGUE: tuple[Fault, ...] = (
     *rope.FAULTS,
     *rope_precision.FAULTS,
+    *rope_tables.FAULTS,
     *positions.FAULTS,
     *qk_norm.FAULTS,
     *norm.FAULTS,
@@ -59,6 +62,7 @@ CATALOGUE: tuple[Fault, ...] = (
     *mlp.FAULTS,
     *router.FAULTS,
     *experts.FAULTS,
+    *architecture.FAULTS,
     *residual.FAULTS,
     *embedding_and_head.FAULTS,
     *weights.FAULTS,

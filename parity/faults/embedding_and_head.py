@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parity.faults.fault import Change, Fault, Number, Scope, fault, weight
+from parity.faults.fault import Change, Fault, Number, Scope, attribute, fault, weight
 from parity.faults.patches.modules import EMBEDDING_SITES, HEAD_SITES, at_ends, forward, norms_of, together
 from parity.faults.patches.numbers import stored_as
 
@@ -171,16 +171,23 @@ def head_row(scope: Scope) -> Change:
     return _after(_head(scope), lambda y: y.roll(1, -1))
 
 
+# What configs call a factor on the logits, and whether it multiplies (1) or divides (−1).
+_SCALINGS = {"logit_scale": 1, "logits_scaling": -1}
+
+
 @fault(
     id="logits-scale",
     title="logits carry another factor than the reference's",
-    sites=HEAD_SITES,
+    sites=(*HEAD_SITES, "logits"),
     fix="apply logit_scale or logits_scaling of config.json once, and mind whether it multiplies or divides",
     source="unsloth#1218",
     applies=_has_head,
     number=Number(name="factor", expected=lambda _s: 1.0, typical=(0.5, 2.0)),
 )
 def logits_scale(scope: Scope, gain: float) -> Change:
+    for name, way in _SCALINGS.items():
+        if getattr(scope.config, name, None):
+            return attribute(scope.config, name, getattr(scope.config, name) * gain**way)
     return _after(_head(scope), lambda y: y * gain)
 
 

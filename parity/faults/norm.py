@@ -182,6 +182,24 @@ def norm_one_forgotten(scope: Scope) -> Change:
     return each(scope, NORMS, _one_forgotten)
 
 
+def _two_plus(norm: Any, x: Tensor) -> Tensor:
+    unit = normalized(widened(x), eps_of(norm))
+    own: Tensor = norm.weight
+    return (unit * (2.0 + own.to(unit.dtype))).to(x.dtype)
+
+
+@fault(
+    id="norm-one-twice",
+    title="the norm multiplies by 2 + w; the reference by 1 + w",
+    sites=NORMS,
+    fix="add the one either when converting the checkpoint or in the norm, not in both",
+    source="mold#1078",
+    applies=has(test=adds_one),
+)
+def norm_one_twice(scope: Scope) -> Change:
+    return each(scope, NORMS, _two_plus)
+
+
 @fault(
     id="norm-unweighted",
     title="the norm's weights are never applied",
@@ -238,6 +256,7 @@ FAULTS: tuple[Fault, ...] = (
     norm_length,
     norm_one_plus_w,
     norm_one_forgotten,
+    norm_one_twice,
     norm_unweighted,
     norm_next_layer,
     norm_previous_layer,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from parity.faults.fault import Change, Fault, Scope, fault
-from parity.faults.patches.modules import forward, head_dim_of, together
+from parity.faults.patches.modules import attention_of, forward, head_dim_of, together
 from parity.faults.patches.norm import (
     QK_NORMS,
     adds_one,
@@ -68,13 +68,24 @@ def qk_norm_after_rope(scope: Scope) -> Change:
     return together(*changes, with_rotation(scope, lambda q, k, *_a, **_k: (q.clone(), k.clone())))
 
 
+def _shared_norm(scope: Scope) -> Any:
+    """A norm without weights that takes queries and keys (b, t, heads, d) alike; None if there is none."""
+    found = getattr(attention_of(scope), "qk_norm", None)
+    return found if hasattr(found, "eps") and getattr(found, "weight", None) is None else None
+
+
+def _joint(x: Tensor, eps: float) -> Tensor:
+    up = x.to(wide(x.dtype))
+    return (up * torch.rsqrt(up.pow(2).mean((-2, -1), keepdim=True) + eps)).to(x.dtype)
+
+
 @fault(
     id="qk-norm-joint",
     title="QK-norm runs over all heads together; the reference normalizes each head",
-    sites=QK_NORMS,
+    sites=(*QK_NORMS, "qk_norm"),
     fix="take the mean square over head_dim alone",
     source="vllm#16311",
-    applies=lambda s: bool(per_head_norms(s)),
+    applies=lambda s: bool(per_head_norms(s)) or _shared_norm(s) is not None,
 )
 def qk_norm_joint(scope: Scope) -> Change:
     def compute(norm: Any, heads: int, x: Tensor) -> Tensor:
@@ -85,6 +96,9 @@ def qk_norm_joint(scope: Scope) -> Change:
         out: Tensor = (unit * factor).to(x.dtype)
         return out
 
+    shared = _shared_norm(scope)
+    if shared is not None:
+        return forward(shared, lambda x: _joint(x, float(shared.eps)))
     return together(
         *(forward(norm, partial(compute, norm, heads_of(scope, name))) for name, norm in per_head_norms(scope).items())
     )
