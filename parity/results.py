@@ -76,7 +76,7 @@ class Measurement:
     floor_rel      ‖floor‖ / ‖truth‖
     total_ratio    distance from the exact run, in units of the reference's own distance from it
     mse … ulp_max  candidate against the reference's plain run
-    ulps           histogram of the local error (parity.compare.metrics.ulp_histogram): candidate against the
+    ulps           histogram of the local error (parity.compare.metrics.counting_ulps): candidate against the
                    reference's operation in the working dtype on the candidate's inputs; None where all are equal
     """
 

@@ -13,7 +13,7 @@ from math import inf, isfinite, nan, sqrt
 import torch
 from torch import Tensor
 
-from parity.reference.transfer import Floats, Task, row_blocks, run_together
+from parity.reference.transfer import Floats, Task, row_blocks
 from parity.results import ULP_BINS
 
 _FLOATS = (
@@ -34,7 +34,7 @@ _LEAST, _SCALE = 2.0**-900, 2.0**600
 
 @dataclass(frozen=True)
 class Metrics:
-    """What `measure` found in a pair of tensors, candidate c and reference r.
+    """What is found in a pair of tensors, candidate c and reference r.
 
     NaN clashes with everything, itself included; an infinity with all but itself. A single clash makes `mse`,
     `max_abs`, `rel_l2`, `ulp_max` and `ulp_mean` inf and `cosine` nan: none looks like agreement. Equal
@@ -53,20 +53,15 @@ class Metrics:
     bit_equal: bool  # same dtype, same bits, no NaN; −0.0 and +0.0 have different bits
 
 
-def measure(candidate: Tensor, reference: Tensor) -> Metrics:
+def measuring(candidate: Tensor, reference: Tensor) -> Task[Metrics]:
     """All elementwise metrics of a pair of tensors.
 
-    Shapes: equal. Dtypes: floats of 8 (e4m3fn, e5m2), 16, 32 or 64 bits, integers up to int64 and bool; the two may
-    differ. Differences of integers are exact. Sums of numbers of 16 bits or less are good to 1e-6, others are
-    computed in float64; of two float64 tensors more than about 1e150 apart, the smaller counts as zero.
+    Shapes: equal, otherwise any. Dtypes: floats of 8 (e4m3fn, e5m2), 16, 32 or 64 bits, integers up to int64 and bool;
+    the two may differ. Differences of integers are exact. Sums of numbers of 16 bits or less are good to 1e-6, others
+    are computed in float64; of two float64 tensors more than about 1e150 apart, the smaller counts as zero.
 
     Raises: ValueError if shapes differ, TypeError for any other dtype.
     """
-    return run_together([measuring(candidate, reference)])[0]
-
-
-def measuring(candidate: Tensor, reference: Tensor) -> Task[Metrics]:
-    """`measure` as a task that shares its transfers with others. Shapes: equal, otherwise any."""
     _check(candidate, reference)
     narrow = all(x.is_floating_point() and x.element_size() <= 2 for x in (candidate, reference))
     sums = _Sums.of((yield _sums(candidate, reference, torch.float32 if narrow else torch.float64)))
@@ -83,34 +78,14 @@ def measuring(candidate: Tensor, reference: Tensor) -> Task[Metrics]:
     return _metrics(sums, candidate.numel(), scale)
 
 
-def ulp_distance(a: Tensor, b: Tensor) -> Tensor:
-    """How many representable numbers apart two tensors are, element by element, in float64.
-
-    Shapes: equal → the same. Units: ULP of the dtype with fewer mantissa bits, to which both sides are
-    rounded first (to nearest, ties to even). Zeros of either sign are one number. A finite number that
-    overflows in rounding sits one step beyond the largest. Between integers or bools: the absolute
-    difference; an integer against a float is rounded like a float. NaN is inf from everything, itself
-    included; an infinity is inf from all but itself. Float64: distances above 2⁵³ are rounded.
-
-    Raises: ValueError if shapes differ, TypeError as `measure`.
-    """
-    _check(a, b)
-    return _careful_steps(a, b).double()
-
-
-def ulp_histogram(a: Tensor, b: Tensor) -> tuple[int, ...]:
+def counting_ulps(a: Tensor, b: Tensor) -> Task[tuple[int, ...]]:
     """How many pairs of numbers are how far apart, in ULP as `ulp_distance` counts them.
 
-    One count for the distances up to each of `ULP_BINS`, then one for what is further apart or not finite; zeros at
-    the end are left out.
+    Shapes: equal, otherwise any. One count for the distances up to each of `ULP_BINS`, then one for what is further
+    apart or not finite; zeros at the end are left out.
 
-    Shapes: equal. Raises: ValueError if shapes differ, TypeError as `ulp_distance`.
+    Raises: ValueError if shapes differ, TypeError as `measuring`.
     """
-    return run_together([counting_ulps(a, b)])[0]
-
-
-def counting_ulps(a: Tensor, b: Tensor) -> Task[tuple[int, ...]]:
-    """`ulp_histogram` as a task that shares its transfers with others. Shapes: equal, otherwise any."""
     _check(a, b)
     counts = yield _histogram(a, b, careful=False)
     if counts[-1]:  # a place beyond the largest number: it may be NaN or infinite
@@ -213,7 +188,7 @@ def _histogram(a: Tensor, b: Tensor, *, careful: bool) -> Tensor:
 def _count(a: Tensor, b: Tensor, careful: bool) -> Tensor:
     beyond = torch.zeros(1, dtype=torch.float64, device=a.device)
     if careful:
-        steps = _careful_steps(a, b)
+        steps = ulp_distance(a, b)
     else:
         steps = _steps(a, b)
         if (grid := _grid(a, b)) is not None:
@@ -235,8 +210,15 @@ def _frequencies(place: Tensor) -> Tensor:
     return torch.stack([(small == number).sum() for number in range(len(ULP_BINS) + 1)]).double()
 
 
-def _careful_steps(a: Tensor, b: Tensor) -> Tensor:
-    """Steps between numbers; inf where they clash."""
+def ulp_distance(a: Tensor, b: Tensor) -> Tensor:
+    """How many representable numbers apart two tensors are, element by element, in float32 or float64.
+
+    Shapes: equal → the same. Units: ULP of the dtype with fewer mantissa bits, to which both sides are
+    rounded first (to nearest, ties to even). Zeros of either sign are one number. A finite number that
+    overflows in rounding sits one step beyond the largest. Between integers or bools: the absolute
+    difference; an integer against a float is rounded like a float. NaN is inf from everything, itself
+    included; an infinity is inf from all but itself. Float64: distances above 2⁵³ are rounded.
+    """
     x, y, steps = a.double(), b.double(), _steps(a, b)
     if _grid(a, b) is None:
         return steps

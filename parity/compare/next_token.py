@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from parity.reference.checkpoint import Checkpoint
 from parity.reference.replay import Replayed
+from parity.reference.transfer import row_blocks
 from parity.results import LogitSample, NextToken, Token
 
 _TOP = 5
@@ -36,16 +38,17 @@ def ending(logits: Replayed, checkpoint: Checkpoint) -> Ending:
     """What both sides say at the end, from the logits (b, t, vocab); nothing if the candidate's are not finite."""
     if logits.candidate is None or not bool(logits.candidate.isfinite().all()):
         return Ending()
-    rows = [_row(*row) for row in _rows(logits)]
+    rows = _rows(logits)
+    flipped = rows.chosen != rows.expected
     name = _Names(checkpoint.path)
     next_token = NextToken(
         reference=_top(logits.plain[-1, -1].float(), name),
         candidate=_top(logits.candidate[-1, -1].float(), name),
-        flips=sum(row.flipped for row in rows),
-        unexplained_flips=sum(row.unexplained for row in rows),
-        positions=len(rows),
-        max_kl=max(row.kl for row in rows),
-        margin_sigma=rows[-1].noise,
+        flips=int(flipped.sum()),
+        unexplained_flips=int((flipped & (rows.lost > _SIGMAS * rows.noise)).sum()),
+        positions=len(flipped),
+        max_kl=float(rows.kl.max()),
+        margin_sigma=float(rows.noise[-1]),
         sample=sample_of(logits.plain[-1, -1].float().cpu(), logits.candidate[-1, -1].float().cpu()),
     )
     noise = _in_sigmas(logits.candidate.to(logits.own.device), logits.ideal, logits.noise) if logits.noise else None
@@ -54,51 +57,56 @@ def ending(logits: Replayed, checkpoint: Checkpoint) -> Ending:
 
 def _in_sigmas(candidate: Tensor, ideal: Tensor, noise: Sequence[Tensor]) -> float:
     """RMS error over that of stochastic rounding, which is √2 times as large as that of rounding to nearest."""
-    error = float((candidate.to(ideal.dtype) - ideal).square().mean().sqrt())
-    spread = sum(float((one - ideal).square().mean()) for one in noise) / len(noise)
-    return error / (spread / 2) ** 0.5 if spread else 0.0
+    flat = [x.flatten(0, -2) for x in (ideal, candidate, *noise)]
+    squares = torch.stack(
+        [
+            torch.stack([(one.to(exact.dtype) - exact).square().sum(dtype=torch.float64) for one in others])
+            for exact, *others in row_blocks(*flat)
+        ]
+    ).sum(0)
+    error, *spreads = squares.tolist()
+    return float((error / (sum(spreads) / len(noise) / 2)) ** 0.5) if sum(spreads) else 0.0
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One token: the noise of a difference of two logits, KL, and whether its top token was flipped."""
+class _Rows(NamedTuple):
+    """Of each token (n): the noise of a difference of two logits, KL, both sides' top tokens, and how much less likely
+    the candidate's is in the exact logits.
+    """
 
-    noise: float
-    kl: float
-    flipped: bool
-    unexplained: bool
+    noise: Tensor
+    kl: Tensor
+    chosen: Tensor
+    expected: Tensor
+    lost: Tensor
 
 
-def _rows(logits: Replayed) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Candidate, reference and exact logits (vocab) of one token after another: a vocabulary is large enough."""
+def _rows(logits: Replayed) -> _Rows:
+    """All tokens in blocks, for a vocabulary is large."""
     assert logits.candidate is not None, "unreachable because the caller has looked"
     sides = (logits.candidate.to(logits.own.device), logits.own, logits.ideal)
-    for tokens in zip(*(side.flatten(0, -2) for side in sides), strict=True):
-        candidate, own, ideal = (token.double() for token in tokens)
-        yield candidate, own, ideal
+    blocks = [_block(*(side.double() for side in block)) for block in row_blocks(*(x.flatten(0, -2) for x in sides))]
+    return _Rows(*(torch.cat(part).cpu() for part in zip(*blocks, strict=True)))
 
 
-def _row(candidate: Tensor, own: Tensor, ideal: Tensor) -> _Row:
+def _block(candidate: Tensor, own: Tensor, ideal: Tensor) -> _Rows:
     # The reference's own error, centred because a shift of all logits changes nothing; √2 for a difference of two.
-    error = own - ideal
-    noise = float((error - error.mean()).square().mean().sqrt()) * 2**0.5
-    chosen, expected = int(candidate.argmax()), int(own.argmax())
-    lost = float(ideal[expected] - ideal[chosen])
-    flipped = chosen != expected
-    return _Row(noise, kl_divergence(candidate, own), flipped, flipped and lost > _SIGMAS * noise)
+    noise = (own - ideal).std(-1, correction=0) * 2**0.5
+    chosen, expected = candidate.argmax(-1), own.argmax(-1)
+    right, given = (ideal.gather(-1, token[:, None])[:, 0] for token in (expected, chosen))
+    return _Rows(noise, kl_divergence(candidate, own), chosen, expected, right - given)
 
 
-def kl_divergence(candidate: Tensor, reference: Tensor) -> float:
-    """KL(reference ‖ candidate), in nats, of the distributions that two vectors of logits stand for.
+def kl_divergence(candidate: Tensor, reference: Tensor) -> Tensor:
+    """KL(reference ‖ candidate), in nats, of the distributions that logits (…, vocab) stand for: (…).
 
     A logit of −inf is a token of probability zero: inf if the candidate excludes a token that the reference allows.
-    inf too where a side is no distribution (NaN, +inf, −inf throughout). Both are logits (vocab,).
+    inf too where a side is no distribution (NaN, +inf, −inf throughout).
     """
     theirs, ours = candidate.double().log_softmax(-1), reference.double().log_softmax(-1)
     share = ours.exp()
     # In place, for a vocabulary is large; an excluded token has no share in the sum, however far off it is.
-    total = float(ours.sub_(theirs).mul_(share).masked_fill_(share == 0, 0.0).sum())
-    return math.inf if math.isnan(total) else max(total, 0.0)
+    total = ours.sub_(theirs).mul_(share).masked_fill_(share == 0, 0.0).sum(-1)
+    return total.clamp_min(0.0).nan_to_num(math.inf, math.inf)
 
 
 def sample_of(own: Tensor, candidate: Tensor) -> LogitSample:

@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 import torch
 
-from parity.compare.metrics import measure, ulp_histogram
+from parity.compare.metrics import counting_ulps, measuring
 from parity.reference.floor import local_error
 from parity.reference.replay import Replayed
+from parity.reference.transfer import run_together
 from parity.sites import Site
 
 REPEATS = 7
@@ -59,9 +60,9 @@ def main() -> None:
             c, plain, source = site.candidate, site.plain, site.truth.float()
             target = torch.empty_like(source)
             actions = (
-                lambda c=c, plain=plain: measure(c, plain),
+                lambda c=c, plain=plain: run_together([measuring(c, plain)]),
                 lambda site=site, dtype=working: local_error(site, dtype, dtype, None),
-                lambda c=c, plain=plain: ulp_histogram(c, plain),
+                lambda c=c, plain=plain: run_together([counting_ulps(c, plain)]),
                 lambda source=source, target=target: target.copy_(source),
             )
             row = (nanoseconds(action, c.numel(), device) for action in actions)
