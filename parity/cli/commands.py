@@ -215,6 +215,7 @@ def faults(
     word: Annotated[str | None, typer.Argument(help="The id of one to explain, or a word to search for.")] = None,
     more: UserFaults = None,
     json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print them as a page with a section each.")] = False,
 ) -> None:
     """List the known porting bugs, all or those about a word, or explain one: what it does, how to fix it."""
     from parity.faults import CATALOGUE, load_user_faults, matching
@@ -224,6 +225,10 @@ def faults(
     if json:
         fields = ("id", "title", "sites", "fix", "source", "needs")
         print_json([{field: getattr(fault, field) for field in fields} for fault in chosen])
+    elif markdown:
+        from parity.faults.page import page
+
+        print(page(chosen), end="")
     elif len(chosen) == 1:
         print(explain(chosen[0]))
     else:

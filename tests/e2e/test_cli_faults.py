@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from parity.faults import CATALOGUE
-from tests.conftest import Ran
+from tests.conftest import ROOT, Ran
 
 Cli = Callable[..., Ran]
 
@@ -38,6 +38,20 @@ def test_a_word_is_searched_for_in_id_title_and_fix(cli: Cli) -> None:
 
 def test_a_word_of_one_fault_explains_it(cli: Cli) -> None:
     assert cli("faults", "gqa").out.startswith("gqa-tile\nwhat ")
+
+
+def test_the_page_in_the_repository_is_current(cli: Cli) -> None:
+    made = cli("faults", "--markdown").out
+    assert (ROOT / "parity" / "faults" / "CATALOGUE.md").read_text(encoding="utf-8") == made, (
+        "run `parity faults --markdown > parity/faults/CATALOGUE.md`"
+    )
+    assert [line[3:] for line in made.splitlines() if line.startswith("## ")] == [fault.id for fault in CATALOGUE]
+
+
+def test_a_page_may_be_of_some(cli: Cli) -> None:
+    made = cli("faults", "gqa-tile", "--markdown").out
+    assert made.count("\n## ") == 1
+    assert "\n- **Fix**: repeat each key/value head in place" in made
 
 
 def test_a_word_of_none_is_an_error(cli: Cli) -> None:
