@@ -152,12 +152,24 @@ class Residual:
 
 
 @dataclass(frozen=True)
+class FirstCall:
+    """The first call of several in which an operation is wrong, after others in which it is right.
+
+    number  of the call, from 1 because call 0 has none before it
+    step    how many tokens have been decoded one by one with it, 0 if it is a chunk of a prompt
+    """
+
+    number: int
+    step: int
+
+
+@dataclass(frozen=True)
 class Finding:
     """One wrong operation: a family of sites and the layers where it is wrong.
 
     `families` are several where one fault explains them all. `span` holds sites that were not measured just before:
     the fault may lie in any of their operations. `fault` is None where nothing fits. `residual` is that of the site
-    with the largest ratio.
+    with the largest ratio. `first_call` is None where the first call is wrong already, or there is but one.
     """
 
     families: tuple[str, ...]
@@ -170,6 +182,7 @@ class Finding:
     span: tuple[str, ...] = ()
     fault: FaultMatch | None = None
     residual: Residual | None = None
+    first_call: FirstCall | None = None
 
 
 @dataclass(frozen=True)

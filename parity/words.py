@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from parity.reasons import Gap, GapKind, Inconclusive, Invisible, NotTried
-from parity.results import ROUNDING, Comparison, Measurement
+from parity.results import ROUNDING, Comparison, Finding, Measurement
 
 # -- why a site was not measured ------------------------------------------------------------------------------
 
@@ -41,6 +41,23 @@ def gap(found: Gap) -> str:
 def reason(m: Measurement) -> str:
     """What a site's verdict rests on."""
     return m.reason if m.gap is None else gap(m.gap)
+
+
+# -- where a finding begins -----------------------------------------------------------------------------------
+
+
+def begins(finding: Finding) -> str:
+    """From which token on an operation is wrong, and in which call of several; empty if that is not known."""
+    if finding.first_token is None:
+        return ""
+    first, call = f"first at token {finding.first_token}", finding.first_call
+    if call is None:
+        return first
+    if call.step == 0:
+        return f"{first}: right up to chunk {call.number}, wrong from chunk {call.number + 1}"
+    if call.step == 1:
+        return f"{first}: the prompt is right, wrong from the first decoded token"
+    return f"{first}: right up to decoding step {call.step - 1}, wrong from step {call.step}"
 
 
 # -- what a run could not have seen ---------------------------------------------------------------------------

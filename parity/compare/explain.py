@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from parity.compare.findings import finding_of, findings
+from parity.compare.findings import finding_of, findings, in_calls
 from parity.compare.judge import RoundingMode, judge_site, luck, rounding_mode
 from parity.compare.measure import Measured, MeasuredSite
 from parity.compare.routing import judge_routers
@@ -76,6 +76,7 @@ def explain(sides: Sides, judged: Judged, observer: Observer) -> Explained:
     run, model = sides.run, sides.reference.working
     sites, found = judged.sites, judged.findings
     if not model.is_cut:
+        found = tuple(in_calls(finding, run.calls) for finding in found)
         return Explained(sites, found, untried(run.faults, run.dtype) if run.options.power else None)
     bench = Workbench(sides.reference, run.ids, sides.recorded)
     refuse_idle(run.faults, bench)
@@ -97,7 +98,7 @@ def explain(sides: Sides, judged: Judged, observer: Observer) -> Explained:
         with observer.timed("power"):
             named = {finding.fault.id for finding in found if finding.fault}
             could_see = power(bench, run.faults, observer, named)
-    return Explained(sites, found, could_see)
+    return Explained(sites, tuple(in_calls(finding, run.calls) for finding in found), could_see)
 
 
 def _with_advice(finding: Finding) -> Finding:

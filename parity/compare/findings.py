@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
 from statistics import median
 
 from parity.diagnose.spans import span_before
-from parity.results import BAD, ROUNDING, Finding, Measurement, worst_verdict
+from parity.results import BAD, ROUNDING, Finding, FirstCall, Measurement, worst_verdict
 from parity.sites import family, layer_of
 
 # Embedding and final norm may belong to the span of a layer.
@@ -38,6 +40,18 @@ def finding_of(names: Sequence[str], sites: Sequence[Measurement]) -> Finding:
         evidence=tuple(evidence(worst)),
         span=_span_before(sites, order[names[0]]),
     )
+
+
+def in_calls(finding: Finding, calls: Sequence[int]) -> Finding:
+    """The finding with the first call in which it shows, of calls of so many tokens each."""
+    if finding.first_token is None:
+        return finding
+    starts = [0, *accumulate(calls)][:-1]
+    number = sum(start <= finding.first_token for start in starts) - 1
+    if number < 1:
+        return finding
+    chunks = max([i + 1 for i, size in enumerate(calls) if size > 1], default=1)
+    return replace(finding, first_call=FirstCall(number, max(number - chunks + 1, 0)))
 
 
 def _first_token(m: Measurement) -> int | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from parity.sites import shows_at_end
 
 TWO_TOKENS = "two tokens or more"
+LAST = -1.0  # as the number of a first token: the last, whatever its number
 
 # How a wrong number is found that is none of the typical ones:
 #   slope         by the response to a step of 1 %, or of 0.01 where the right number is 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from parity.faults.fault import Change, Fault, Number, Scope, fault
+from parity.faults.fault import LAST, TWO_TOKENS, Change, Fault, Number, Scope, fault
 from parity.faults.patches.attention import shown
 from parity.faults.patches.rope import ROTATED, each_by, frequencies, has_rope, positions_of, tables, with_tables
 
@@ -55,19 +57,71 @@ def position_offset_k(scope: Scope, offset: float) -> Change:
     return each_by(scope, q=None, k=_shifted(scope, offset))
 
 
+# The first token whose position is wrong: usually the first that was decoded.
+START = Number(
+    name="from token", expected=lambda _s: float("inf"), typical=(LAST,), discrete=True, method="first-token"
+)
+
+
+def _from(scope: Scope, start: float, edit: Callable[[Tensor], Tensor]) -> Change:
+    """Other positions from a token on: `edit` gets and gives those of these tokens, (b or 1, n)."""
+    positions = positions_of(scope).clone()
+    first = positions.shape[-1] if start == float("inf") else int(start)
+    positions[..., first:] = edit(positions[..., first:])
+    return with_tables(scope, _at(scope, positions))
+
+
 @fault(
     id="position-decode-zero",
-    title="the last token has position 0, as when every decoded token is taken for a prompt of its own",
+    title="decoded tokens have position 0, as when each is taken for a prompt of its own",
     sites=ROTATED,
     fix="pass the number of cached tokens as the position of a decoded one",
     source="mlx-vlm#1983",
-    needs="two tokens or more",
+    needs=TWO_TOKENS,
     applies=has_rope,
+    number=START,
 )
-def position_decode_zero(scope: Scope) -> Change:
-    positions = positions_of(scope).clone()
-    positions[..., -1] = 0
-    return with_tables(scope, _at(scope, positions))
+def position_decode_zero(scope: Scope, start: float) -> Change:
+    return _from(scope, start, torch.zeros_like)
+
+
+@fault(
+    id="position-decode-ahead",
+    title="decoded tokens have positions one too high: the new token is counted before it is placed",
+    sites=ROTATED,
+    fix="the position of a decoded token is the number of tokens before it",
+    needs=TWO_TOKENS,
+    applies=has_rope,
+    number=START,
+)
+def position_decode_ahead(scope: Scope, start: float) -> Change:
+    return _from(scope, start, lambda positions: positions + 1)
+
+
+@fault(
+    id="position-decode-behind",
+    title="decoded tokens have positions one too low: the first has that of the prompt's last token",
+    sites=ROTATED,
+    fix="the position of a decoded token is the number of tokens before it",
+    needs=TWO_TOKENS,
+    applies=has_rope,
+    number=START,
+)
+def position_decode_behind(scope: Scope, start: float) -> Change:
+    return _from(scope, start, lambda positions: positions - 1)
+
+
+@fault(
+    id="position-restart",
+    title="positions start anew at 0 from a token on, as when a cached prefix is not counted",
+    sites=ROTATED,
+    fix="count positions from the number of tokens that the cache holds",
+    needs=TWO_TOKENS,
+    applies=has_rope,
+    number=START,
+)
+def position_restart(scope: Scope, start: float) -> Change:
+    return _from(scope, start, lambda positions: positions - positions[..., :1])
 
 
 @fault(
@@ -82,6 +136,7 @@ def position_decode_zero(scope: Scope) -> Change:
         expected=lambda _s: float("inf"),
         typical=(512.0, 256.0, 128.0, 64.0, 1024.0, 2048.0),
         discrete=True,
+        method="first-token",
     ),
 )
 def position_chunk_restart(scope: Scope, chunk: float) -> Change:
@@ -147,6 +202,9 @@ FAULTS: tuple[Fault, ...] = (
     position_offset_q,
     position_offset_k,
     position_decode_zero,
+    position_decode_ahead,
+    position_decode_behind,
+    position_restart,
     position_chunk_restart,
     position_ignores_padding,
     position_skips_padding,

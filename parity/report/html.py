@@ -114,6 +114,7 @@ def _finding(finding: Finding, comparison: Comparison) -> dict[str, Any]:
         "data": finding,
         "families": text.families(finding),
         "where": text.where(finding, text.count_layers(comparison)),
+        "begins": words.begins(finding),
         "span": text.span(finding),
         "explanation": text.explanation(finding.fault) if finding.fault else [],
         "worst": None if worst is None else (index[worst.site], worst),

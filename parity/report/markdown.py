@@ -12,6 +12,7 @@ from parity.errors import UsageError
 from parity.report import summaries, text
 from parity.report.layers import LayerRow, rows
 from parity.results import Comparison, Finding
+from parity.words import begins as begins_of
 
 # Longer tables are folded away.
 _LONG = 12
@@ -129,7 +130,7 @@ def _findings(comparison: Comparison, pictures: Mapping[str, str]) -> Iterator[s
 
 
 def _size(finding: Finding, layers: int) -> str:
-    first = f", first at token {finding.first_token}" if finding.first_token is not None else ""
+    first = f", {begins}" if (begins := begins_of(finding)) else ""
     return f"{text.where(finding, layers)}, local error {text.times(finding.ratio)} the floor{first}"
 
 

@@ -100,7 +100,7 @@ def _finding(position: int, finding: Finding, layers: int, console: Console, *, 
         f"{position:2d}  ", (families(finding), "bold"), "  ", (finding.verdict, STYLES[finding.verdict])
     )
     line(console, head)
-    first = f", first at token {finding.first_token}" if finding.first_token is not None else ""
+    first = f", {begins}" if (begins := words.begins(finding)) else ""
     line(console, Text(f"{where(finding, layers)}, local error {times(finding.ratio)} the floor{first}"), 4)
     fault = finding.fault
     if fault is not None:

@@ -13,16 +13,18 @@ import pytest
 from torch import Tensor, nn
 
 from impl.qwen3 import load
+from parity import words
 from parity.candidates.base import Candidate, dump_file, open_candidate
 from parity.compare.pipeline import diff
 from parity.dump import open_dump, write_safetensors
 from parity.dump.calls import call_name
 from parity.errors import CandidateError, IncomparableError, UsageError
 from parity.options import RunOptions
-from parity.results import Comparison
+from parity.results import Comparison, FirstCall
 from parity.run_spec import RunSpec, run_spec
 from tests.architectures import make
 from tests.conftest import slow_but
+from tests.planted.decoding import LATE, LATE_CHUNK, LateBug
 
 TOKENS = tuple((97 * i * i + 31 * i + 7) % 200 for i in range(13))
 
@@ -185,3 +187,43 @@ def test_models_of_transformers_match_with_their_own_cache(tmp_path: Path, name:
     for options in ({"decode": 4}, {"chunks": "7,7", "decode": 6}):
         found = diff(ask(path, dtype, tokens=ids, **options), open_candidate("hf:"))
         assert found.verdict == "match", found.headline
+
+
+# -- bugs that begin with a later call -----------------------------------------------------------------------
+
+
+def planted(path: Path, bug: LateBug, dtype: str, **options: Any) -> Comparison:
+    model = load(path, dtype)
+    bug.apply(model)
+    return diff(ask(path, dtype, **options), open_candidate(model))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bug", LATE, ids=lambda bug: bug.id)
+def test_a_bug_of_decoding_is_found_and_named(small: Path, bug: LateBug, dtype: str) -> None:
+    found = planted(small, bug, dtype, decode=4)
+    families = {family for finding in found.findings for family in finding.families}
+    assert families == {f"model.layers.*.{name}" for name in bug.guilty}
+    named = {finding.fault.id if finding.fault else None for finding in found.findings}
+    assert named <= set(bug.faults or [None]), named
+    if bug.id not in ("not-extended", "cache-float8"):
+        begins = {finding.first_call for finding in found.findings}
+        assert begins == {FirstCall(1, 1)}
+        assert words.begins(found.findings[0]).endswith("the prompt is right, wrong from the first decoded token")
+    if bug.id == "not-extended":
+        assert {finding.first_call for finding in found.findings} == {FirstCall(2, 2)}
+
+
+@pytest.mark.parametrize("bug", LATE_CHUNK, ids=lambda bug: bug.id)
+def test_a_bug_of_the_second_chunk_is_found_and_named(small: Path, bug: LateBug) -> None:
+    found = planted(small, bug, "float32", chunks="5,8")
+    assert {family for f in found.findings for family in f.families} == {f"model.layers.*.{n}" for n in bug.guilty}
+    assert all(finding.fault is not None and finding.fault.id in bug.faults for finding in found.findings)
+    assert {finding.first_call for finding in found.findings} == {FirstCall(1, 0)}
+    assert words.begins(found.findings[0]) == "first at token 5: right up to chunk 1, wrong from chunk 2"
+
+
+@pytest.mark.parametrize("bug", [*LATE, *LATE_CHUNK], ids=lambda bug: bug.id)
+def test_bugs_of_later_calls_do_not_show_in_one(small: Path, bug: LateBug) -> None:
+    """What one pass shows is no bug of later calls: the plants would prove nothing."""
+    assert planted(small, bug, "bfloat16").verdict == "match"

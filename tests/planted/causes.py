@@ -125,6 +125,7 @@ def causes(bugs: Iterable[str]) -> dict[str, Cause]:
     return {id: Cause(NAMES.get(id, (id,)), NUMBERS.get(id)) for id in bugs}
 
 
+_DECODING = "several calls: tests.planted.decoding"
 _FOREIGN = "another architecture"
 _PADDING = "a batch padded on the left"
 _WINDOW = "a config with a sliding window, which impl does not implement"
@@ -134,6 +135,11 @@ UNPLANTED: dict[str, str] = {
     "norm-rounding-order": "nothing: it is legal, the clean variant norm-weight-fp32",
     "head-untied": "a file with a head beside a tied embedding, which impl refuses to load",
     "rope-scaling-ignored": "a config with scaled RoPE, which impl does not implement",
+    **dict.fromkeys(
+        ("cache-unused", "cache-lost", "cache-not-extended", "cache-hides-self", "cache-overwrites-last"), _DECODING
+    ),
+    **dict.fromkeys(("position-decode-ahead", "position-decode-behind", "position-restart"), _DECODING),
+    "cache-window-stands": _DECODING,
     **dict.fromkeys(("position-ignores-padding", "position-skips-padding", "mask-first-row"), _PADDING),
     **dict.fromkeys(("window-ignored", "window-plus-one", "window-minus-one", "window-of-other-layers"), _WINDOW),
     **dict.fromkeys(("rope-full", "qk-norm-separate", "norm-rms-for-layernorm", "norm-one-forgotten"), _FOREIGN),
