@@ -143,7 +143,8 @@ def _starts(number: Number, expected: float, case: Case) -> list[float]:
         # A window ends shortly before the first token that is clearly wrong.
         local = case.bench.local(case.at, case.site, case.truth, case.floor)
         first = local.structure.first_token if number.method == "first-token" else None
-        return starts + ([] if first is None else [float(w) for w in range(max(first - _NEAR, 1), first + 2)])
+        near = [] if first is None else [float(w) for w in range(max(first - _NEAR, 1), first + 2)]
+        return near + starts  # "the last token" has a number of its own too, which says more
     if number.log and expected > 0:
         return starts + [expected * factor for factor in (0.1, 0.5, 1.01, 2.0, 10.0)]
     return [*starts, expected - 1, expected + 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -48,9 +49,7 @@ def kv_cache_int8(scope: Scope) -> Change:
 
 
 # The first token that sees the wrong keys: usually the first that was decoded.
-_START = Number(
-    name="from token", expected=lambda _s: float("inf"), typical=(LAST,), discrete=True, method="first-token"
-)
+_START = Number(name="start", expected=lambda _s: float("inf"), typical=(LAST,), discrete=True, method="first-token")
 # (visible (b, 1, t, s), query number (t, 1), key number (s), first token) -> visible, for tokens from that one on
 _Later = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
@@ -96,7 +95,7 @@ def cache_lost(scope: Scope, start: float) -> Change:
     fix="put the keys and values of every decoded token into the cache",
     needs="three tokens or more",
     applies=has_attention,
-    number=_START,
+    number=replace(_START, typical=(2 * LAST,)),
 )
 def cache_not_extended(scope: Scope, start: float) -> Change:
     return _seeing(scope, start, lambda mask, i, j, first: mask & ((j < first) | (j == i)))

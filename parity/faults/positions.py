@@ -58,9 +58,7 @@ def position_offset_k(scope: Scope, offset: float) -> Change:
 
 
 # The first token whose position is wrong: usually the first that was decoded.
-START = Number(
-    name="from token", expected=lambda _s: float("inf"), typical=(LAST,), discrete=True, method="first-token"
-)
+START = Number(name="start", expected=lambda _s: float("inf"), typical=(LAST,), discrete=True, method="first-token")
 
 
 def _from(scope: Scope, start: float, edit: Callable[[Tensor], Tensor]) -> Change:

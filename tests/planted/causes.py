@@ -69,6 +69,7 @@ NUMBERS: dict[str, Truth] = {
     "rope-partial": _is(0.5),
     "rope-attention-factor": _is(1.25),
     "position-chunk-restart": _is(64.0),
+    "position-decode-zero": lambda _config, tokens: tokens - 1,
     "norm-eps-1e-5": _is(1e-5),
     "norm-eps-1e-3": _is(1e-3),
     "norm-eps-1e-3-all": _is(1e-3),
