@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from parity.candidates.base import Candidate
-from parity.candidates.tokens import require_same_model, require_same_tokens, token_check
+from parity.candidates.tokens import padding_remark, require_same_model, require_same_tokens, token_check
 from parity.dump import Array, Dump, NameMap, RunInfo, open_dump, rename
 from parity.record.arrays import to_torch
 from parity.reference.checkpoint import Checkpoint
@@ -44,10 +44,10 @@ class DumpFile(Candidate):
         return dump
 
     def checks(self, checkpoint: Checkpoint) -> list[Check]:
-        """Whether the dump's token ids are those of its prompt."""
+        """Whether the dump's token ids are those of its prompt, and whether they look padded."""
         with self._open() as dump:
-            check = token_check(dump.info, checkpoint)
-        return [] if check is None else [check]
+            found = (token_check(dump.info, checkpoint), padding_remark(dump.info, checkpoint))
+        return [check for check in found if check is not None]
 
     def _open(self) -> Dump:
         dump = open_dump(self._path)

@@ -55,6 +55,24 @@ def token_check(info: RunInfo, checkpoint: Checkpoint) -> Check | None:
     return Check("token ids", False, found)
 
 
+def padding_remark(info: RunInfo, checkpoint: Checkpoint) -> Check | None:
+    """A remark where a row of a dump begins or ends in two pad ids or more; None elsewhere, or without a pad id.
+
+    The reference has no mask: it reads padding as text, and what a port hid may look wrong.
+    """
+    config = checkpoint.config()
+    pad = config.get("pad_token_id")
+    if type(pad) is not int or info.token_ids is None:
+        return None
+    for number, row in enumerate(info.token_ids):
+        for where, ids in (("begins", row), ("ends", row[::-1])):
+            count = next((i for i, token in enumerate(ids) if token != pad), len(ids))
+            if count > 1:
+                detail = f"row {number} {where} in {count} pad ids ({pad}): read as text, without a mask"
+                return Check("padding", True, detail)
+    return None
+
+
 def _is_within(prompt: PromptIds, theirs: tuple[int, ...]) -> bool:
     """Whether a template surrounds the prompt: more than one mark that a tokenizer adds or leaves out."""
     text = tuple(i for i in prompt.ids if i not in (prompt.begin, prompt.end))

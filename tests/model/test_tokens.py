@@ -6,10 +6,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from parity.candidates.tokens import token_check
+from parity.candidates.tokens import padding_remark, token_check
 from parity.dump import RunInfo
 from parity.errors import UsageError
 from parity.reference.checkpoint import EMBEDDED, Checkpoint, find
@@ -64,6 +65,24 @@ def test_the_ids_of_a_dump_are_checked_against_its_prompt(chatting: Checkpoint, 
     assert check(*own, checkpoint=find(str(small))) is None, "it has no tokenizer"
     assert token_check(RunInfo(token_ids=(own,)), chatting) is None
     assert token_check(RunInfo(prompt=TEXT), chatting) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "pad", "detail"),
+    [
+        (((5, 6, 7, 8), (0, 0, 5, 6)), 0, "row 1 begins in 2 pad ids (0): read as text, without a mask"),
+        (((5, 0, 0, 0), (5, 6, 7, 8)), 0, "row 0 ends in 3 pad ids (0): read as text, without a mask"),
+        (((5, 6, 7, 0), (0, 6, 7, 8)), 0, None),  # one may be a mark of the tokenizer's
+        (((5, 0, 0, 6),), 0, None),
+        (((5, 0, 0, 0),), None, None),
+    ],
+)
+def test_ids_that_look_padded_are_remarked(tmp_path: Path, small: Path, rows: Any, pad: Any, detail: Any) -> None:
+    shutil.copytree(small, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token_id": pad}))
+    found = padding_remark(RunInfo(token_ids=rows), find(str(tmp_path / "model")))
+    assert (None if found is None else (found.ok, found.detail)) == (None if detail is None else (True, detail))
 
 
 @pytest.mark.parametrize("agreed", [False, True])
