@@ -15,11 +15,15 @@ from torch import Tensor, nn
 from impl.qwen3 import load
 from parity import words
 from parity.candidates.base import Candidate, dump_file, open_candidate
+from parity.compare.inject import Injected
 from parity.compare.pipeline import diff
 from parity.dump import open_dump, write_safetensors
 from parity.dump.calls import call_name
 from parity.errors import CandidateError, IncomparableError, UsageError
+from parity.faults import parse
+from parity.observer import Observer
 from parity.options import RunOptions
+from parity.reference.replay import Reference
 from parity.results import Comparison, FirstCall
 from parity.run_spec import RunSpec, run_spec
 from tests.architectures import make
@@ -227,3 +231,16 @@ def test_a_bug_of_the_second_chunk_is_found_and_named(small: Path, bug: LateBug)
 def test_bugs_of_later_calls_do_not_show_in_one(small: Path, bug: LateBug) -> None:
     """What one pass shows is no bug of later calls: the plants would prove nothing."""
     assert planted(small, bug, "bfloat16").verdict == "match"
+
+
+def test_a_window_that_stands_still_in_decoding_is_named(tmp_path: Path) -> None:
+    path = make("mistral", tmp_path / "mistral", "float32")
+    run = ask(path, "float32", tokens=" ".join(map(str, (*TOKENS, *TOKENS[:7]))))
+    reference = Reference(run.model())
+    late = Injected(parse("cache-window-stands=16", run.faults), reference, Observer())
+    found = diff(run, late, reference=reference)
+    assert [(f.families, f.fault and f.fault.id) for f in found.findings] == [
+        (("model.layers.*.self_attn.context",), "cache-window-stands")
+    ]
+    assert found.findings[0].fault is not None
+    assert found.findings[0].fault.reads["start"].value == 16
