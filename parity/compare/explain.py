@@ -119,7 +119,7 @@ def _unread(sides: Sides) -> frozenset[str]:
         return frozenset()
     model = sides.reference.working
     own = {name.rpartition(".")[0] for name, _ in model.model.named_parameters()}
-    return frozenset(site.name for site in model.sites if site.module in own)
+    return frozenset(site.name for site in model.sites if site.where == "output" and site.module in own)
 
 
 def _accused(sites: Sequence[Measurement], leaning: Sequence[Finding]) -> tuple[Measurement, ...]:

@@ -223,6 +223,11 @@ def test_rounding_of_the_same_size_is_not_the_same_rounding(tmp_path: Path) -> N
     assert (finding.fault.id, finding.fault.explained) == ("sums-low", pytest.approx(1.0, abs=1e-3))
 
 
+def test_a_wrong_weight_does_not_silence_a_sum_without_weights(checkpoint: Callable[..., Path]) -> None:
+    found = outcome(checkpoint("qwen3"), "bfloat16", Plant("weight-fp8", (0,)), Plant("residual-multiplier", (2,)))
+    assert [n.naming for n in found.named] == ["first", "first"], found.named
+
+
 def test_three_bugs_at_once_are_three_names(checkpoint: Callable[..., Path]) -> None:
     plants = (Plant("weight-fp8", (0,)), Plant("act-relu", (1,)), Plant("residual-dropped-mlp", (3,)))
     found = outcome(checkpoint("qwen3"), "bfloat16", *plants)
