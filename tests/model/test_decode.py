@@ -98,7 +98,7 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize("options", CALLS, ids=str)
+@pytest.mark.parametrize("options", slow_but(CALLS[:2], CALLS), ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("spec", ["impl.qwen3:load", "hf:", "hf:?attn=sdpa"])
 def test_a_port_in_several_calls_matches(small: Path, spec: str, dtype: str, options: dict[str, Any]) -> None:
@@ -202,7 +202,7 @@ def planted(path: Path, bug: LateBug, dtype: str, **options: Any) -> Comparison:
     return diff(ask(path, dtype, **options), open_candidate(model))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], ["float32", "bfloat16"]))
 @pytest.mark.parametrize("bug", LATE, ids=lambda bug: bug.id)
 def test_a_bug_of_decoding_is_found_and_named(small: Path, bug: LateBug, dtype: str) -> None:
     found = planted(small, bug, dtype, decode=4)
@@ -227,7 +227,7 @@ def test_a_bug_of_the_second_chunk_is_found_and_named(small: Path, bug: LateBug)
     assert words.begins(found.findings[0]) == "first at token 5: right up to chunk 1, wrong from chunk 2"
 
 
-@pytest.mark.parametrize("bug", [*LATE, *LATE_CHUNK], ids=lambda bug: bug.id)
+@pytest.mark.parametrize("bug", slow_but(LATE[:1], [*LATE, *LATE_CHUNK]), ids=lambda bug: bug.id)
 def test_bugs_of_later_calls_do_not_show_in_one(small: Path, bug: LateBug) -> None:
     """What one pass shows is no bug of later calls: the plants would prove nothing."""
     assert planted(small, bug, "bfloat16").verdict == "match"
