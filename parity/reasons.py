@@ -83,8 +83,49 @@ class Inconclusive:
     flips              `count` top tokens differ by more than rounding explains
     unexamined         `count` operations are covered by no measured site
     too rough          at `count` sites the reference's own rounding hides anything that could be wrong
+    trouble            a stage failed that could have accused or cleared: the first vital one of `Comparison.troubles`
     """
 
-    kind: Literal["check failed", "no site", "logits unmeasured", "logits off", "flips", "unexamined", "too rough"]
+    kind: Literal[
+        "check failed", "no site", "logits unmeasured", "logits off", "flips", "unexamined", "too rough", "trouble"
+    ]
     count: int = 0
     ratio: float = 0.0
+
+
+Stage = Literal[
+    "second look",
+    "own faults",
+    "causes",
+    "error map",
+    "wrong constants",
+    "power",
+    "next token",
+    "token names",
+    "pictures",
+    "page",
+    "markdown",
+    "step summary",
+]
+# Those that can turn one verdict into another: without them a run is neither a match nor diverged for certain.
+VITAL: tuple[Stage, ...] = ("second look", "wrong constants", "next token")
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """A stage behind the measurement that failed: why, and at what (a site, a family), where it is not all of it.
+
+    second look      whether a legal order of summation explains a site in doubt
+    own faults       whether each of the user's own faults changes anything
+    causes           which known fault a finding is
+    error map        where in a site the error lies
+    wrong constants  which constants are off by less than rounding
+    power            what the run could have seen
+    next token       what both sides say next
+    token names      the text of the tokens
+    pictures, page, markdown, step summary: parts of the report
+    """
+
+    stage: Stage
+    reason: str
+    about: str = ""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from parity.reasons import Gap, Inconclusive, Invisible, NotTried
+from parity.reasons import Gap, Inconclusive, Invisible, NotTried, Trouble
 from parity.showing import Showing
 
 SCHEMA = 2
@@ -297,6 +297,7 @@ class Comparison(Showing):
     inconclusive why the run is inconclusive; None otherwise
     noise_ratio  distance of the candidate's logits from the exact ones, in standard deviations of the noise that
                  stochastic rounding estimates; None where it was not asked for
+    troubles     stages that failed, without which the verdict came out
     """
 
     verdict: RunVerdict
@@ -311,6 +312,7 @@ class Comparison(Showing):
     power: Power | None = None
     noise_ratio: float | None = None
     inconclusive: Inconclusive | None = None
+    troubles: tuple[Trouble, ...] = ()
     schema: int = SCHEMA
 
     @property

@@ -15,14 +15,16 @@ class Showing:
     """What `Comparison` offers beside its numbers."""
 
     def save(self, folder: Path | str, *, plots: bool = True) -> Path:
-        """Write the report into a folder: index.html, report.md, report.json, plots/. Returns the path of the page.
+        """Write the report into a folder: index.html, report.md, report.json, plots/. Returns the path of the page; of
+        report.json where the page could not be made.
 
         Pictures take longer than all the rest; without `plots` there are none. Raises UsageError where the folder
         cannot be written.
         """
         from parity.report.files import write_all
 
-        return write_all(cast("Comparison", self), Path(folder), plots=plots)["index.html"]
+        paths = write_all(cast("Comparison", self), Path(folder), plots=plots).paths
+        return paths.get("index.html", paths["report.json"])
 
     def to_pandas(self) -> Any:
         """A `pandas.DataFrame` with a row for each site: its verdict, the reason and its numbers.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from parity.reasons import Gap, GapKind, Inconclusive, Invisible, NotTried
+from parity.reasons import VITAL, Gap, GapKind, Inconclusive, Invisible, NotTried, Stage, Trouble
 from parity.results import ROUNDING, Comparison, Finding, Measurement
 
 # -- why a site was not measured ------------------------------------------------------------------------------
@@ -82,6 +82,30 @@ def unseen(item: Invisible | NotTried, dtype: str) -> tuple[str, str]:
     return f"drowns in {dtype or 'rounding'}", f"{item.ratio:.1g}x the floor"
 
 
+# -- what failed ----------------------------------------------------------------------------------------------
+
+_TROUBLES: dict[Stage, str] = {
+    "second look": "whether another order of summation explains the sites in doubt is not known",
+    "own faults": "whether your own faults change anything is not known",
+    "causes": "the cause was not looked for",
+    "error map": "where the error lies was not mapped",
+    "wrong constants": "constants that are off by less than rounding were not looked for",
+    "power": "what this run could have seen is not known",
+    "next token": "the next tokens were not compared",
+    "token names": "the tokens have no text",
+    "pictures": "the pictures were not drawn",
+    "page": "index.html was not written",
+    "markdown": "report.md was not written",
+    "step summary": "the step summary was not written",
+}
+
+
+def trouble(found: Trouble) -> str:
+    """What a run lacks because a stage failed, and why: `the pictures were not drawn: ValueError: no font`."""
+    at = f" at {found.about}" if found.about else ""
+    return f"{_TROUBLES[found.stage]}{at}: {found.reason}"
+
+
 # -- the whole run --------------------------------------------------------------------------------------------
 
 
@@ -127,6 +151,8 @@ def _inconclusive(why: Inconclusive, c: Comparison) -> str:
         first = next(m for m in c.sites if m.gap is not None and m.gap.kind == "too rough")
         more = f" and {why.count - 1} more" if why.count > 1 else ""
         return f"nothing can be said of {first.site}{more}: {reason(first)}"
+    if why.kind == "trouble":
+        return trouble(next(t for t in c.troubles if t.stage in VITAL))
     return f"logits agree; {_not_examined(why.count)}: record more sites, or accept it with --allow-unexamined"
 
 

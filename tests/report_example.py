@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from parity import words
-from parity.reasons import Gap, Invisible, NotTried
+from parity.reasons import Gap, Invisible, NotTried, Trouble
 from parity.results import (
     Check,
     Comparison,
@@ -162,6 +162,7 @@ def everything() -> Comparison:
         ),
         coverage=Coverage(9, 11),
         checks=(Check("reference TF32", True, "off"), Check("candidate weights", False, "lm_head.weight differs")),
+        troubles=(Trouble("error map", "ValueError: no room", "model.layers.0.mlp.up_proj"),),
         environment=environment(),
         power=Power(
             ("rope-interleaved", "act-gelu"),
@@ -190,6 +191,7 @@ def matching() -> Comparison:
         next_token=dataclasses.replace(token, candidate=token.reference, flips=0, unexplained_flips=0),
         coverage=Coverage(11, 11),
         checks=(Check("reference TF32", True, "off"),),
+        troubles=(),
         power=None,
     )
     return words.spoken(run)
@@ -227,6 +229,7 @@ def hostile() -> Comparison:
         ),
         next_token=dataclasses.replace(run.next_token, reference=(token, token), candidate=(token, token)),
         checks=(Check(EVIL, False, EVIL), Check(EVIL, True, EVIL)),
+        troubles=(Trouble("causes", EVIL, EVIL),),
         environment=dataclasses.replace(run.environment, **env, versions={EVIL: EVIL}, seconds={EVIL: 1.0}),
         power=Power((EVIL,), (Invisible(EVIL, "no effect", needs=EVIL), Invisible(EVIL, "drowns")), (), EVIL),
     )

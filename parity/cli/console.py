@@ -6,14 +6,17 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parity.errors import UsageError
 from parity.observer import Observer
+from parity.troubles import surviving
 
 if TYPE_CHECKING:
     from parity.faults import Fault
+    from parity.reasons import Trouble
     from parity.results import Comparison
 
 
@@ -44,14 +47,26 @@ def write_report(comparison: Comparison, folder: Path | None, *, json: bool, ver
     from parity.report.markdown import append_step_summary
     from parity.report.terminal import show
 
-    written = write_all(comparison, folder, plots=plots) if folder is not None else {}
+    paths: dict[str, Path] = {}
+    mistake: UsageError | None = None
+    troubles: list[Trouble] = []
+    try:
+        if folder is not None:
+            written = write_all(comparison, folder, plots=plots)
+            comparison, paths = written.comparison, written.paths
+        with surviving(troubles, "step summary"):
+            append_step_summary(comparison)
+    except UsageError as error:  # a full disk must not take away what a long run has found
+        mistake = error
+    comparison = replace(comparison, troubles=(*comparison.troubles, *troubles))
     if json:
         sys.stdout.write(report_json.dumps(comparison))
     else:
         show(comparison, Console(highlight=False), verbose=verbose)
-        if written:
-            print(f"report: {written['index.html']}")
-    append_step_summary(comparison)
+        if paths:
+            print(f"report: {paths.get('index.html', paths['report.json'])}")
+    if mistake is not None:
+        raise mistake
 
 
 def print_json(value: Any) -> None:

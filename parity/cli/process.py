@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import logging
 import os
 import signal
 import sys
@@ -26,6 +27,8 @@ def main() -> None:
     gc.set_threshold(50_000)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of much before it fails with one line
     _read_to_the_end()
+    if debug:
+        _show_what_is_survived()
     with _terminable() as terminated:
         try:
             app([argument for argument in sys.argv[1:] if argument != "--debug"], prog_name="parity")
@@ -43,6 +46,13 @@ def main() -> None:
             reason = " ".join(str(error).split())
             say(f"internal error: {type(error).__name__}: {reason[:300]}. --debug shows where.")
     sys.exit(2)
+
+
+def _show_what_is_survived() -> None:
+    """The traceback of what failed and did not end the run, on stderr."""
+    log = logging.getLogger("parity")
+    log.addHandler(logging.StreamHandler())
+    log.setLevel(logging.DEBUG)
 
 
 def say(text: str) -> None:

@@ -13,8 +13,9 @@ from parity.compare.explain import Explained
 from parity.compare.findings import unexamined
 from parity.compare.measure import Measured
 from parity.compare.sides import Sides
+from parity.diagnose.second_look import FARTHEST
 from parity.observer import Observer
-from parity.reasons import Inconclusive
+from parity.reasons import VITAL, Inconclusive, Trouble
 from parity.reference import chance
 from parity.reference.floor import Local
 from parity.results import (
@@ -39,7 +40,8 @@ def conclude(sides: Sides, measured: Measured, explained: Explained, observer: O
     """The Comparison of a run."""
     sites, end = explained.sites, measured.ending
     limit = total_limit(sites, {name: site.local for name, site in measured.sites.items()})
-    verdict, why = judge_run(sites, explained.findings, sides.checks, end.next_token, limit)
+    troubles = tuple(observer.troubles)
+    verdict, why = judge_run(sites, explained.findings, sides.checks, end.next_token, limit, troubles)
     if why is not None and why.kind == "unexamined" and sides.run.options.allow_unexamined:
         verdict, why = "match", None
     comparison = Comparison(
@@ -55,6 +57,7 @@ def conclude(sides: Sides, measured: Measured, explained: Explained, observer: O
         power=explained.power,
         noise_ratio=end.noise_ratio,
         inconclusive=why,
+        troubles=troubles,
     )
     return words.spoken(comparison)
 
@@ -80,14 +83,19 @@ def judge_run(
     checks: Sequence[Check],
     next_token: NextToken | None,
     limit: float = TOTAL,
+    troubles: Sequence[Trouble] = (),
 ) -> tuple[RunVerdict, Inconclusive | None]:
     """The verdict of the run, and why it is inconclusive if it is.
 
-    `bad` are its findings, after diagnosis; `limit` is what total_limit allows the logits.
+    `bad` are its findings, after diagnosis; `limit` is what total_limit allows the logits. Of `troubles` those count
+    without which the verdict could have been another.
     """
     if bad and all(check.ok or not check.vital for check in checks):
-        return "diverged", None
+        in_doubt = any(t.stage == "second look" for t in troubles) and all(f.ratio <= FARTHEST for f in bad)
+        return ("inconclusive", Inconclusive("trouble")) if in_doubt else ("diverged", None)
     why = _inconclusive(sites, checks, next_token, limit)
+    if why is None and any(t.stage in VITAL for t in troubles):
+        why = Inconclusive("trouble")
     return ("inconclusive", why) if why else ("match", None)
 
 

@@ -49,7 +49,7 @@ class Explained:
     power: Power | None
 
 
-def judge(sides: Sides, measured: Measured) -> Judged:
+def judge(sides: Sides, measured: Measured, observer: Observer) -> Judged:
     """Give every site a verdict, now that the run's rounding mode is known."""
     locals_ = {site: m.local for site, m in measured.sites.items()}
     mode = rounding_mode(locals_.values(), unit_roundoff(sides.reference.working.dtype))
@@ -58,7 +58,9 @@ def judge(sides: Sides, measured: Measured) -> Judged:
     def in_doubt(site: str, local: Local) -> bool:
         return judge_site(local, mode, lucky[site])[0] in BAD
 
-    cleared = second_look(locals_, in_doubt, Workbench(sides.reference, sides.run.ids, sides.recorded))
+    cleared: dict[str, Local] = {}
+    with observer.surviving("second look"):
+        cleared = second_look(locals_, in_doubt, Workbench(sides.reference, sides.run.ids, sides.recorded))
     ours = {site: replace(m, local=cleared.get(site, m.local)) for site, m in measured.sites.items()}
     sites = tuple(
         Measurement(site, "unmeasured", "", gap=pair)
@@ -79,23 +81,26 @@ def explain(sides: Sides, judged: Judged, observer: Observer) -> Explained:
         found = tuple(in_calls(finding, run.calls) for finding in found)
         return Explained(sites, found, untried(run.faults, run.dtype) if run.options.power else None)
     bench = Workbench(sides.reference, run.ids, sides.recorded)
-    refuse_idle(run.faults, bench)
+    with observer.surviving("own faults"):
+        refuse_idle(run.faults, bench)
     unread = _unread(sides)
     if found:
         observer.show("looking for causes", 0, 0)
+        with observer.timed("diagnose"), observer.surviving("causes"):
+            causes = diagnose(found, bench, run.faults, lambda names: finding_of(names, sites), unread, observer)
+            found = tuple(_with_advice(finding) for finding in causes)
         with observer.timed("diagnose"):
-            causes = diagnose(found, bench, run.faults, lambda names: finding_of(names, sites), unread)
-            found = with_error_maps([_with_advice(finding) for finding in causes], sites, bench)
+            found = with_error_maps(found, sites, bench, observer)
     # In float32 the ratio shows any constant, but where an order of summation has widened the floor.
     weak = [s for s in sites if s.site not in unread]
     weak = [s for s in weak if model.dtype is not torch.float32 or s.site in judged.strayed]
     if weak and not judged.mode.truncates:
-        with observer.timed("wrong constants"):
+        with observer.timed("wrong constants"), observer.surviving("wrong constants"):
             leaning = weak_constants(weak, bench, run.faults)
-        sites, found = _accused(sites, leaning), (*found, *leaning)
+            sites, found = _accused(sites, leaning), (*found, *leaning)
     could_see = None
     if run.options.power:
-        with observer.timed("power"):
+        with observer.timed("power"), observer.surviving("power"):
             named = {finding.fault.id for finding in found if finding.fault}
             could_see = power(bench, run.faults, observer, named)
     return Explained(sites, tuple(in_calls(finding, run.calls) for finding in found), could_see)

@@ -59,7 +59,8 @@ def measure(sides: Sides, observer: Observer) -> Measured:
             tasks = [_measuring(v, pairs[v.site.name], sides, storage) for v in values if v.site.name in pairs]
             sites |= zip(pairs, run_together(tasks), strict=True)
             if values and values[-1].site.name == model.sites[-1].name:
-                end = ending(values[-1], sides.run.checkpoint)
+                with observer.surviving("next token"):
+                    end = ending(values[-1], sides.run.checkpoint, observer)
     return Measured(sites, end)
 
 

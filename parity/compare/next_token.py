@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from parity.observer import Observer
 from parity.reference.checkpoint import Checkpoint
 from parity.reference.replay import Replayed
 from parity.reference.transfer import row_blocks
@@ -34,13 +35,15 @@ class Ending:
     noise_ratio: float | None = None
 
 
-def ending(logits: Replayed, checkpoint: Checkpoint) -> Ending:
+def ending(logits: Replayed, checkpoint: Checkpoint, observer: Observer) -> Ending:
     """What both sides say at the end, from the logits (b, t, vocab); nothing if the candidate's are not finite."""
     if logits.candidate is None or not bool(logits.candidate.isfinite().all()):
         return Ending()
     rows = _rows(logits)
     flipped = rows.chosen != rows.expected
-    name = _Names(checkpoint.path)
+    name = _Names()
+    with observer.surviving("token names"):
+        name.read(checkpoint.path)
     next_token = NextToken(
         reference=_top(logits.plain[-1, -1].float(), name),
         candidate=_top(logits.candidate[-1, -1].float(), name),
@@ -134,12 +137,14 @@ def _top(logits: Tensor, names: _Names) -> tuple[Token, ...]:
 class _Names:
     """Token ids as text; a number in brackets where the model has no tokenizer."""
 
-    def __init__(self, path: Path) -> None:
-        self._tokenizer = None
+    _tokenizer: Any = None
+
+    def read(self, path: Path) -> None:
+        """Read the tokenizer of the model in a directory, if it has one."""
         if (path / "tokenizer.json").is_file():
             from tokenizers import Tokenizer
 
             self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
 
     def __call__(self, token: int) -> str:
-        return self._tokenizer.decode([token], skip_special_tokens=False) if self._tokenizer else f"[{token}]"
+        return str(self._tokenizer.decode([token], skip_special_tokens=False)) if self._tokenizer else f"[{token}]"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from parity.candidates.base import Candidate, require_calls
@@ -31,7 +32,7 @@ def diff(
 
     Raises ParityError: CandidateError, DumpError, ModelError, UsageError or IncomparableError.
     """
-    observer = observer or Observer()
+    observer = replace(observer or Observer(), troubles=[])  # one observer may watch many runs
     reference = reference or Reference(run.model())
     run = run.continued(reference.working)
     require_calls(candidate, run)
@@ -55,6 +56,6 @@ def diff(
 def compare(sides: Sides, observer: Observer) -> Comparison:
     """Measure, judge, explain, conclude."""
     measured = measure(sides, observer)
-    judged = judge(sides, measured)
+    judged = judge(sides, measured, observer)
     explained = explain(sides, judged, observer)
     return conclude(sides, measured, explained, observer)

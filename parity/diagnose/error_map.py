@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from parity.diagnose.workbench import Workbench
+from parity.observer import Observer
 from parity.results import Finding, Measurement, Residual, four_digits
 from parity.sites import FLATTENED, Dims
 
@@ -17,10 +18,17 @@ from parity.sites import FLATTENED, Dims
 _TOKENS, _COLUMNS = 64, 32
 
 
-def with_error_maps(findings: Sequence[Finding], sites: Sequence[Measurement], bench: Workbench) -> tuple[Finding, ...]:
+def with_error_maps(
+    findings: Sequence[Finding], sites: Sequence[Measurement], bench: Workbench, observer: Observer
+) -> tuple[Finding, ...]:
     """The findings, each with the residual of its site with the largest ratio."""
     ratios = {m.site: m.ratio or 0.0 for m in sites}
-    return tuple(replace(f, residual=residual(max(f.sites, key=ratios.__getitem__), bench)) for f in findings)
+    mapped = list(findings)
+    for position, finding in enumerate(findings):
+        worst = max(finding.sites, key=ratios.__getitem__)
+        with observer.surviving("error map", worst):
+            mapped[position] = replace(finding, residual=residual(worst, bench))
+    return tuple(mapped)
 
 
 def residual(site: str, bench: Workbench) -> Residual | None:

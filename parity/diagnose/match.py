@@ -15,6 +15,7 @@ from parity.diagnose.spans import span_before
 from parity.diagnose.trial import Case, Trial, attempt
 from parity.diagnose.workbench import Workbench
 from parity.faults import Fault, shows_at
+from parity.observer import Observer
 from parity.reference.one_operation import LoadedPiece
 from parity.results import Finding
 
@@ -24,15 +25,24 @@ _WHOLE, _IN_VAIN = 4, 2
 
 
 def diagnose(
-    findings: Sequence[Finding], bench: Workbench, catalogue: Sequence[Fault], part: Part, unread: Collection[str] = ()
+    findings: Sequence[Finding],
+    bench: Workbench,
+    catalogue: Sequence[Fault],
+    part: Part,
+    unread: Collection[str],
+    observer: Observer,
 ) -> tuple[Finding, ...]:
     """The findings with their causes: split by layers where these differ, merged where one fault explains several.
 
     `part` makes the finding of some sites of a family; at the sites `unread` no number is read, because the weights
-    there are known to differ.
+    there are known to differ. A finding at which this fails has no cause, and `observer` is told.
     """
     flagged = {site for finding in findings for site in finding.sites}
-    return assigned([_tried(finding, bench, catalogue, flagged, unread) for finding in findings], part)
+    tried = [Tried(finding, {}) for finding in findings]
+    for position, finding in enumerate(findings):
+        with observer.surviving("causes", finding.families[0]):
+            tried[position] = _tried(finding, bench, catalogue, flagged, unread)
+    return assigned(tried, part)
 
 
 def _tried(

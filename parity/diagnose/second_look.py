@@ -22,7 +22,7 @@ from parity.reference.replay import Replayed, mean_square
 _DRAWS = 4
 # No legal way leads farther, in units of the floor: a plain loop of 65,536 terms may be off by 65 unit roundoffs, and a
 # floor is at least 0.3 of one.
-_FARTHEST = 256.0
+FARTHEST = 256.0
 ANY = "sums in an order of its own"
 
 InDoubt = Callable[[str, Local], bool]
@@ -34,7 +34,7 @@ def second_look(measured: Mapping[str, Local], in_doubt: InDoubt, bench: Workben
     Nothing is asked of dtypes narrower than float32, in which no order of summation shows.
     """
     model = bench.reference.working
-    doubtful = [n for n, local in measured.items() if in_doubt(n, local) and local.ratio <= _FARTHEST]
+    doubtful = [n for n, local in measured.items() if in_doubt(n, local) and local.ratio <= FARTHEST]
     if model.dtype is not torch.float32 or not model.is_cut or not doubtful:
         return {}
     cleared: dict[str, Local] = {}

@@ -85,6 +85,7 @@ def _templates() -> Templates:
         times=text.times,
         plural=text.plural,
         plain=_keep_newlines,
+        trouble=words.trouble,
     )
     return templates
 

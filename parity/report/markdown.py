@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from parity import words
 from parity.columns import LAYER_COLUMNS
 from parity.errors import UsageError
 from parity.report import summaries, text
@@ -112,6 +113,7 @@ def _answers(comparison: Comparison) -> Iterator[str]:
     for check in comparison.checks:
         if not check.ok:
             yield f"**check failed:** {escape(check.name)}: {escape(check.detail)}"
+    yield from (f"**failed:** {escape(words.trouble(trouble))}" for trouble in comparison.troubles)
 
 
 def _findings(comparison: Comparison, pictures: Mapping[str, str]) -> Iterator[str]:
@@ -147,17 +149,17 @@ def _reasons(finding: Finding) -> Iterator[str]:
         yield f"- {escape(text.span(finding))}"
 
 
-def _picture(name: str, words: str, pictures: Mapping[str, str]) -> Iterator[str]:
+def _picture(name: str, about: str, pictures: Mapping[str, str]) -> Iterator[str]:
     if name in pictures:
-        yield f"![{words}]({pictures[name].replace(os.sep, '/').replace(' ', '%20')})"
+        yield f"![{about}]({pictures[name].replace(os.sep, '/').replace(' ', '%20')})"
 
 
 def _layers(comparison: Comparison, pictures: Mapping[str, str]) -> Iterator[str]:
     table = rows(comparison.sites)
     yield "### Layers"
     yield ""
-    for name, words in _PICTURES:
-        if picture := list(_picture(name, words, pictures)):
+    for name, about in _PICTURES:
+        if picture := list(_picture(name, about, pictures)):
             yield from [*picture, ""]
     heads = ["layer", "verdict", "sites", "ratio", "at", *(f"worst {column.title}" for column in LAYER_COLUMNS[1:])]
     lines = [f"| {' | '.join(heads)} |", f"|:--|:--|--:|--:|:--{'|--:' * (len(heads) - 5)}|"]

@@ -72,6 +72,8 @@ def show(comparison: Comparison, console: Console, *, verbose: bool = False) -> 
     for check in comparison.checks:
         if not check.ok:
             line(console, Text(f"check failed: {visible(check.name)}: {visible(check.detail)}", style="yellow"))
+    for trouble in comparison.troubles:
+        line(console, Text(f"failed: {visible(words.trouble(trouble))}", style="yellow"))
     _power(comparison, console, verbose=verbose)
     console.print()
     _layers(rows(comparison.sites), console, verbose=verbose)

@@ -61,8 +61,7 @@ class Answers:
 
 
 def _make(run: Run, folder: Path) -> None:
-    from parity.report import html
-    from parity.report import json as report_json
+    from parity.report.files import write_all
     from parity.testing.items import compare
 
     try:
@@ -70,8 +69,7 @@ def _make(run: Run, folder: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("default")
             comparison = compare(run)
-        (folder / "report.json").write_text(report_json.dumps(comparison), encoding="utf-8")
-        (folder / "index.html").write_text(html.render(comparison), encoding="utf-8")
+        write_all(comparison, folder, plots=False)
     except ParityError as error:
         (folder / "trouble.json").write_text(json.dumps([str(error), isinstance(error, ModelError)]), encoding="utf-8")
     except Exception as error:

@@ -18,12 +18,13 @@ from tests.unit.sources import sources
 FLOORS: dict[str, set[str]] = {
     "errors": set(),
     "untrusted": set(),
-    "observer": set(),
     "load_object": {"errors"},
     "sites": set(),
     "columns": set(),
     "settings": {"errors", "columns"},
     "reasons": set(),
+    "troubles": {"errors", "reasons"},
+    "observer": {"reasons", "troubles"},
     "showing": {"columns"},
     "results": {"reasons", "showing"},
     "words": {"reasons", "results"},
@@ -56,11 +57,12 @@ FLOORS: dict[str, set[str]] = {
         "diagnose",
     },
     "api": {"errors", "observer", "options", "results", "dump", "run_spec", "candidates", "compare"},
-    "report": {"errors", "untrusted", "columns", "dump_coverage", "sites", "reasons", "results", "words"},
+    "report": {"errors", "troubles", "untrusted", "columns", "dump_coverage", "sites", "reasons", "results", "words"},
     "cli": {
         "errors",
         "preflight",
         "reasons",
+        "troubles",
         "words",
         "observer",
         "options",
@@ -173,6 +175,7 @@ def test_an_import_from_above_is_found(package: str, source: str) -> None:
 def test_reports_see_nothing_but_results() -> None:
     assert FLOORS["report"] == {
         "errors",
+        "troubles",
         "untrusted",
         "columns",
         "dump_coverage",

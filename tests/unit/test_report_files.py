@@ -25,7 +25,7 @@ EXAMPLE = ROOT / "reports" / "example"
 def test_what_is_written_is_what_was_rendered(make: object, tmp_path: Path) -> None:
     assert callable(make)
     run = make()
-    written = write_all(run, tmp_path / "new" / "folder", plots=False)
+    written = write_all(run, tmp_path / "new" / "folder", plots=False).paths
     assert list(written) == ["report.json", "index.html", "report.md"]
     assert report_json.dumps(report_json.load(written["report.json"])) == report_json.dumps(run)
     assert written["index.html"].read_text(encoding="utf-8") == html.render(run)
@@ -40,7 +40,7 @@ class Stopped(BaseException):
 def test_what_is_stopped_halfway_leaves_the_report_of_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    before = {name: path.read_bytes() for name, path in write_all(matching(), tmp_path, plots=False).items()}
+    before = {name: path.read_bytes() for name, path in write_all(matching(), tmp_path, plots=False).paths.items()}
     write_text = Path.write_text
 
     def half(path: Path, text: str, *args: Any, **options: Any) -> int:
@@ -62,7 +62,7 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_with_pictures(tmp_path: Path) -> None:
-    written = write_all(everything(), tmp_path)
+    written = write_all(everything(), tmp_path).paths
     assert {"plots/map.svg", "plots/finding-1.png"} <= set(written)
     assert all(path.is_file() for path in written.values())
     assert "](plots/map.png)" in written["report.md"].read_text(encoding="utf-8")
@@ -91,7 +91,7 @@ def test_a_report_of_before_there_were_histograms_residuals_and_samples_is_rende
     old.write_text(json.dumps(raw), encoding="utf-8")
     run = report_json.load(old)
     assert all(m.ulps is None for m in run.sites)
-    assert list(write_all(run, tmp_path / "new", plots=False)) == ["report.json", "index.html", "report.md"]
+    assert list(write_all(run, tmp_path / "new", plots=False).paths) == ["report.json", "index.html", "report.md"]
     names = list(plots._pictures(run))
     assert "finding-1" in names
     assert "logits" not in names

@@ -114,7 +114,8 @@ def test_counts_on_the_page_are_counts_in_the_data(make: Callable[[], Comparison
     assert {verdict: int(count) for count, verdict in said} == expected
     assert len(shown.all("article", **{"class": "finding"})) == len(run.findings)
     assert len([1 for found in shown.all("tr") if "data-verdict" in found]) == len(rows(run.sites))
-    assert len([1 for found in shown.all("p", **{"class": "warning"})]) == sum(not check.ok for check in run.checks)
+    warnings = sum(not check.ok for check in run.checks) + len(run.troubles)
+    assert len([1 for found in shown.all("p", **{"class": "warning"})]) == warnings
     assert f"{run.coverage.measured} of {run.coverage.known}" in shown.text
 
 

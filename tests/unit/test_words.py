@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from parity import words
-from parity.reasons import Gap, GapKind, Inconclusive, Invisible, NotTried
+from parity.reasons import VITAL, Gap, GapKind, Inconclusive, Invisible, NotTried, Stage, Trouble
 from parity.results import Check, Comparison
 from tests.report_example import everything, matching, measurement
 
@@ -55,6 +55,10 @@ def inconclusive(why: Inconclusive, **more: Any) -> Comparison:
             inconclusive(Inconclusive("logits off", ratio=4.14)),
             "every operation rounds as it should, yet the logits are 4",
         ),
+        (
+            inconclusive(Inconclusive("trouble"), troubles=(Trouble("power", "a"), Trouble(VITAL[-1], "E: b"))),
+            "the next tokens were not compared: E: b",
+        ),
         (inconclusive(Inconclusive("flips", count=2)), "2 top tokens differ by more than rounding explains"),
         (
             inconclusive(Inconclusive("unexamined", count=1)),
@@ -88,3 +92,9 @@ def test_a_bug_that_the_logits_do_not_show_is_not_explained_away() -> None:
     same = replace(run, sites=(measurement("lm_head", "exact", 1.0, max_abs=0.0, mse=0.0),))
     assert words.answer(same).endswith("although not every operation is right: see the findings")
     assert words.answer(replace(same, verdict="match")).endswith("the same values as in the reference's own run")
+
+
+def test_every_stage_that_can_fail_has_words_of_its_own() -> None:
+    said = {words.trouble(Trouble(stage, "")) for stage in typing.get_args(Stage)}
+    assert len(said) == len(typing.get_args(Stage))
+    assert words.trouble(Trouble("causes", "E: no", "a.b")) == "the cause was not looked for at a.b: E: no"
