@@ -2,7 +2,8 @@
 
 A site carries the name of the transformers module whose output it is, which is also its name in the
 checkpoint (`model.layers.3.self_attn.q_proj`). Values that no module returns stand beside where they
-arise: `self_attn.q_rope`, `k_rope`, `scores`, `probs`, `context`; `resid_mid`; `mlp.product`.
+arise: `self_attn.q_rope`, `k_rope`, `scores`, `probs`, `context`; `resid_mid`; `mlp.product`; `conv_output`,
+`decay`, `beta`, `dt`, `gate`, `state_output` in linear attention and state spaces; `q_rotated`, `k_rotated`.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ class Site:
     """A named place in the forward pass.
 
     `dims` are the axis names of the reference's own layout, `shape` the sizes in one run, `dtype` as torch
-    spells it. `where` tells how the value is reached: a module's `output`, a module's `input`, or `attention`
-    (inside the attention function of `module`). `overwritten` says that the model later writes into the value.
+    spells it. `where` tells how the value is reached: a module's `output`, a module's `input`, `attention`
+    (inside the attention function of `module`) or `scan` (inside another function that it calls).
+    `overwritten` says that the model later writes into the value.
     """
 
     name: str

@@ -11,10 +11,11 @@ from torch import nn
 from parity.errors import UsageError
 from parity.record.attention import register
 from parity.record.experts import IN_ROUTER
+from parity.record.scans import SCAN
 from parity.record.tap import without_wrappers
 from parity.sites import Site
 
-_BETWEEN = ("input", "attention", *IN_ROUTER)
+_BETWEEN = ("input", "attention", SCAN, *IN_ROUTER)
 
 
 def places_of(module: nn.Module) -> dict[str, str]:
@@ -26,7 +27,7 @@ def places_of(module: nn.Module) -> dict[str, str]:
 
 
 def between_modules(module: nn.Module, sites: Sequence[Site], places: Mapping[str, str]) -> list[Site]:
-    """Those of `sites` inside of or between modules (inputs, attention, routers) whose code is transformers' own.
+    """Those of `sites` inside of or between modules (inputs, attention, routers, …) whose code is transformers' own.
 
     A port's own class may compute something else at such a place, or nothing: there a name means nothing.
     A compiled model is left alone, because a tap there would take apart what the compiler has fused.

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 from parity.record.attention import INSIDE, attention_taps
 from parity.record.chain import Chain, taken, watch_chain
 from parity.record.experts import IN_ROUTER, RouterProbe, experts_in, makes_logits, mixture_sites, routing_of
+from parity.record.scans import SCAN, scan_taps, scanning_modules
 from parity.record.tap import first_tensor, quiet_torch
 from parity.sites import Dims, Site, numbered, without_call
 
@@ -222,10 +223,11 @@ def _watching(model: nn.Module, watch: _Watch, *, inner: bool) -> Iterator[None]
             module, inside = site.rsplit(".", 1)
             site, calls[site] = numbered(site, calls[site]), calls[site] + 1
             if watch.is_new(value):
-                watch.note(site, value, module, "attention", INSIDE[inside])
+                watch.note(site, value, module, "attention" if inside in INSIDE else SCAN, INSIDE.get(inside))
             return value
 
         stack.enter_context(attention_taps(attention, tap))
+        stack.enter_context(scan_taps(model, scanning_modules(model), tap))
         stack.enter_context(watch.routers)
         yield
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from parity.record.attention import attention_taps
 from parity.record.experts import GIVEN, IN_ROUTER, routing_taps
+from parity.record.scans import SCAN, scan_taps
 from parity.sites import Site, numbered, without_call
 
 Tap = Callable[[str, Tensor], Tensor]
@@ -27,9 +28,10 @@ def tapping(model: nn.Module, sites: Iterable[Site], tap: Tap, *, every_call: bo
     """Bring `tap` to the sites of `model` for the duration of the block, which is one forward pass.
 
     Outputs are tapped by forward hooks, inputs by forward pre-hooks, values inside attention by the
-    attention function of `parity.record.attention` (the model must have been built with it), those of a
-    mixture of experts as `parity.record.experts` says. Further calls of a
-    module are tapped where they are among the sites, or with `every_call` in any case, under their numbers.
+    attention function of `parity.record.attention` (the model must have been built with it), those inside
+    state spaces and the like as `parity.record.scans` says, those of a mixture of experts as
+    `parity.record.experts` says. Further calls of a module are tapped where they are among the sites, or with
+    `every_call` in any case, under their numbers.
     Of a value that the model writes into later the tap gets a copy, and the model gets one of what the tap gives.
     """
     sites = list(sites)
@@ -38,19 +40,20 @@ def tapping(model: nn.Module, sites: Iterable[Site], tap: Tap, *, every_call: bo
     each_call = _numbering(tap, None if every_call else known)
     hooked: set[tuple[str, str]] = set()
     routers: list[Site] = []
-    inside_attention: dict[nn.Module, dict[str, str]] = {}
+    inside: dict[str, dict[nn.Module, dict[str, str]]] = {"attention": {}, SCAN: {}}
     with ExitStack() as stack:
         for site in sites:
             module = model.get_submodule(site.module)
             if site.where in (*IN_ROUTER, *GIVEN):
                 routers.append(site)
-            elif site.where == "attention":
+            elif site.where in inside:
                 name = without_call(site.name)
-                inside_attention.setdefault(module, {})[name.rsplit(".", 1)[-1]] = name
+                inside[site.where].setdefault(module, {})[name.rsplit(".", 1)[-1]] = name
             elif (name := without_call(site.name), site.where) not in hooked:
                 hooked.add((name, site.where))
                 stack.callback(_hook(module, name, site.where, each_call))
-        stack.enter_context(attention_taps(inside_attention, each_call))
+        stack.enter_context(attention_taps(inside["attention"], each_call))
+        stack.enter_context(scan_taps(model, inside[SCAN], each_call))
         stack.enter_context(routing_taps(model, routers, tap))
         yield
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from parity.record.chain import find_layers
 from parity.record.discover import kind_of
+from parity.record.scans import SCAN
 from parity.record.tap import Tap, quiet_torch, tapping
 from parity.reference.pieces import HEAD, Piece, PiecewiseModel
 from parity.reference.precision import unit_roundoff
@@ -108,7 +109,7 @@ def _pieces(working: PiecewiseModel) -> list[Piece]:
 
 def _stock_values(working: PiecewiseModel, ids: Tensor, pieces: list[Piece]) -> Values:
     """What the loaded model gives at the sites of some pieces that its modules take or return; empty if too large."""
-    wanted = [s for p in pieces for s in working.sites_of(p) if s.where in ("input", "output")]
+    wanted = [s for p in pieces for s in working.sites_of(p) if s.where in ("input", "output", SCAN)]
     model = _stock(working, len(working.layers) if HEAD in pieces else len(pieces) - 1)
     values: Values = {}
     if model is not None:
