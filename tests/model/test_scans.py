@@ -193,12 +193,12 @@ def reversed_halves(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def unplussed(block: nn.Module) -> None:
-    """The time step as the projection gives it, without softplus."""
+    """The time step as the projection gives it, without softplus; negative ones are cut, which would explode."""
     from torch.overrides import TorchFunctionMode
 
     class Plain(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            return args[0].clone() if func is torch.nn.functional.softplus else func(*args, **(kwargs or {}))
+            return args[0].relu() if func is torch.nn.functional.softplus else func(*args, **(kwargs or {}))
 
     forward = block.forward
 
