@@ -45,6 +45,9 @@ class Workbench:
             # Final norm and head treat every token alike, and a vocabulary is large.
             ids = ids[:, -tokens:]
             hidden, inside = hidden[:, -tokens:], {name: value[:, -tokens:] for name, value in inside.items()}
+        # Once for all trials.
+        hidden = None if hidden is None else hidden.to(working.device)
+        inside = {name: value.to(working.device) for name, value in inside.items()}
         with working.loaded(piece), self.reference.precise.loaded(piece):
             self.reference.prepare(self.input_ids)
             yield LoadedPiece(piece, ids, hidden, inside)
