@@ -175,12 +175,29 @@ def test_without_a_histogram_the_details_say_why(browser: Browser, tmp_path: Pat
 
 def test_an_unmeasured_cell_says_why(page: Browser) -> None:
     page.cell("model.layers.1.mlp.act_fn").click()
-    assert "shape (8, 3) for (8, 4)" in page.find("#site").text
+    assert "shape (8, 3) does not fit token=8 feature=4" in page.find("#site").text
 
 
 def test_a_finding_leads_to_its_worst_site(page: Browser) -> None:
     page.find("#finding-1 a[data-site]").click()
     assert page.find("#site h3").text == "model.layers.1.self_attn.q_rope"
+
+
+def test_the_worst_site_of_the_first_finding_is_open_from_the_start(browser: Browser, folder: Path) -> None:
+    browser.open(folder / "everything.html")
+    assert browser.find("#site h3").text == "model.layers.1.self_attn.q_rope"
+    assert browser.js("return scrollY") == 0
+    browser.open(folder / "everything.html", width=400)
+    assert not browser.all("#site h3"), "it would cover the findings"
+
+
+def test_the_names_of_layers_stay_where_the_map_scrolls(browser: Browser) -> None:
+    browser.open(ROOT / "reports" / "example" / "index.html", width=400)
+    assert browser.js("const s = document.querySelector('.map .scroll'); s.scrollLeft = 120; return s.scrollLeft") > 40
+    left = "return document.querySelector(arguments[0]).getBoundingClientRect().left"
+    edge = browser.js(left, ".map .scroll")
+    for corner in (".grid thead th", ".grid tbody th"):
+        assert abs(browser.js(left, corner) - edge) < 2, corner
 
 
 def test_an_address_leads_to_a_site(browser: Browser, folder: Path) -> None:

@@ -229,5 +229,8 @@
   setUpMap();
   setUpTable();
   const wanted = /^#site-(\d+)$/.exec(location.hash);
+  const worst = document.querySelector("a[data-site]");
   if (wanted) open(Number(wanted[1]));
+  // On a small screen the details would cover the findings.
+  else if (worst && !matchMedia("(max-width: 1100px)").matches) show(Number(worst.dataset.site));
 })();
