@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from parity.faults.fault import LAST, TWO_TOKENS, Change, Fault, Number, Scope, fault
-from parity.faults.patches.attention import INSIDE, has_attention, reading, seeing, window_of
-from parity.faults.patches.numbers import stored_as
+from parity.faults.patches.attention import INSIDE, has_attention, reading, seeing, softmax_as, window_of
+from parity.faults.patches.modules import together
+from parity.faults.patches.numbers import stored_as, wide
 
 
 def _in_fp8(x: Tensor) -> Tensor:
@@ -46,6 +47,37 @@ def _in_int8(x: Tensor) -> Tensor:
 )
 def kv_cache_int8(scope: Scope) -> Change:
     return _cache_in(scope, _in_int8)
+
+
+def _in_fp16(x: Tensor) -> Tensor:
+    return stored_as(x, torch.float16)
+
+
+@fault(
+    id="kv-cache-fp16",
+    title="keys and values are kept in float16",
+    sites=INSIDE,
+    fix="keep the cache in the dtype of the model (llama.cpp: --cache-type-k f32 --cache-type-v f32), or accept it",
+    source="llama.cpp keeps its cache in F16 unless told otherwise",
+    needs="float32",
+    applies=has_attention,
+)
+def kv_cache_fp16(scope: Scope) -> Change:
+    return _cache_in(scope, _in_fp16)
+
+
+@fault(
+    id="attention-operands-fp16",
+    title="attention multiplies float16: queries, keys, values and probabilities are rounded to it",
+    sites=("scores", "probs", "context"),
+    fix="keep cache and products of attention in float32 (llama.cpp: cache types f32), or accept it",
+    source="llama.cpp: a product with an F16 cache rounds the other operand to F16",
+    needs="float32",
+    applies=has_attention,
+)
+def attention_operands_fp16(scope: Scope) -> Change:
+    operands = reading(scope, lambda q, k, v: (_in_fp16(q), _in_fp16(k), _in_fp16(v)))
+    return together(operands, softmax_as(lambda scores: _in_fp16(scores.to(wide(scores.dtype)).softmax(-1))))
 
 
 # The first token that sees the wrong keys: usually the first that was decoded.
@@ -144,6 +176,8 @@ def cache_window_stands(scope: Scope, start: float) -> Change:
 FAULTS: tuple[Fault, ...] = (
     kv_cache_fp8,
     kv_cache_int8,
+    kv_cache_fp16,
+    attention_operands_fp16,
     cache_unused,
     cache_lost,
     cache_not_extended,

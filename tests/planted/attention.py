@@ -122,6 +122,18 @@ def in_int8(self: Attention, heads: Tensor) -> Tensor:
     return grouped(self, (heads / step).round() * step)
 
 
+def in_fp16(self: Attention, heads: Tensor) -> Tensor:
+    return grouped(self, heads.half().to(heads.dtype))
+
+
+def scores_of_fp16(self: Attention, q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    return plain_scores(self, q.half().to(q.dtype), k, mask)
+
+
+def softmax_kept_in_fp16(scores: Tensor) -> Tensor:
+    return plain_softmax(scores).half().to(scores.dtype)
+
+
 def reversed_heads(self: Attention, heads: Tensor) -> Tensor:
     return grouped(self, heads.flip(1))
 
@@ -356,6 +368,27 @@ BUGS = (
         SCORES,
         CONTEXT,
         kind="precision",
+        min_tokens=1,
+    ),
+    _bug(
+        "kv-cache-fp16",
+        "keys and values stored in float16",
+        attending(group_k=in_fp16, group_v=in_fp16),
+        SCORES,
+        CONTEXT,
+        kind="precision",
+        dtypes=("float32",),
+        min_tokens=1,
+    ),
+    _bug(
+        "attention-operands-fp16",
+        "queries, keys, values and probabilities rounded to float16 before they are multiplied",
+        attending(scores=scores_of_fp16, softmax=softmax_kept_in_fp16, group_k=in_fp16, group_v=in_fp16),
+        SCORES,
+        PROBS,
+        CONTEXT,
+        kind="precision",
+        dtypes=("float32",),
         min_tokens=1,
     ),
     _bug(
