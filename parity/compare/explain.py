@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from parity.compare.findings import finding_of, findings, in_calls
+from parity.compare.findings import finding_of, findings, in_calls, spanning
 from parity.compare.judge import RoundingMode, judge_site, luck, rounding_mode
 from parity.compare.measure import Measured, MeasuredSite
 from parity.compare.routing import judge_routers
@@ -58,16 +58,20 @@ def judge(sides: Sides, measured: Measured, observer: Observer) -> Judged:
     def in_doubt(site: str, local: Local) -> bool:
         return judge_site(local, mode, lucky[site])[0] in BAD
 
+    def judged(cleared: Mapping[str, Local]) -> tuple[Measurement, ...]:
+        ours = {site: replace(m, local=cleared.get(site, m.local)) for site, m in measured.sites.items()}
+        return tuple(
+            Measurement(site, "unmeasured", "", gap=pair)
+            if isinstance(pair, Gap)
+            else _judged(ours[site], mode, lucky[site])
+            for site, pair in sides.pairs.items()
+        )
+
     cleared: dict[str, Local] = {}
     with observer.surviving("second look"):
-        cleared = second_look(locals_, in_doubt, Workbench(sides.reference, sides.run.ids, sides.recorded))
-    ours = {site: replace(m, local=cleared.get(site, m.local)) for site, m in measured.sites.items()}
-    sites = tuple(
-        Measurement(site, "unmeasured", "", gap=pair)
-        if isinstance(pair, Gap)
-        else _judged(ours[site], mode, lucky[site])
-        for site, pair in sides.pairs.items()
-    )
+        bench = Workbench(sides.reference, sides.run.ids, sides.recorded)
+        cleared = second_look(locals_, in_doubt, bench, spanning(judged({})))
+    sites = judged(cleared)
     routed = judge_routers(sites, sides.reference.routes)
     strayed = frozenset(site for site, local in cleared.items() if local.way == ANY)
     return Judged(mode, routed, findings(routed), strayed)

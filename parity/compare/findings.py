@@ -63,6 +63,11 @@ def _span_before(sites: Sequence[Measurement], position: int) -> tuple[str, ...]
     return span_before([m.site for m in sites], position, measured.__contains__)
 
 
+def spanning(sites: Sequence[Measurement]) -> frozenset[str]:
+    """The bad sites whose verdict covers operations that were not measured, too."""
+    return frozenset(m.site for i, m in enumerate(sites) if m.verdict in BAD and _span_before(sites, i))
+
+
 def unexamined(sites: Sequence[Measurement]) -> tuple[str, ...]:
     """The sites whose operations no verdict speaks of.
 

@@ -16,9 +16,11 @@ The thresholds, in units of the floor unless another unit is given, and what mea
 | u(1 + ln f/2 + k/4) | relative error of RoPE's k-th frequency f | rope_phases | test_legal_ways |
 | u√(n/6) | a number: a float32 sum of n products | reference.floor | .clean |
 | 256 | ratio up to which a legal way may explain it | diagnose.second_look | u(1.5 + √n/4) of 65,536 terms |
+| 4 draws of stochastic rounding | a row after operations that were not recorded | second_look | .clean |
 | 0.05, 5/√numbers | correlation of the error with the value | _COHERENT, _follows_value | .localization |
 | −0.36u, −0.35, 8 sites | loss, correlation, number of sites of truncation | _TRUNCATION… | .localization, .clean |
 | 4 x chance x noise of operations | the logits' total error over the reference's | conclude.total_limit | .clean |
+| 5 x 8 draws of stochastic rounding | what a flipped top token had lost | compare.next_token | .clean |
 | 4u, 1e-5 | effect, relative change of a constant that is told | diagnose.readings | test_readings |
 
 u is the unit roundoff of float32, 2⁻²⁴; in the row of truncation that of the working dtype.

@@ -1,4 +1,9 @@
-"""The end of the run: what both sides would say next, and whether rounding explains where they differ."""
+"""The end of the run: what both sides would say next, and whether rounding explains where they differ.
+
+A top token that was flipped is explained if it had lost by no more than the noise of that difference. The reference's
+own error at the token says how large that is, but it is one draw: where it is not enough, the noise of just these two
+logits is measured by rounding all of the run at random, again and again.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +27,8 @@ _TOP = 5
 _SAMPLE, _LARGEST = 512, 64
 # A top token that rounding flipped lost by at most this many standard deviations of the noise.
 _SIGMAS = 5.0
+# Runs that are rounded at random, to measure it: with as many the limit is passed by chance once in a thousand flips.
+DRAWS = 8
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ def ending(logits: Replayed, checkpoint: Checkpoint, observer: Observer) -> Endi
         return Ending()
     rows = _rows(logits)
     flipped = rows.chosen != rows.expected
+    noise = torch.maximum(rows.noise, _of_margins(logits, rows))
     name = _Names()
     with observer.surviving("token names"):
         name.read(checkpoint.path)
@@ -48,14 +56,14 @@ def ending(logits: Replayed, checkpoint: Checkpoint, observer: Observer) -> Endi
         reference=_top(logits.plain[-1, -1].float(), name),
         candidate=_top(logits.candidate[-1, -1].float(), name),
         flips=int(flipped.sum()),
-        unexplained_flips=int((flipped & (rows.lost > _SIGMAS * rows.noise)).sum()),
+        unexplained_flips=int((flipped & (rows.lost > _SIGMAS * noise)).sum()),
         positions=len(flipped),
         max_kl=float(rows.kl.max()),
         margin_sigma=float(rows.noise[-1]),
         sample=sample_of(logits.plain[-1, -1].float().cpu(), logits.candidate[-1, -1].float().cpu()),
     )
-    noise = _in_sigmas(logits.candidate.to(logits.own.device), logits.ideal, logits.noise) if logits.noise else None
-    return Ending(next_token, noise)
+    ratio = _in_sigmas(logits.candidate.to(logits.own.device), logits.ideal, logits.noise) if logits.noise else None
+    return Ending(next_token, ratio)
 
 
 def _in_sigmas(candidate: Tensor, ideal: Tensor, noise: Sequence[Tensor]) -> float:
@@ -97,6 +105,22 @@ def _block(candidate: Tensor, own: Tensor, ideal: Tensor) -> _Rows:
     chosen, expected = candidate.argmax(-1), own.argmax(-1)
     right, given = (ideal.gather(-1, token[:, None])[:, 0] for token in (expected, chosen))
     return _Rows(noise, kl_divergence(candidate, own), chosen, expected, right - given)
+
+
+def _of_margins(logits: Replayed, rows: _Rows) -> Tensor:
+    """How far stochastic rounding moves the difference of both sides' top tokens, of each token (n): RMS of the passes.
+
+    0 if no such passes were made.
+    """
+    moved = torch.zeros(len(rows.lost), dtype=torch.float64)
+    for one in logits.noise:
+        flat = one.flatten(0, -2)
+        right, given = (
+            flat.gather(-1, token.to(flat.device)[:, None])[:, 0].double().cpu()
+            for token in (rows.expected, rows.chosen)
+        )
+        moved += (right - given - rows.lost).square()
+    return (moved / max(len(logits.noise), 1)).sqrt()
 
 
 def kl_divergence(candidate: Tensor, reference: Tensor) -> Tensor:

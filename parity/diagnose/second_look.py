@@ -1,12 +1,16 @@
-"""A second look at sites in doubt: does a legal way of computing them in float32 explain what the candidate has?
+"""A second look at sites in doubt: does a legal way of computing them explain what the candidate has?
 
-First the nearest of the known orders of summation, then whatever order there may be, within what it may be off by.
+In float32 first the nearest of the known orders of summation, then whatever order there may be, within what it may be
+off by. In narrower dtypes no order shows, but operations between two recorded sites round one after another, and what
+their errors add up to is no sample of many: one score that is rounded the other way moves a whole row. How far each row
+strays is measured by rounding at random, again and again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -18,24 +22,31 @@ from parity.reference.legal_ways import WAYS, straying, summing
 from parity.reference.one_operation import LoadedPiece
 from parity.reference.replay import Replayed, mean_square
 
-# Passes whose sums, products and tables are moved at random; each says of every row how far off it may be.
+# Passes whose sums, products, tables or values are moved at random; each says of every row how far off it may be.
 _DRAWS = 4
 # No legal way leads farther, in units of the floor: a plain loop of 65,536 terms may be off by 65 unit roundoffs, and a
 # floor is at least 0.3 of one.
 FARTHEST = 256.0
 ANY = "sums in an order of its own"
+ADDED_UP = "within what the roundings of operations that were not recorded add up to"
 
 InDoubt = Callable[[str, Local], bool]
 
 
-def second_look(measured: Mapping[str, Local], in_doubt: InDoubt, bench: Workbench) -> dict[str, Local]:
+def second_look(
+    measured: Mapping[str, Local], in_doubt: InDoubt, bench: Workbench, spanning: Collection[str]
+) -> dict[str, Local]:
     """The sites in doubt for which a legal way leaves no doubt, measured against that way.
 
-    Nothing is asked of dtypes narrower than float32, in which no order of summation shows.
+    `spanning` are those behind which operations lie that were not recorded: of dtypes narrower than float32, nothing
+    is asked of the others.
     """
     model = bench.reference.working
     doubtful = [n for n, local in measured.items() if in_doubt(n, local) and local.ratio <= FARTHEST]
-    if model.dtype is not torch.float32 or not model.is_cut or not doubtful:
+    if model.dtype is not torch.float32:
+        doubtful = [name for name in doubtful if name in spanning]
+        return _across_pieces(doubtful, ADDED_UP, in_doubt, bench) if doubtful else {}
+    if not model.is_cut or not doubtful:
         return {}
     cleared: dict[str, Local] = {}
     across: list[str] = []
@@ -46,16 +57,18 @@ def second_look(measured: Mapping[str, Local], in_doubt: InDoubt, bench: Workben
                 across += names
             else:
                 cleared |= _cleared(at, names, measured, in_doubt, bench)
-    return cleared | (_across_pieces(across, in_doubt, bench) if across else {})
+    return cleared | (_across_pieces(across, ANY, in_doubt, bench) if across else {})
 
 
-def _across_pieces(names: Collection[str], in_doubt: InDoubt, bench: Workbench) -> dict[str, Local]:
-    """The same where nothing that goes into a piece was recorded: all of the replay once more."""
+def _across_pieces(names: Collection[str], about: str, in_doubt: InDoubt, bench: Workbench) -> dict[str, Local]:
+    """The sites that leave no doubt where a way of their own is tried all along: all of the replay once more."""
     working, cleared = bench.reference.working, dict[str, Local]()
-    for _, sites in bench.reference.replay(bench.input_ids, bench.recorded, ways=_DRAWS):
+    last = max(working.pieces.index(working.piece_of(name)) for name in names)
+    replayed = bench.reference.replay(bench.input_ids, bench.recorded, ways=_DRAWS)
+    for _, sites in islice(replayed, last + 1):
         for site in sites:
             if site.site.name in names:
-                found = replace(local_error(site, working.dtype, working.dtype, working.head_dim), way=ANY)
+                found = replace(local_error(site, working.dtype, working.dtype, working.head_dim), way=about)
                 if not in_doubt(site.site.name, found):
                     cleared[site.site.name] = found
     return cleared
@@ -98,6 +111,7 @@ def _attempts(
 def _against(at: LoadedPiece, name: str, other: Other, error: Tensor, bench: Workbench) -> Local:
     """The candidate measured against the truth in another way; `error` is the reference's own."""
     working, site, (truth, allowed) = bench.reference.working, bench.sites[name], other
-    candidate, floor, summands = at.recorded[name], truth + error, working.summands(site)
+    candidate, floor = at.recorded[name], truth + error
+    summands = working.summands(site, bench.input_ids.shape[-1])
     replayed = Replayed(site, truth, truth, candidate, truth, floor, truth, summands, allowed=allowed)
     return local_error(replayed, working.dtype, working.dtype, working.head_dim)

@@ -160,7 +160,9 @@ def _guilty(found: list[_Sums]) -> list[_Sums]:
         agreeing = [s for s in found if s.sigmas < _SIGMAS or abs(s.slope - slope) <= _AGREE * abs(slope)]
         if len(agreeing) == len(found):
             return found
-    return [one for one in found if _is_coherent([one])]
+    alone = [one for one in found if _is_coherent([one])]
+    # A wrong constant moves the numbers of all its sites one way; rounding leans this way here and that way there.
+    return alone if len({one.slope > 0 for one in alone}) == 1 else []
 
 
 def _is_possible(fault: Fault, slope: float, expected: float, step: float) -> bool:

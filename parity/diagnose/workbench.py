@@ -95,5 +95,6 @@ class Workbench:
         """
         working = self.reference.working
         one = self.sites[site]
-        replayed = Replayed(one, truth, truth, at.recorded[site], truth, floor, truth, working.summands(one))
+        summands = working.summands(one, self.input_ids.shape[-1])
+        replayed = Replayed(one, truth, truth, at.recorded[site], truth, floor, truth, summands)
         return local_error(replayed, working.dtype, working.dtype, working.head_dim)

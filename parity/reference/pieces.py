@@ -108,12 +108,10 @@ class PiecewiseModel:
         finally:
             self.config._experts_implementation = before
 
-    def summands(self, site: Site) -> int:
-        """How many products one number of a site is the sum of; 1 where the operation is no matrix product."""
+    def summands(self, site: Site, tokens: int) -> int:
+        """How many products one number is the sum of, in a run of so many tokens; 1 if it is of no matrix product."""
         if site.where == "attention":
-            return {"scores": site.shape[-1], "context": max(site.shape)}.get(
-                without_call(site.name).rsplit(".", 1)[-1], 1
-            )
+            return {"scores": self.head_dim or 1, "context": tokens}.get(without_call(site.name).rsplit(".", 1)[-1], 1)
         weight = getattr(self.model.get_submodule(site.module), "weight", None)
         is_product = site.where in ("output", IN_ROUTER[0]) and isinstance(weight, Tensor) and weight.dim() == 2
         return int(weight.shape[-1]) if is_product and weight is not None else 1

@@ -19,6 +19,7 @@ Six passes over each piece while its weights are in memory:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -86,13 +87,14 @@ class Reference:
 
         `candidate(site)` gives the recorded activation in the reference's layout, or None. `noise` more passes
         round every site stochastically: what rounding may add up to, in no particular implementation. `ways` more
-        replays stray as legal ways may (parity.reference.legal_ways): how far is in `allowed`.
+        replays stray as legal ways may: in float32 those of parity.reference.legal_ways, in narrower dtypes by
+        rounding what was not recorded. How far each row strays is in `allowed`.
         """
         recorded: dict[str, Tensor] = {}
         self.routes.clear()
         passes = self._passes(recorded)
         noisy = [_Pass(self.precise, self._noisy(seed)) for seed in range(noise)]
-        strayed = [_Pass(self.precise, self._replacing(recorded)) for _ in range(ways)]
+        strayed = [_Pass(self.precise, self._straying(recorded, seed)) for seed in range(ways)]
         device = self.working.device
         for piece in self.working.pieces:
             sites = self.working.sites_of(piece)
@@ -104,14 +106,11 @@ class Reference:
                     one.run(piece, input_ids)
                 self._run_own(passes, piece, input_ids)
                 for seed, one in enumerate(strayed):
-                    with straying(piece, seed)(self.precise):
+                    with straying(piece, seed)(self.precise) if self._sums_show else nullcontext():
                         one.run(piece, input_ids)
-            gathered = [_gather(s, recorded.get(s.name), passes, self.working.summands(s), noisy) for s in sites]
-            if strayed:
-                gathered = [
-                    replace(s, allowed=mean_square(s.truth, (w.values[s.site.name] for w in strayed))) for s in gathered
-                ]
-            yield piece, gathered
+            summands = {s.name: self.working.summands(s, input_ids.shape[-1]) for s in sites}
+            gathered = [_gather(s, recorded.get(s.name), passes, summands[s.name], noisy) for s in sites]
+            yield piece, [self._allowing(s, strayed) for s in gathered] if strayed else gathered
 
     def _on_inputs(
         self, passes: dict[str, _Pass], piece: Piece, input_ids: Tensor, recorded: dict[str, Tensor]
@@ -151,6 +150,29 @@ class Reference:
         generator = torch.Generator(self.working.device).manual_seed(seed)
         dtype = self.working.dtype
         return lambda site, fresh: stochastically_rounded(self._routed(site, fresh), dtype, generator)
+
+    @property
+    def _sums_show(self) -> bool:
+        """Whether the order of a sum shows: narrower dtypes than float32 drown it."""
+        return self.working.dtype is torch.float32
+
+    def _straying(self, recorded: dict[str, Tensor], seed: int) -> Tap:
+        replaced = self._replacing(recorded)
+        if self._sums_show:
+            return replaced
+        generator = torch.Generator(self.working.device).manual_seed(seed)
+
+        def rounded(site: str, fresh: Tensor) -> Tensor:
+            value = replaced(site, fresh)
+            kept = site in recorded or site in self.routes
+            return value if kept else stochastically_rounded(value, self.working.dtype, generator)
+
+        return rounded
+
+    def _allowing(self, site: Replayed, strayed: list[_Pass]) -> Replayed:
+        allowed = mean_square(site.truth, (one.values[site.site.name] for one in strayed))
+        # The square of a stochastic rounding is twice that of one to nearest.
+        return replace(site, allowed=allowed if self._sums_show else allowed / 2)
 
     def _replacing(self, recorded: dict[str, Tensor]) -> Tap:
         """What the candidate recorded flows on, and its tokens go to the experts that it chose."""
@@ -216,10 +238,6 @@ def mean_square(truth: Tensor, others: Iterable[Tensor]) -> Tensor:
     """How far other values are off the truth (…, features), row by row: the mean over them of the sums of squares."""
     squares = [torch.where(truth.isfinite(), other - truth, 0).square().sum(-1) for other in others]
     return torch.stack(squares).mean(0)
-
-
-def _allowing(site: Replayed, strayed: list[_Pass]) -> Replayed:
-    return replace(site, allowed=mean_square(site.truth, (one.values[site.site.name] for one in strayed)))
 
 
 def _gather(

@@ -160,7 +160,9 @@ def _noise(router: Router, truth: Tensor, others: Sequence[Tensor], working: tor
     if recorded is not None:
         return _LEAST_SHARE * unit_roundoff(_grid(recorded)) * largest, coarse
     spread = [(other.to(truth.dtype) - truth).square().mean(-1, keepdim=True).sqrt() for other in others]
-    summed = unit_roundoff(torch.float32) * math.sqrt(router.model.summands(router.logits) / 6)
+    summed = unit_roundoff(torch.float32) * math.sqrt(
+        router.model.summands(router.logits, router.at.input_ids.shape[-1]) / 6
+    )
     least = max(_LEAST_SHARE * unit_roundoff(others[0].dtype), summed) * largest
     return torch.stack([*spread, least]).amax(0), coarse
 

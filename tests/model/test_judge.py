@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parity import words
 from parity.compare.conclude import TOTAL, covered, judge_run, total_limit
-from parity.compare.findings import evidence, findings
+from parity.compare.findings import evidence, findings, spanning
 from parity.compare.judge import IMPRECISE, RoundingMode, judge_site, luck, rounding_mode, structure_of
 from parity.reasons import Gap
 from parity.reference.floor import Local
@@ -348,6 +348,12 @@ def test_the_span_is_what_was_unmeasured_right_before() -> None:
     assert found.span == ("model.layers.1.q", "model.layers.1.context")
     (first,) = findings(run_of(layer(0, act_fn="wrong"), layer(1, **blind, act_fn="wrong")))
     assert first.span == (), "of the first layer where it shows"
+
+
+def test_bad_sites_that_speak_for_others_too() -> None:
+    blind = {"q": "unmeasured", "context": "unmeasured"}
+    sites = run_of(layer(0, q="wrong"), layer(1, **blind, act_fn="imprecise"), layer(2, context="unmeasured"))
+    assert spanning(sites) == {"model.layers.1.act_fn"}
 
 
 def test_the_span_ends_at_the_beginning_of_the_run() -> None:

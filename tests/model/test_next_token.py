@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,11 @@ import torch
 from torch import Tensor
 
 from parity.compare import next_token
-from parity.compare.next_token import sample_of
+from parity.compare.next_token import ending, sample_of
+from parity.observer import Observer
+from parity.reference.checkpoint import find
+from parity.reference.replay import Replayed
+from parity.sites import Site
 
 INF, NAN = math.inf, math.nan
 
@@ -98,3 +104,26 @@ def test_ties_do_not_matter() -> None:
     first = sample_of(ties, -ties)
     assert first == sample_of(ties.clone(), -ties)
     assert all(r == -c for r, c in zip(first.reference, first.candidate, strict=True))
+
+
+# -- flips ---------------------------------------------------------------------------------------------------------
+
+
+def unexplained(path: Path, draws: list[list[float]]) -> int:
+    """Of one token whose exact logits are 3, 1 and 0, and where the candidate has 1 and 3 of the first two."""
+    ideal = torch.tensor([[[3.0, 1.0, 0.0]]])
+    own = ideal + torch.tensor([0.01, -0.01, 0.0])
+    candidate, noise = torch.tensor([[[1.0, 3.0, 0.0]]]), tuple(ideal + torch.tensor(draw) for draw in draws)
+    site = Site("lm_head", ("batch", "token", "vocab"), (1, 1, 3), "torch.float32", "lm_head", "output")
+    found = ending(Replayed(site, own, ideal, candidate, ideal, own, ideal, 1, noise), find(str(path)), Observer())
+    assert found.next_token is not None
+    assert found.next_token.flips == 1
+    return found.next_token.unexplained_flips
+
+
+def test_a_flip_is_explained_by_the_noise_of_its_own_two_logits(checkpoint: Callable[..., Path]) -> None:
+    path = checkpoint("qwen3", layers=1)
+    assert unexplained(path, []) == 1, "the reference's own error is small, as one draw may be"
+    assert unexplained(path, [[0.3, -0.4, 0.0], [-0.5, 0.5, 0.0]]) == 0
+    assert unexplained(path, [[0.02, -0.03, 0.0], [0.01, 0.02, 0.0]]) == 1
+    assert unexplained(path, [[0.5, 0.5, 0.9], [-0.5, -0.5, 0.0]]) == 1, "what moves both alike flips nothing"

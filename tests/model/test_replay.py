@@ -230,7 +230,15 @@ def test_summands_are_the_length_of_the_inner_axis(first: dict[str, Replayed]) -
     assert first[L0 + "self_attn.q_proj"].summands == 80
     assert first[L0 + "mlp.down_proj"].summands == 112
     assert first["lm_head"].summands == 80
+    assert first[L0 + "self_attn.context"].summands == IDS.shape[-1], "of the run, not of the probe"
     assert first[L0 + "input_layernorm"].summands == first[L0 + "resid_mid"].summands == 1
+
+
+def test_a_score_sums_as_many_products_as_a_head_is_wide(checkpoint: Callable[..., Path]) -> None:
+    model = reference(checkpoint("qwen3", layers=2), inner=True).working
+    (scores,) = [s for s in model.sites if s.name == L0 + "self_attn.scores"]
+    assert model.head_dim not in (None, scores.shape[-1]), "the two can be told apart"
+    assert model.summands(scores, 11) == model.head_dim
 
 
 # -- memory --------------------------------------------------------------------------------------------------

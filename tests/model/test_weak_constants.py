@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from parity.candidates.base import open_candidate
 from parity.compare.inject import Injected
 from parity.compare.pipeline import diff
+from parity.diagnose.weak_constants import _guilty, _Sums
 from parity.faults import CATALOGUE, parse
 from parity.observer import Observer
 from parity.reference.checkpoint import find
@@ -18,6 +20,7 @@ from parity.results import Comparison
 from parity.run_spec import RunSpec
 from tests import checkpoints
 from tests.planted import CLEAN, build
+from tests.planted.base import norms
 
 NUMBERS = tuple(fault for fault in CATALOGUE if fault.number)
 
@@ -80,3 +83,32 @@ def test_a_legal_variant_is_not_accused(model: Path, variant: str, tokens: int) 
     found = diff(asked, open_candidate(build(chosen, model, "float16")))
     assert found.findings == ()
     assert found.verdict == "match"
+
+
+def leaner(site: str, slope: float) -> _Sums:
+    """A site that leans by itself, at 50 of its standard errors."""
+    return _Sums(site, slope, 0.0, 1.0, (slope / 50) ** 2, 0.0, 1.0, 1.0, 64)
+
+
+def test_sites_that_lean_against_each_other_are_no_constant() -> None:
+    one, other, unlike = leaner("a", 0.5), leaner("b", -0.5), leaner("c", 1.5)
+    assert _guilty([one, leaner("b", 0.5)]) == [one, leaner("b", 0.5)]
+    assert _guilty([one, unlike]) == [one, unlike], "not by as much, but the same way"
+    assert _guilty([one, other]) == []
+    assert _guilty([one, unlike, other]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("eps", "guilty"), [(1e-6, False), (1.5e-6, True)])
+def test_float32_norms_that_sum_in_an_order_of_their_own_hide_no_eps(
+    checkpoint: Callable[..., Path], eps: float, guilty: bool
+) -> None:
+    """Their floor is wide enough to hide a wrong eps from the ratio; the lean of all rows together shows it."""
+    path = checkpoint("qwen3", layers=2, dtype="float32", hidden_size=1024)
+    run = question(path, 61, "float32")
+    module = build(next(v for v in CLEAN if v.id == "norm-backwards"), path, "float32")
+    for norm in norms(module, [0, 1]):  # type: ignore[arg-type]
+        norm.eps = eps
+    found = diff(run, open_candidate(module), reference=Reference(run.model()))
+    assert found.verdict == ("diverged" if guilty else "match")
+    assert bool(leaning(found)) is guilty
