@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ class Names:
         self.names, self._places = names, places
         self._known, self.logits = {site.name for site in sites}, sites[-1].name
         self.attention = {site.name for site in own if site.where == "attention"}
+        self.inputs = {site.name for site in own if site.where == "input"}
 
     def is_logits(self, name: str) -> bool:
         """Whether the module's own name is that of the reference's logits."""
@@ -77,11 +79,14 @@ class Recording:
     def __init__(self, writer: ArchiveWriter, names: Names, dims: Mapping[str, Dims], call: Call | None = None) -> None:
         self._writer, self._names, self._dims, self._call = writer, names, dims, call
         self._calls = 0
+        self._taken: dict[str, weakref.ref[Tensor]] = {}
         self._head: tuple[str, Tensor] | None = None
 
     def tap(self, site: str, value: Tensor) -> Tensor:
         """Record one call of a submodule; the n-th call of a shared one is that of the n-th place where it stands."""
         self._calls += 1
+        if self._is_taken_again(site, value):
+            return value
         name = self._names.place(site)
         if self._names.is_logits(name):
             self._head = name, value
@@ -90,6 +95,14 @@ class Recording:
         else:
             self._add(name, value)
         return value
+
+    def _is_taken_again(self, site: str, value: Tensor) -> bool:
+        """Whether a module takes the very tensor that it took before, which the reference has as one site."""
+        first = without_call(site)
+        if first not in self._names.inputs:
+            return False
+        last, self._taken[first] = self._taken.get(first), weakref.ref(value)
+        return last is not None and last() is value
 
     def _add(self, name: str, value: Tensor) -> None:
         stored = name if self._call is None else call_name(name, self._call.number)

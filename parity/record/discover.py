@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -20,13 +20,11 @@ from torch.utils._pytree import tree_map
 
 from parity.record.attention import INSIDE, attention_taps
 from parity.record.chain import Chain, taken, watch_chain
-from parity.record.experts import IN_ROUTER, RouterProbe, experts_in, makes_logits, mixture_sites, routing_of
 from parity.record.scans import SCAN, scan_taps, scanning_modules
 from parity.record.tap import first_tensor, quiet_torch
-from parity.sites import Dims, Site, numbered, without_call
+from parity.record.watch import NoToQuestions, Watch
+from parity.sites import Site, numbered
 
-# Sites whose last axis is heads and head_dim flattened into one, where they are three-dimensional.
-_PER_HEAD = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
 COSTLY = (".scores", ".probs")
 _SWITCH = (bool, int, float, str)
 
@@ -37,98 +35,6 @@ class Discovery:
 
     sites: tuple[Site, ...]
     chain: Chain
-
-
-@dataclass
-class _Seen:
-    """A value when it was last seen. It is kept so that no other gets its identity."""
-
-    value: Tensor
-    version: int
-    name: str | None = None
-
-
-@dataclass
-class _Watch:
-    """What the probe has seen so far."""
-
-    batch: int
-    token: int
-    sites: dict[str, Site] = field(default_factory=dict)
-    storages: dict[int, _Seen] = field(default_factory=dict)
-    noted: dict[str, _Seen] = field(default_factory=dict)  # the values of the sites, by name
-    routers: RouterProbe = field(default_factory=RouterProbe)
-
-    def is_new(self, value: Tensor) -> bool:
-        """Whether no module has returned this value, or a view of it, before; one written into since is new."""
-        key, seen = value.untyped_storage()._cdata, self._seen(value)
-        if seen is None:
-            self.storages[key] = _Seen(value, value._version)
-        return seen is None
-
-    def _seen(self, value: Tensor) -> _Seen | None:
-        seen = self.storages.get(value.untyped_storage()._cdata)
-        return seen if seen is not None and seen.version == value._version else None
-
-    def name_of(self, value: Tensor) -> str | None:
-        """The site that a value is, if it is one."""
-        seen = self._seen(value)
-        return seen.name if seen else None
-
-    def know(self, value: Tensor, name: str) -> None:
-        """A value is that of a site."""
-        seen = _Seen(value, value._version, name)
-        self.storages[value.untyped_storage()._cdata] = seen
-        self.noted.setdefault(name, seen)
-
-    def note(self, name: str, value: Tensor, module: str, where: str, dims: Dims | None = None) -> None:
-        """Remember a site, unless its value does not belong to the tokens of this run (RoPE tables)."""
-        dims = dims or self.label(name, tuple(value.shape))
-        if "batch" in dims or "batch*token" in dims:
-            dtype = str(value.dtype).removeprefix("torch.")
-            self.sites[name] = Site(name, dims, tuple(value.shape), dtype, module, where)
-            self.know(value, name)
-
-    def copy(self, first: str, other: str) -> None:
-        """The layer named `other` has the sites of the layer `first`, which is of its kind."""
-        for site in [s for s in self.sites.values() if s.module.startswith(f"{first}.")]:
-            name = other + site.name[len(first) :]
-            self.sites[name] = replace(site, name=name, module=other + site.module[len(first) :])
-            self.noted[name] = self.noted[site.name]
-
-    def mixture(self, model: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember the choice of experts and their weights, if that is what a module is given."""
-        routing, count = routing_of(args, kwargs), experts_in(model.get_submodule(name))
-        router = self.routers.router_of(routing) if routing else None
-        if routing is None or count is None or router is None:
-            return
-        if router in self.sites and makes_logits(model.get_submodule(router), count):
-            logits = replace(self.sites.pop(router), where=IN_ROUTER[0])
-            inside = [name for name in self.sites if name.startswith(f"{router}.")]
-            self.sites |= {router: logits, **{name: self.sites.pop(name) for name in inside}}
-        for site, value in zip(
-            mixture_sites(name, count, router, routing), (routing.index, routing.weights), strict=True
-        ):
-            self.sites[site.name] = site
-            self.noted[site.name] = _Seen(value, value._version, site.name)
-
-    def label(self, name: str, shape: tuple[int, ...]) -> Dims:
-        """Name the axes of a value by their sizes, which the probe has chosen to be unmistakable."""
-        own = {self.batch: "batch", self.token: "token", self.batch * self.token: "batch*token"}
-        rest = [size for size in shape if size not in own]
-        last = "head*head_dim" if len(rest) == 1 and without_call(name).rsplit(".", 1)[-1] in _PER_HEAD else "feature"
-        names = iter(["head", "head_dim"] if len(rest) == 2 else [last] * len(rest))
-        labels = [own[size] if size in own else next(names) for size in shape]
-        # Of two axes that count tokens the second counts keys.
-        again = {"token": "key"}
-        return tuple(
-            again.get(label, f"{label}_{i}") if label in labels[:i] else label for i, label in enumerate(labels)
-        )
-
-    def result(self) -> tuple[Site, ...]:
-        """The sites; those whose value a later operation wrote into are marked."""
-        written = {name for name, seen in self.noted.items() if seen.value._version != seen.version}
-        return tuple(replace(site, overwritten=site.name in written) for site in self.sites.values())
 
 
 def discover(model: nn.Module, layers: Sequence[nn.Module] = (), *, inner: bool = False) -> Discovery:
@@ -144,15 +50,15 @@ def discover(model: nn.Module, layers: Sequence[nn.Module] = (), *, inner: bool 
     ids = torch.zeros(batch, token, dtype=torch.long, device="meta")
     # A ready mask spares most models from looking at values that the meta device does not have; some want none.
     ready = torch.zeros(batch, 1, token, token, dtype=dtype, device="meta")
-    try:
-        return _probed(model, layers, _Watch(batch, token), inner=inner, input_ids=ids, attention_mask=ready)
-    except (RuntimeError, ValueError, IndexError, TypeError):
-        return _probed(model, layers, _Watch(batch, token), inner=inner, input_ids=ids)
+    masks: tuple[dict[str, Tensor], ...] = ({"attention_mask": ready}, {})
+    for mask in masks:
+        with suppress(RuntimeError, ValueError, IndexError, TypeError):
+            return _probed(model, layers, Watch(batch, token), inner=inner, input_ids=ids, **mask)
+    with NoToQuestions():
+        return _probed(model, layers, Watch(batch, token), inner=inner, input_ids=ids)
 
 
-def _probed(
-    model: nn.Module, layers: Sequence[nn.Module], watch: _Watch, *, inner: bool, **inputs: Tensor
-) -> Discovery:
+def _probed(model: nn.Module, layers: Sequence[nn.Module], watch: Watch, *, inner: bool, **inputs: Tensor) -> Discovery:
     with (
         quiet_torch(),
         _as_it_was(model),
@@ -205,7 +111,7 @@ def _unmistakable_sizes(model: nn.Module) -> tuple[int, int]:
 
 
 @contextmanager
-def _watching(model: nn.Module, watch: _Watch, *, inner: bool) -> Iterator[None]:
+def _watching(model: nn.Module, watch: Watch, *, inner: bool) -> Iterator[None]:
     attention: dict[nn.Module, dict[str, str]] = {}
     with ExitStack() as stack:
         for name, module in model.named_modules():
@@ -243,7 +149,7 @@ class _Ran:
 
 
 @contextmanager
-def _one_of_each_kind(model: nn.Module, layers: Sequence[nn.Module], watch: _Watch) -> Iterator[None]:
+def _one_of_each_kind(model: nn.Module, layers: Sequence[nn.Module], watch: Watch) -> Iterator[None]:
     """Let a layer that is like one already run answer with its sites, under the layer's own name."""
     names = {module: name for name, module in model.named_modules()}
     run: dict[Any, _Ran] = {}
@@ -296,7 +202,7 @@ def kind_of(layer: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def _hooks(model: nn.Module, name: str, watch: _Watch) -> tuple[Any, Any]:
+def _hooks(model: nn.Module, name: str, watch: Watch) -> tuple[Any, Any]:
     calls = {"input": count(), "output": count()}
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -304,7 +210,9 @@ def _hooks(model: nn.Module, name: str, watch: _Watch) -> tuple[Any, Any]:
         value = taken(args, kwargs)
         call = next(calls["input"]) if value is not None else 0
         if value is not None and value.is_floating_point() and watch.is_new(value):
-            watch.note(numbered(_name_of_input(name), call), value, name, "input")
+            site = numbered(_name_of_input(name), call)
+            watch.give_way(site, name)
+            watch.note(site, value, name, "input")
         watch.mixture(model, name, args, kwargs)
 
     def after(_module: nn.Module, _args: Any, output: Any) -> None:

@@ -87,12 +87,12 @@ class RouterProbe(TorchFunctionMode):
         super().__init__()
         self.running: list[str] = []
         # Storages by identity; the tensors are kept so that no identity is reused.
-        self._made: dict[int, tuple[str, Tensor]] = {}
+        self._made: dict[int, tuple[str, Any]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if getattr(func, "__name__", "") == "topk" and self.running:
-            self._made[result[1].untyped_storage()._cdata] = self.running[-1], result[1]
+            self._made[result[1].untyped_storage()._cdata] = self.running[-1], result
         return result
 
     def router_of(self, routing: Routing) -> str | None:
@@ -100,12 +100,18 @@ class RouterProbe(TorchFunctionMode):
         made = self._made.get(routing.index.untyped_storage()._cdata)
         return made[0] if made else None
 
+    def dtype_of(self, routing: Routing) -> torch.dtype:
+        """The dtype of the scores that the indices were chosen by."""
+        scores: Tensor = self._made[routing.index.untyped_storage()._cdata][1][0]
+        return scores.dtype
 
-def mixture_sites(experts: str, count: int, router: str, routing: Routing) -> tuple[Site, Site]:
-    """The sites of the choice and of its weights, for a module of `count` experts and its router."""
-    shape, dtype = (routing.index.shape[0], count), str(routing.weights.dtype).removeprefix("torch.")
+
+def mixture_sites(experts: str, count: int, router: str, routing: Routing, scores: torch.dtype) -> tuple[Site, Site]:
+    """The sites of the choice, in the dtype of the scores, and of its weights, for a module of `count` experts."""
+    shape = (routing.index.shape[0], count)
+    choice, dtype = (str(each).removeprefix("torch.") for each in (scores, routing.weights.dtype))
     return (
-        Site(f"{experts}.{ROUTED[0]}", DIMS, shape, dtype, router, IN_ROUTER[1]),
+        Site(f"{experts}.{ROUTED[0]}", DIMS, shape, choice, router, IN_ROUTER[1]),
         Site(f"{experts}.{ROUTED[1]}", DIMS, shape, dtype, experts, GIVEN[1]),
     )
 

@@ -39,7 +39,16 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> Any:
         ) from error
     if not _grouped_products_fit(model):
         model.config.get_text_config()._experts_implementation = "eager"
+    _to_meta(model)
     return model.eval()
+
+
+def _to_meta(model: nn.Module) -> None:
+    """A parameter that was drawn before it knew its device would seem to be loaded already."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
 
 def _first(build: Callable[[str], Any], names: list[str]) -> Any:

@@ -63,8 +63,7 @@ class PiecewiseModel:
         original: PiecewiseModel | None = None,
     ) -> None:
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, torch.device(device)
-        self.attention = attention
-        self.model = build(checkpoint, dtype, attention)
+        self.attention, self.model = attention, build(checkpoint, dtype, attention)
         self.config = self.model.config.get_text_config()
         self.layers = find_layers(self.model)
         if original is None:
@@ -75,8 +74,7 @@ class PiecewiseModel:
             self._found = original._found
         self.sites = self._found.sites
         self.is_cut = bool(self.layers) and self._found.chain.is_whole(len(self.layers))
-        if not self.is_cut:
-            self.layers = []
+        self.layers = self.layers if self.is_cut else []
         self._container = container_of(self.model, self.layers)
         self._sites = self._sort_sites()
         self._calls: list[_Call] = []

@@ -77,16 +77,20 @@ def check_complete(model: Any, checkpoint: Checkpoint, modules: Iterable[nn.Modu
 def fill_buffers(model: Any, modules: Sequence[nn.Module]) -> None:
     """What the checkpoint does not hold (RoPE frequencies) is computed by the model's own initializer.
 
-    It is called for every module, as `from_pretrained` does, and passes over what was read.
+    It is called for every module and then for those around them, which may fill the buffers of a layer, as
+    `from_pretrained` does; it passes over what was read. A buffer that it forgets is not finite, so it shows.
     """
     from transformers.initialization import guard_torch_init_functions
 
-    owners = dict(_owners(model, model))
+    owners, inside = dict(_owners(model, model)), set(modules)
+    around = [m for m in owners if m not in inside and not inside.isdisjoint(m.modules())]
+    for module in modules:
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                unset = float("nan") if buffer.is_floating_point() else 0
+                module._buffers[name] = torch.full_like(buffer, unset, device="cpu")
     with guard_torch_init_functions():
-        for module in modules:
-            for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_meta:
-                    module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        for module in (*modules, *reversed(around)):
             owners[module]._init_weights(module)
 
 

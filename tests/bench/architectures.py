@@ -36,7 +36,7 @@ from parity.errors import ParityError
 from parity.options import RunOptions
 from parity.reference.checkpoint import find
 from parity.reference.replay import Reference
-from parity.results import BAD, Comparison, Measurement
+from parity.results import BAD, ROUNDING, Comparison, Measurement
 from parity.run_spec import RunSpec
 from tests.architectures import ARCHITECTURES, make
 from tests.bench.architecture_bugs import PLANTS, ROTATED, Bug, other_theta
@@ -151,12 +151,15 @@ def _found(compared: Comparison, bug: Bug) -> tuple[str, str]:
     bad = [site.site for site in _bad(compared)]
     said = [finding.fault.id for finding in compared.findings if finding.fault]
     detail = f"wrong: {', '.join(bad[:4]) or 'nothing'}; said {', '.join(said) or 'no name'}"
-    first = next((site.site for site in compared.sites if site.max_abs != 0), None)
+    first = next((site.site for site in compared.sites if site.max_abs), None)
     if first is None:
         return "no effect", "the broken model computes what the reference computes"
     detail = f"at {first}; {detail}"
     if not bad:
-        return "unseen", f"{detail}; {compared.verdict}"
+        logits = compared.logits
+        # A branch that is normalized before it is added may carry any factor.
+        drowns = compared.verdict == "match" and logits is not None and (logits.total_ratio or 0) <= ROUNDING
+        return ("no effect" if drowns else "unseen"), f"{detail}; {compared.verdict}"
     if first not in bad or not all(_may_be_wrong(site, first, bug) for site in bad):
         return "elsewhere", detail
     is_named = bool(said) and set(said) <= set(bug.names) and all(finding.fault for finding in compared.findings)
@@ -187,6 +190,7 @@ def _where(error: Exception) -> str:
 
 # -- the page ------------------------------------------------------------------------------------------------------
 
+AS_IT_SHOULD_BE = ("match", "named", "n/a")
 _SIGNS = {"match": "✓", "named": "named", "unnamed": "found", "n/a": "–"}
 
 
@@ -215,9 +219,13 @@ def page(shapes: Sequence[Shape], results: Sequence[Result]) -> str:
         cut = "–" if shape is None else "cut" if shape.is_cut else "whole"
         lines.append(f"| {name} | {shape.layer_sites if shape else '–'} | {cut} | {' | '.join(cells)} |")
     lines += ["", "## What is not as it should be", ""]
-    odd = [r for r in results if r.outcome not in ("match", "named", "n/a")]
-    lines += [f"- {r.architecture} {r.dtype}, {r.what}: {r.outcome}. {r.detail}".rstrip() for r in odd] or ["Nothing."]
+    lines += [_line(r) for r in results if r.outcome not in AS_IT_SHOULD_BE] or ["Nothing."]
     return "\n".join(lines) + "\n"
+
+
+def _line(result: Result) -> str:
+    text = f"- {result.architecture} {result.dtype}, {result.what}: {result.outcome}. {result.detail}"
+    return text.replace("\n", " ").rstrip()
 
 
 def _sign(outcome: str | None) -> str:
@@ -262,7 +270,9 @@ def main() -> int:
     with ProcessPoolExecutor(min(arguments.jobs, len(jobs)), get_context("spawn")) as pool:
         for done in as_completed([pool.submit(examine, *job) for job in jobs]):
             found += done.result()
-            print(".", end="", file=sys.stderr, flush=True)
+            for result in done.result():
+                if isinstance(result, Result) and result.outcome not in AS_IT_SHOULD_BE:
+                    print(_line(result), file=sys.stderr, flush=True)
     order = {name: i for i, name in enumerate(names)}
     results = sorted((r for r in found if isinstance(r, Result)), key=lambda r: order[r.architecture])
     text = page([s for s in found if isinstance(s, Shape)], results)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import parity
 from parity.record.tap import quiet_torch
 from parity.reference.checkpoint import find
 from parity.reference.pieces import EMBED, HEAD, PiecewiseModel
@@ -149,3 +150,25 @@ def test_the_probe_leaves_no_tables_behind(architecture: Callable[[str], Path]) 
     rotary = model.model.model.rotary_emb
     assert not [name for name, value in vars(rotary).items() if isinstance(value, Tensor)]
     assert set(rotary._buffers) == {"inv_freq", "original_inv_freq"}
+
+
+def test_inputs_of_parts_side_by_side_are_sites_of_their_own(architecture: Callable[[str], Path]) -> None:
+    model = PiecewiseModel(find(str(architecture("falcon_h1"))), torch.float32)
+    entering = {site.name: site.module for site in model.sites_of(1) if site.where == "input"}
+    assert entering["model.layers.1.resid_mid"] == "model.layers.1.pre_ff_layernorm"
+    assert "model.layers.1.self_attn.input" in entering
+
+
+def test_a_buffer_of_a_layer_that_the_model_around_it_fills(architecture: Callable[[str], Path]) -> None:
+    model = PiecewiseModel(find(str(architecture("falcon_h1"))), torch.float32)
+    with model.loaded(1):
+        assert torch.equal(model.layers[1].mamba.mup_vector, torch.ones_like(model.layers[1].mamba.mup_vector))
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "youtu"])
+def test_transformers_itself_may_take_a_value_again_and_leave_the_padding_empty(
+    architecture: Callable[[str], Path], name: str
+) -> None:
+    tokens = " ".join(map(str, LONG_IDS[0].tolist()))
+    compared = parity.diff("hf:", model=str(architecture(name)), tokens=tokens, dtype="float32", power=False)
+    assert compared.verdict == "match", compared.headline

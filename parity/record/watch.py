@@ -1,0 +1,126 @@
+"""What a probe of a model has seen: which values are sites, which tensor is whose, how their axes are called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from parity.record.experts import IN_ROUTER, RouterProbe, experts_in, makes_logits, mixture_sites, routing_of
+from parity.sites import Dims, Site, without_call
+
+# Sites whose last axis is heads and head_dim flattened into one, where they are three-dimensional.
+_PER_HEAD = ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
+
+
+class NoToQuestions(TorchFunctionMode):
+    """A model that asks the values of the meta device (is the prompt longer than …?) is told no."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return False
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class _Seen:
+    """A value when it was last seen. It is kept so that no other gets its identity."""
+
+    value: Tensor
+    version: int
+    name: str | None = None
+
+
+@dataclass
+class Watch:
+    """What the probe has seen so far."""
+
+    batch: int
+    token: int
+    sites: dict[str, Site] = field(default_factory=dict)
+    storages: dict[int, _Seen] = field(default_factory=dict)
+    noted: dict[str, _Seen] = field(default_factory=dict)  # the values of the sites, by name
+    routers: RouterProbe = field(default_factory=RouterProbe)
+
+    def is_new(self, value: Tensor) -> bool:
+        """Whether no module has returned this value, or a view of it, before; one written into since is new."""
+        key, seen = value.untyped_storage()._cdata, self._seen(value)
+        if seen is None:
+            self.storages[key] = _Seen(value, value._version)
+        return seen is None
+
+    def _seen(self, value: Tensor) -> _Seen | None:
+        seen = self.storages.get(value.untyped_storage()._cdata)
+        return seen if seen is not None and seen.version == value._version else None
+
+    def name_of(self, value: Tensor) -> str | None:
+        """The site that a value is, if it is one."""
+        seen = self._seen(value)
+        return seen.name if seen else None
+
+    def know(self, value: Tensor, name: str) -> None:
+        """A value is that of a site."""
+        seen = _Seen(value, value._version, name)
+        self.storages[value.untyped_storage()._cdata] = seen
+        self.noted.setdefault(name, seen)
+
+    def note(self, name: str, value: Tensor, module: str, where: str, dims: Dims | None = None) -> None:
+        """Remember a site, unless its value does not belong to the tokens of this run (RoPE tables)."""
+        dims = dims or self.label(name, tuple(value.shape))
+        if "batch" in dims or "batch*token" in dims:
+            dtype = str(value.dtype).removeprefix("torch.")
+            self.sites[name] = Site(name, dims, tuple(value.shape), dtype, module, where)
+            self.know(value, name)
+
+    def give_way(self, name: str, module: str) -> None:
+        """Of the inputs of a layer's parts the last is `resid_mid`; one before it is named after its part."""
+        site = self.sites.get(name)
+        if site is None or site.where != "input" or site.module == module:
+            return
+        other = f"{site.module}.input"
+        renamed = {name: replace(site, name=other)}
+        self.sites = {renamed.get(key, old).name: renamed.get(key, old) for key, old in self.sites.items()}
+        self.noted[other] = self.noted.pop(name)
+        self.noted[other].name = other
+
+    def copy(self, first: str, other: str) -> None:
+        """The layer named `other` has the sites of the layer `first`, which is of its kind."""
+        for site in [s for s in self.sites.values() if s.module.startswith(f"{first}.")]:
+            name = other + site.name[len(first) :]
+            self.sites[name] = replace(site, name=name, module=other + site.module[len(first) :])
+            self.noted[name] = self.noted[site.name]
+
+    def mixture(self, model: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember the choice of experts and their weights, if that is what a module is given."""
+        routing, count = routing_of(args, kwargs), experts_in(model.get_submodule(name))
+        router = self.routers.router_of(routing) if routing else None
+        if routing is None or count is None or router is None:
+            return
+        if router in self.sites and makes_logits(model.get_submodule(router), count):
+            logits = replace(self.sites.pop(router), where=IN_ROUTER[0])
+            inside = [name for name in self.sites if name.startswith(f"{router}.")]
+            self.sites |= {router: logits, **{name: self.sites.pop(name) for name in inside}}
+        sites = mixture_sites(name, count, router, routing, self.routers.dtype_of(routing))
+        for site, value in zip(sites, (routing.index, routing.weights), strict=True):
+            self.sites[site.name] = site
+            self.noted[site.name] = _Seen(value, value._version, site.name)
+
+    def label(self, name: str, shape: tuple[int, ...]) -> Dims:
+        """Name the axes of a value by their sizes, which the probe has chosen to be unmistakable."""
+        own = {self.batch: "batch", self.token: "token", self.batch * self.token: "batch*token"}
+        rest = [size for size in shape if size not in own]
+        last = "head*head_dim" if len(rest) == 1 and without_call(name).rsplit(".", 1)[-1] in _PER_HEAD else "feature"
+        names = iter(["head", "head_dim"] if len(rest) == 2 else [last] * len(rest))
+        labels = [own[size] if size in own else next(names) for size in shape]
+        # Of two axes that count tokens the second counts keys.
+        again = {"token": "key"}
+        return tuple(
+            again.get(label, f"{label}_{i}") if label in labels[:i] else label for i, label in enumerate(labels)
+        )
+
+    def result(self) -> tuple[Site, ...]:
+        """The sites; those whose value a later operation wrote into are marked."""
+        written = {name for name, seen in self.noted.items() if seen.value._version != seen.version}
+        return tuple(replace(site, overwritten=site.name in written) for site in self.sites.values())
