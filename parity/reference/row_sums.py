@@ -177,11 +177,12 @@ def directions_of(rows: Tensor) -> Tensor:
     """
     plain = rows.float()
     size = torch.linalg.vector_norm(plain, dim=-1, keepdim=True).clamp_min(1e-30)
-    cosines: Tensor = plain @ _directions(rows.shape[-1], rows.device) / size
-    return (cosines * _STEPS).round_()
+    # A matrix product would start threads for this little, which wait for each other on a busy machine.
+    along = [torch.linalg.vecdot(plain, one) for one in _directions(rows.shape[-1], rows.device)]
+    return (torch.stack(along, -1) / size * _STEPS).round_()
 
 
 @lru_cache(maxsize=16)
 def _directions(width: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(width)
-    return torch.randn(width, 3, generator=generator, dtype=torch.float32).to(device)
+    return torch.randn(width, 3, generator=generator, dtype=torch.float32).T.contiguous().to(device)
