@@ -179,7 +179,8 @@ def directions_of(rows: Tensor) -> Tensor:
     size = torch.linalg.vector_norm(plain, dim=-1, keepdim=True).clamp_min(1e-30)
     # A matrix product would start threads for this little, which wait for each other on a busy machine.
     along = [torch.linalg.vecdot(plain, one) for one in _directions(rows.shape[-1], rows.device)]
-    return (torch.stack(along, -1) / size * _STEPS).round_()
+    cosines: Tensor = torch.stack(along, -1) / size
+    return cosines.mul_(_STEPS).round_()
 
 
 @lru_cache(maxsize=16)
