@@ -99,7 +99,7 @@ def check_injection(text: str, *, more: bool) -> None:
         try:
             float(match[2])
         except ValueError:
-            raise UsageError(f"--inject {text!r}: {match[2]!r} is no number.") from None
+            raise UsageError(f"--inject {text!r}: {match[2]!r} is not a number.") from None
     known = fault_ids()
     if not more and match[1] not in known:
         near = difflib.get_close_matches(match[1], known, n=3, cutoff=0.4)
@@ -125,13 +125,13 @@ def parse_tokens(text: str) -> Rows:
             where, text = f"--tokens {text}", read_text("--tokens", Path(text))
         elif stray := next((word for word in _words(text) if not _is_id(word)), None):
             raise UsageError(
-                f"--tokens: {stray!r:.60} is no token id, and no file is named {text!r:.60}. "
+                f"--tokens: {stray!r:.60} is not a token id, and no file is named {text!r:.60}. "
                 "Give numbers such as '1 2 3', or a file with one row a line."
             )
     for number, line in enumerate(text.splitlines(), 1):
         stray = next((word for word in _words(line) if not _is_id(word)), None)
         if stray is not None:
-            raise UsageError(f"{where}: {stray!r:.60} in line {number} is no token id. Give numbers, one row a line.")
+            raise UsageError(f"{where}: {stray!r:.60} in line {number} is not a token id. Give numbers, a row a line.")
     rows = tuple(tuple(map(int, words)) for line in text.splitlines() if (words := _words(line)))
     if not rows:
         raise UsageError(f"{where}: empty, no token to run. Give numbers such as '1 2 3', or a file.")

@@ -74,7 +74,7 @@ class NotTried:
 
 @dataclass(frozen=True)
 class Inconclusive:
-    """Why a run in which nothing is wrong is no match either.
+    """Why a run in which nothing is wrong is still not a match.
 
     check failed       an integrity check failed: the first of `Comparison.checks` that did
     no site            the model has no site

@@ -54,7 +54,7 @@ class RunSpec:
         return torch.tensor(self.token_ids, dtype=torch.long)
 
     def info(self, producer: str) -> RunInfo:
-        """What a dump of this run says of itself."""
+        """The metadata of a dump of this run."""
         return RunInfo(
             producer=producer,
             model=self.checkpoint.name,

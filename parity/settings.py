@@ -110,7 +110,7 @@ def _least(key: str) -> float:
 
 def _unknown(key: str, value: Any, known: Sequence[str]) -> str:
     if isinstance(value, Mapping):
-        return f"holds another table, {key!r}. Put a site's name in quotes: its dots are no TOML tables."
+        return f"holds another table, {key!r}. Put a site's name in quotes: otherwise TOML reads its dots as tables."
     if key in TOKEN_KEYS:
         return f"{key!r} is known of {NEXT_TOKEN} alone. Write it under {NEXT_TOKEN}."
     return f"unknown key {key!r}.{_meant(key, known)} Known keys: {', '.join(known)}."

@@ -32,7 +32,7 @@ from parity.results import (
 from parity.run_spec import versions
 
 # The reference's own error is exceeded this many times at the logits only if something is wrong, provided that both
-# are samples of many errors and that single operations are no noisier than the reference's.
+# are samples of many errors and that single operations are not noisier than the reference's.
 TOTAL = 4.0
 
 

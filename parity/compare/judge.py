@@ -53,7 +53,7 @@ _TRUNCATION_COSINE = -0.35
 # Fewer sites than this show no rounding mode, and float32 is never made by cutting off bits of something wider.
 _TRUNCATING_SITES = 8
 _FLOAT32 = 2.0**-24
-# A floor that is this much below its family's is no longer put down to chance.
+# A floor this far below its family's is no longer attributed to chance.
 _LUCKIEST = 4.0
 # Where the reference itself is this far off, relative to the value, nothing can be said of a candidate.
 _USELESS = 0.5
@@ -149,7 +149,7 @@ def _minority(local: Local) -> str:
 
 
 def structure_of(local: Local) -> str:
-    """What shows that an error is no noise, or an empty string."""
+    """What shows that an error is not noise, or an empty string."""
     s = local.structure
     if _follows_value(local):
         return f"the error follows the value: gain {1 + s.gain:.4g}"

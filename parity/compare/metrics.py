@@ -26,7 +26,7 @@ _FLOATS = (
 )  # from coarse to fine
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Mean squares below this may have lost numbers whose squares float32 has not.
+# Mean squares below this may have lost numbers whose squares underflow in float32.
 _SMALL = 1e-30
 # Squares of float64 are taken as they are between these; otherwise the numbers are scaled first.
 _LEAST, _SCALE = 2.0**-900, 2.0**600

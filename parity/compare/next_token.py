@@ -127,7 +127,7 @@ def kl_divergence(candidate: Tensor, reference: Tensor) -> Tensor:
     """KL(reference ‖ candidate), in nats, of the distributions that logits (…, vocab) stand for: (…).
 
     A logit of −inf is a token of probability zero: inf if the candidate excludes a token that the reference allows.
-    inf too where a side is no distribution (NaN, +inf, −inf throughout).
+    inf too where a side is not a distribution (NaN, +inf, −inf throughout).
     """
     theirs, ours = candidate.double().log_softmax(-1), reference.double().log_softmax(-1)
     share = ours.exp()

@@ -71,7 +71,7 @@ class Case:
 def attempt(fault: Fault, case: Case, start: float | None = None) -> Trial | None:
     """The fault at the site with the number that fits best; None if it explains little.
 
-    With `start`, the number that explains another site, the search begins there, and is made anew only if that fails.
+    With `start`, the number that explains another site, the search begins there, and starts over only if that fails.
     Raises whatever the fault's patch does where it cannot be had.
     """
     expected = case.bench.expected(fault, case.at.piece)

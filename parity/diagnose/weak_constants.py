@@ -43,7 +43,7 @@ _SIGMAS = 8.0
 _TIMES_NULL = 1.0
 # A slope fitted to fewer rows than this fits by chance.
 _LEAST_ROWS = 16
-# Slopes below this share of the step are no fault that anyone has.
+# Slopes below this share of the step are too small for any real fault.
 _LEAST_SLOPE = 0.05
 # Layers where the constant is right disagree with those where it is not by more than this share.
 _AGREE = 0.3

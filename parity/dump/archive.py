@@ -187,7 +187,7 @@ def _dataset(path: Path, sites: h5py.Group, entry: Entry) -> Any:
         _check_place(path, sites, entry.site)
         dataset = h5o.open(sites.id, entry.site.encode())
         if not isinstance(dataset, h5d.DatasetID):
-            raise DumpError(f"{path}: site {entry.site!r} is no dataset — found a group — record again")
+            raise DumpError(f"{path}: site {entry.site!r} is not a dataset — found a group — record again")
         if dataset.shape != entry.shape or not dataset.get_type().equal(kind):
             raise DumpError(
                 f"{path}: site {entry.site!r} is not the {entry.dtype} {entry.shape} of the index — "
@@ -237,7 +237,7 @@ def _parse(path: Path, file: h5py.File, name: str, parse: Callable[[Any], T]) ->
         text = file[name]
         kind = h5py.check_string_dtype(text.dtype)
         if text.shape != () or kind is None or kind.length is not None:  # such a text cannot outgrow its file
-            raise DumpError(f"{path}: its {name!r} is no text — found {text.dtype} {text.shape} — record again")
+            raise DumpError(f"{path}: its {name!r} is not text — found {text.dtype} {text.shape} — record again")
         return parse(parse_json(text[()]))
     except (KeyError, ValueError, TypeError, AttributeError, OSError, RuntimeError) as error:
         raise DumpError(f"{path}: its {name!r} is damaged — {error!r:.80} — record again") from error
@@ -250,7 +250,7 @@ def _sites(path: Path, file: h5py.File) -> h5py.Group:
     except (KeyError, OSError, RuntimeError) as error:
         raise DumpError(f"{path}: its 'sites' are damaged — {error!r:.80} — record again") from error
     if not isinstance(group, h5py.Group):
-        raise DumpError(f"{path}: its 'sites' are no group — found {type(group).__name__} — record again")
+        raise DumpError(f"{path}: its 'sites' is not a group — found {type(group).__name__} — record again")
     return group
 
 
@@ -273,7 +273,7 @@ def _check_place(path: Path, group: h5py.Group, name: str) -> None:
 
 
 def _format(file: h5py.File) -> Any:
-    """The number of the format, None without one; as text if it is no number."""
+    """The number of the format, None without one; as text if it is not a number."""
     if "parity_format" not in file.attrs:
         return None
     kind = file.attrs.get_id("parity_format")

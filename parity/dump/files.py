@@ -47,7 +47,7 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove what processes of this machine that are no more have left of this file."""
+    """Remove the temporary files of this file that dead processes of this machine left behind."""
     beginning = f".{path.name}.partial-"
     with writing(path):
         left = [file for file in path.parent.iterdir() if file.name.startswith(beginning) and file.name.endswith(_HOST)]

@@ -1,4 +1,4 @@
-"""What a foreign dump may say of itself: the `parity.*` keys, and an integer tensor `token_ids`.
+"""The metadata that a foreign dump may carry: the `parity.*` keys, and an integer tensor `token_ids`.
 
 One vocabulary for all interchange formats: safetensors carries the keys in its header, npz as arrays of
 one string, a folder of .npy in parity.json.
@@ -117,7 +117,7 @@ def _calls(path: Path, declared: Any, token_ids: TokenIds | None) -> tuple[int, 
 def _entries(path: Path, tensors: Tensors, dims: Any) -> dict[str, Entry]:
     if not isinstance(dims, dict) or not all(isinstance(value, str) for value in dims.values()):
         raise DumpError(
-            f"{path}: 'parity.dims' is no table of dims — found {dims!r:.60} — "
+            f"{path}: 'parity.dims' is not a table of dims — found {dims!r:.60} — "
             'write {"model.layers.*": "batch token hidden"}'
         )
     entries = {}

@@ -60,14 +60,14 @@ def load_names(path: Path | str) -> NameMap:
     try:
         value = parse_json(text)
     except ValueError as error:
-        raise DumpError(f"{path}: is no name map — not JSON: {error} — see dumps/README.md for an example") from error
+        raise DumpError(f"{path}: is not a name map — not JSON: {error} — dumps/README.md has an example") from error
     return parse_names(value, str(path))
 
 
 def parse_names(value: Any, where: str) -> NameMap:
     """A name map from its JSON value; `where` begins the message of the DumpError if it is malformed."""
     if not isinstance(value, dict):
-        raise DumpError(f'{where}: is no name map — found {value!r:.60} — write {{"their name": "site"}}')
+        raise DumpError(f'{where}: is not a name map — found {value!r:.60} — write {{"their name": "site"}}')
     return {name: _target(name, target, where) for name, target in value.items()}
 
 

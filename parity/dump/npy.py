@@ -97,7 +97,7 @@ def _folder_metadata(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DumpError(f"{path}: is not JSON — {error} — see dumps/README.md for its keys") from error
     if not isinstance(metadata, dict):
-        raise DumpError(f"{path}: is no table — found {metadata!r:.60} — see dumps/README.md for its keys")
+        raise DumpError(f"{path}: is not a table — found {metadata!r:.60} — see dumps/README.md for its keys")
     return metadata
 
 
@@ -129,7 +129,7 @@ def _header(what: str, file: IO[bytes], size: int) -> Header:
         start = file.tell()
     except OSError:
         raise
-    except Exception as error:  # numpy reads the header as Python: there is no end to what can be wrong with one
+    except Exception as error:  # numpy evaluates the header as Python: anything can be raised
         reason = " ".join(str(error).split())
         raise DumpError(f"{what} is not a whole npy array — {reason:.160} — write it again with numpy.save") from error
     if dtype.hasobject:

@@ -52,4 +52,4 @@ def _open(path: Path) -> Dump:
     if path.suffix in OPENERS:
         return OPENERS[path.suffix](path)
     hint = next((hint for magic, hint in HINTS.items() if start.startswith(magic)), f"a file that begins {start!r}")
-    raise DumpError(f"{path}: is no dump — found {hint} — parity opens HDF5, safetensors, npz, folders of .npy")
+    raise DumpError(f"{path}: is not a dump — found {hint} — parity opens HDF5, safetensors, npz, folders of .npy")

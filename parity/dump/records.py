@@ -58,7 +58,7 @@ class RunInfo:
 
     def __post_init__(self) -> None:
         if self.token_ids is not None:
-            token_rows(self.token_ids)  # a ragged batch is no batch
+            token_rows(self.token_ids)  # a ragged batch is not a batch
         if self.calls is not None:
             check_calls(self.calls, self.token_ids)
         texts = {name: value for name, value in vars(self).items() if name not in _NO_TEXTS}

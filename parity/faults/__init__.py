@@ -117,14 +117,14 @@ def parse(text: str, catalogue: Iterable[Fault] = CATALOGUE) -> Injection:
     try:
         value = float(match[2]) if match[2] else typical
     except ValueError as error:
-        raise UsageError(f"--inject {text!r}: {match[2]!r} is no number.") from error
+        raise UsageError(f"--inject {text!r}: {match[2]!r} is not a number.") from error
     return Injection(fault, value, int(match[3]) if match[3] else None)
 
 
 def load_user_faults(spec: str) -> tuple[Fault, ...]:
     """Faults that a user has written: `module:name` or `file.py:name`, where the name is of a tuple or list of Fault.
 
-    Raises UsageError when they cannot be imported, are no faults, or bear an id that is already taken.
+    Raises UsageError when they cannot be imported, are not faults, or bear an id that is already taken.
     """
     found = load(spec, _USERS)
     if not isinstance(found, (tuple, list)):

@@ -20,7 +20,7 @@ from parity.sites import shows_at_end
 TWO_TOKENS = "two tokens or more"
 LAST = -1.0  # as the number of a first token: the last, whatever its number
 
-# How a wrong number is found that is none of the typical ones:
+# How to find a wrong number that is not among the typical ones:
 #   slope         by the response to a step of 1 %, or of 0.01 where the right number is 0
 #   typical-step  by the response to a step to the next larger typical number: 1 % of an eps would drown
 #   first-token   from the first token that is clearly wrong: a window ends shortly before it

@@ -1,4 +1,4 @@
-"""Positions: where counting starts, what padding does to it, when it starts anew."""
+"""Positions: where counting starts, what padding does to it, when it restarts."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def position_decode_behind(scope: Scope, start: float) -> Change:
 
 @fault(
     id="position-restart",
-    title="positions start anew at 0 from a token on, as when a cached prefix is not counted",
+    title="positions restart at 0 from a token on, as when a cached prefix is not counted",
     sites=ROTATED,
     fix="count positions from the number of tokens that the cache holds",
     needs=TWO_TOKENS,
@@ -124,7 +124,7 @@ def position_restart(scope: Scope, start: float) -> Change:
 
 @fault(
     id="position-chunk-restart",
-    title="positions start anew with every chunk of a long prompt",
+    title="positions restart with every chunk of a long prompt",
     sites=ROTATED,
     fix="carry the position over from one chunk of prefill to the next",
     needs="a prompt longer than the chunk",
@@ -162,7 +162,7 @@ def position_ignores_padding(scope: Scope) -> Change:
 
 
 def _is_text(scope: Scope) -> Tensor | None:
-    """Which tokens are no padding (b, t), as the mask tells: None if it does not."""
+    """Which tokens are not padding (b, t), as the mask tells: None if it does not."""
     mask = scope.kwargs.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-1] != mask.shape[-2]:
         return None

@@ -110,7 +110,7 @@ def residual_normed_mlp(scope: Scope) -> Change:
     id="residual-input-mlp",
     title="the layer's input is added to the MLP's output; the reference adds the stream after attention",
     sites=OUT,
-    fix="take the residual anew after attention",
+    fix="take a new residual after attention",
     applies=is_sequential,
 )
 def residual_input_mlp(scope: Scope) -> Change:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# torch and numpy share no such dtype: the bits travel as integers of the same size.
+# torch and numpy have no such dtype in common: the bits travel as integers of the same size.
 _FOREIGN: dict[torch.dtype, tuple[torch.dtype, Any]] = {
     torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
     torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),

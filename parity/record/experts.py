@@ -42,7 +42,7 @@ class Routing:
 
 
 def routing_of(args: Iterable[Any], kwargs: dict[str, Any]) -> Routing | None:
-    """Which of the arguments of a module are a routing; None if it is no module of experts."""
+    """Which of the arguments of a module are a routing; None if it is not a module of experts."""
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if len(tensors) != 3 or any(value.dim() != 2 for value in tensors):
         return None

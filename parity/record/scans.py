@@ -1,4 +1,4 @@
-"""Seeing inside linear attention, state spaces, short convolutions and latent attention, whose parts are no modules.
+"""Seeing inside linear attention, state spaces, short convolutions and latent attention, whose parts are not modules.
 
 The blocks of transformers call functions that stand beside them in their file. While a block runs, those functions
 are replaced by ones that tap what they take and give, and what an operation inside them makes. A value has the axes

@@ -38,7 +38,7 @@ def less(ratio: float, strays: float) -> float:
 
 
 def of_known(freedom: float) -> float:
-    """As of_sample, against a floor that is no sample but known."""
+    """As of_sample, against a floor that is known rather than sampled."""
     return max(1.0, _NOISIER / _LIMIT * of_worst_row(freedom, 1))
 
 

@@ -101,7 +101,7 @@ def find(name: str, *, trust_remote_code: bool = False) -> Checkpoint:
 
 
 def looks_like_hub_id(name: str) -> bool:
-    """Whether a model's name that is no directory can only mean `owner/name` on the hub."""
+    """Whether a model's name that is not a directory can only mean `owner/name` on the hub."""
     return not name.startswith((".", "/", "~")) and name.count("/") == 1
 
 

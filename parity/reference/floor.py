@@ -13,7 +13,7 @@ norm) is rounded once for each row, and of few rows the reference may have drawn
 
 The ratio R is the larger of ‖r‖ / ‖floor‖ over the whole tensor and the median of the row ratios: the first
 sees an error anywhere, the second is not swallowed by one row of massive activations. Beside it stands the worst
-single row, whose floor is no smaller than the usual one: few wrong rows are lost in both. Each is divided by what
+single row, whose floor is not smaller than the usual one: few wrong rows are lost in both. Each is divided by what
 chance may make of so few numbers, or of the worst of so many rows (parity.reference.chance), where that is more
 than the limit allows for; rows that repeat each other, as those of a repeated token do, count once.
 """

@@ -16,7 +16,7 @@ from parity.results import Check
 
 
 def reference_checks(model: PiecewiseModel, input_ids: Tensor) -> list[Check]:
-    """A reference that rounds its RoPE frequencies, uses TF32 or gives other numbers each time is no reference.
+    """A reference that rounds its RoPE frequencies, uses TF32 or gives other numbers each time cannot serve as one.
 
     `input_ids` (b, t).
     """
@@ -60,7 +60,7 @@ def weight_check(module: nn.Module, checkpoint: Checkpoint) -> Check:
     """The live candidate's parameters against the checkpoint, name by name, in the candidate's dtype.
 
     A different tensor is said to be transposed, or another tensor of the checkpoint, where it is one.
-    A name that the checkpoint lacks is no fault: a port may fuse or split weights.
+    A name that the checkpoint lacks is not an error: a port may fuse or split weights.
     """
     differing: list[str] = []
     compared = 0

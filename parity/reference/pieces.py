@@ -49,7 +49,7 @@ class PiecewiseModel:
     """A causal LM of transformers whose weights are in memory one piece at a time.
 
     `sites` are the model's sites in order of execution, with the probe's sizes (`with_sizes` gives a run's).
-    A small one (SMALL) is read once and stays in memory. A model whose layers are no plain chain cannot be cut:
+    A small one (SMALL) is read once and stays in memory. A model whose layers are not a plain chain cannot be cut:
     it has one piece, HEAD, that is all of it, and `is_cut` says so.
     """
 
@@ -107,7 +107,7 @@ class PiecewiseModel:
             self.config._experts_implementation = before
 
     def summands(self, site: Site, tokens: int) -> int:
-        """How many products one number is the sum of, in a run of so many tokens; 1 if it is of no matrix product."""
+        """How many products one number is the sum of, in a run of so many tokens; 1 outside matrix products."""
         if site.where == "attention":
             return {"scores": self.head_dim or 1, "context": tokens}.get(without_call(site.name).rsplit(".", 1)[-1], 1)
         weight = getattr(self.model.get_submodule(site.module), "weight", None)
@@ -251,7 +251,7 @@ class PiecewiseModel:
         return next(piece for piece, sites in self._sites.items() if any(s.name == site for s in sites))
 
     def source_of(self, piece: Piece) -> str | None:
-        """The site of the hidden states that go into a piece; None if they have none, or if nothing goes in."""
+        """The site of the hidden states that go into a piece; None where it is not a site, or nothing goes in."""
         if piece == EMBED or not self.is_cut:
             return None
         return self._found.chain.sources[piece if isinstance(piece, int) else -1]

@@ -97,7 +97,7 @@ def chances(freedom: float, dims: Dims, shape: tuple[int, ...]) -> Floats:
 
 
 def tokens_of(by_row: Floats, worst: float, dims: Dims, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The tokens of the worst rows, in their order; none where a row is no token's."""
+    """The tokens of the worst rows, in their order; none where a row does not belong to a token."""
     if "token" not in dims[:-1] or not by_row.size:
         return ()
     rest = tuple(i for i, dim in enumerate(dims[:-1]) if dim != "token")

@@ -105,7 +105,7 @@ def _owners(module: nn.Module, owner: Any) -> Iterator[tuple[nn.Module, Any]]:
 def cast(mine: nn.Module, theirs: nn.Module, dtype: torch.dtype, copies: dict[Tensor, Tensor]) -> None:
     """Parameters and buffers of `theirs` into `mine`, numbers in `dtype`; exact when that is the wider one.
 
-    Buffers too: some hold learned numbers, and none may be drawn or computed anew. Tied weights are copied once.
+    Buffers too: some hold learned numbers, and none may be drawn or computed again. Tied weights are copied once.
     Tensors may have any shape.
     """
     for own, other in ((mine._parameters, theirs._parameters), (mine._buffers, theirs._buffers)):

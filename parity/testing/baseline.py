@@ -61,7 +61,7 @@ def _read(path: Path) -> dict[str, list[str]]:
             current.append(line)
         else:
             raise UsageError(
-                f"{path.name}:{number}: no line of a baseline: {line[:60]!r}. Write it anew: pytest --parity-record"
+                f"{path.name}:{number}: not a line of a baseline: {line[:60]!r}. Write it again: pytest --parity-record"
             )
     return sections
 

@@ -346,7 +346,7 @@ def test_a_broken_baseline_is_an_error_of_the_collection(
     (pytester.path / "test_x.baseline.txt").write_text("ratio = 3")
     result = faked(clean)
     result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines(["*test_x.baseline.txt:1: no line of a baseline: 'ratio = 3'*"])
+    result.stdout.fnmatch_lines(["*test_x.baseline.txt:1: not a line of a baseline: 'ratio = 3'*"])
 
 
 # -- trouble -------------------------------------------------------------------------------------------------

@@ -207,5 +207,5 @@ def test_no_baseline_and_a_broken_one(tmp_path: Path) -> None:
     assert baseline.load(path) == {}
     for text in ("lm_head 1 2\n", "[a]\nlm_head 1\n", "[a]\nlm_head one 2\n"):
         path.write_text(text)
-        with pytest.raises(UsageError, match=r"b\.txt:\d: no line of a baseline: 'lm_head.*--parity-record"):
+        with pytest.raises(UsageError, match=r"b\.txt:\d: not a line of a baseline: 'lm_head.*--parity-record"):
             baseline.load(path)

@@ -58,7 +58,7 @@ def test_missing_directory_and_empty(tmp_path: Path, opener: Callable[[Path], Du
 @pytest.mark.parametrize(
     ("start", "message"),
     [
-        (b"hello world", "is no dump — found a file that begins b'hello world' — parity opens HDF5"),
+        (b"hello world", "is not a dump — found a file that begins b'hello world' — parity opens HDF5"),
         (b"GGUF1234", "found a GGUF: that is a model"),
         (b"\x93NUMPY\x01\x00", "found a single .npy: put one for each site into a folder"),
     ],
@@ -265,13 +265,13 @@ METADATA: list[tuple[dict[str, str], str]] = [
     ({"parity.token_ids": '"abc"'}, "port.safetensors: token ids are not a list"),
     ({"parity.token_ids": "[[1], [2, 3]]"}, "port.safetensors: token ids are ragged"),
     ({"parity.token_ids": "[[9]]"}, "the tensor 'token_ids' and the metadata 'parity.token_ids' differ"),
-    ({"parity.dims": "[]"}, r"'parity.dims' is no table of dims — found \[\]"),
-    ({"parity.dims": '{"a": ["b"]}'}, "'parity.dims' is no table of dims"),
+    ({"parity.dims": "[]"}, r"'parity.dims' is not a table of dims — found \[\]"),
+    ({"parity.dims": '{"a": ["b"]}'}, "'parity.dims' is not a table of dims"),
     (
         {"parity.dims": '{"a": "batch token"}'},
         r"port.safetensors: site 'a' has dims 'batch token' but shape \(2,\)",
     ),
-    ({"parity.names": "[]"}, "port.safetensors: parity.names: is no name map"),
+    ({"parity.names": "[]"}, "port.safetensors: parity.names: is not a name map"),
 ]
 
 
@@ -341,7 +341,7 @@ def test_malformed_folders(tmp_path: Path) -> None:
     (tmp_path / "parity.json").write_text("{")
     refused("parity.json: is not JSON", lambda: open_dump(tmp_path))
     (tmp_path / "parity.json").write_text("[]")
-    refused(r"parity.json: is no table — found \[\]", lambda: open_dump(tmp_path))
+    refused(r"parity.json: is not a table — found \[\]", lambda: open_dump(tmp_path))
     (tmp_path / "a.npy").write_bytes(b"xyz")
     refused("a.npy is not a whole npy array", lambda: open_dump(tmp_path))
     np.save(tmp_path / "a.npy", np.array([{}], object))

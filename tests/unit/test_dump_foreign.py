@@ -214,8 +214,8 @@ def test_malformed_targets(target: Any) -> None:
 def test_malformed_maps(tmp_path: Path) -> None:
     with pytest.raises(DumpError, match=r"differ in the number of '\*'"):
         parse_names({"blk.*.a": "model.a"}, "map")
-    with pytest.raises(DumpError, match=r"^map: is no name map — found \['a'\]"):
+    with pytest.raises(DumpError, match=r"^map: is not a name map — found \['a'\]"):
         parse_names(["a"], "map")
     (tmp_path / "names.json").write_text("a = b")
-    with pytest.raises(DumpError, match=r"names\.json: is no name map — not JSON"):
+    with pytest.raises(DumpError, match=r"names\.json: is not a name map — not JSON"):
         load_names(tmp_path / "names.json")

@@ -153,10 +153,10 @@ TABLE: dict[str, Row] = {
     "16 GB contiguous and absent": h5(
         make.created(lambda s: s.create_dataset("lm_head", (HUGE,), "<f4"), [HUGE]), "the file stores 0 for it"
     ),
-    "a text of 1 GB": h5(make.archive(make.giant_text), "its 'run' is no text"),
-    "a run that is numbers": h5(make.archive(make.put("run", np.zeros(3))), "its 'run' is no text"),
+    "a text of 1 GB": h5(make.archive(make.giant_text), "its 'run' is not text"),
+    "a run that is numbers": h5(make.archive(make.put("run", np.zeros(3))), "its 'run' is not text"),
     "an index nested deeply": h5(make.archive(make.put("index", DEEP.decode())), "its 'index' is damaged"),
-    "a site that is a group": h5(make.created(lambda s: s.create_group("lm_head")), "is no dataset"),
+    "a site that is a group": h5(make.created(lambda s: s.create_group("lm_head")), "is not a dataset"),
     "big-endian numbers": h5(make.created(lambda s: s.create_dataset("lm_head", (1000,), ">f4")), "found >f4"),
     "an index of negative sizes": h5(make.index(shape=[-1000]), "has the shape (-1000,)"),
     "an index of sizes in text": h5(make.index(shape="1000"), "has the shape ('1', '0', '0', '0')"),
@@ -187,7 +187,7 @@ TABLE: dict[str, Row] = {
     "a folder of 16 GB": folder("is truncated", a__npy=make.header("<f4", (HUGE,))),
     "a folder's parity.json nested": folder("parity.json: is not JSON", a__npy=SOUND, parity__json=DEEP),
     # -- name maps
-    "a name map nested deeply": names(DEEP, "is no name map — not JSON: nested more than 32 deep"),
+    "a name map nested deeply": names(DEEP, "is not a name map — not JSON: nested more than 32 deep"),
     "a name map with a name twice": names(b'{"a": "b", "a": "c"}', "'a' is there twice"),
     "a name map of no names": names(b'{"a": {"split": [["x"]]}}', "maps to nothing usable"),
     "sizes beyond counting": names(b'{"lm_head": {"split": ["a"], "sizes": [%d]}}' % 10**30, "cannot be split"),

@@ -35,12 +35,12 @@ def options(**given: Any) -> SimpleNamespace:
         ({"tokens": None}, r"^nothing to run\. Give --prompt TEXT"),
         ({"tokens": " \n"}, r"^--tokens: empty, no token to run"),
         ({"tokens": None, "prompt": ""}, r"^the prompt is empty"),
-        ({"tokens": "1 2 x"}, r"^--tokens: 'x' is no token id, and no file is named '1 2 x'\."),
+        ({"tokens": "1 2 x"}, r"^--tokens: 'x' is not a token id, and no file is named '1 2 x'\."),
         ({"tokens": "1 2\n3"}, r"^--tokens: rows of 2, 1 ids"),
         ({"tokens": "1 1000"}, r"^token id 1000 is outside the vocabulary of tiny-qwen3 \(0 … 999\)"),
         ({"tokens": "-1"}, r"^token id -1 is outside"),
         ({"tokens": "9" * 30}, r"^token id 9{30} is outside"),
-        ({"tokens": "9" * 41}, r"'9{40,}.* is no token id"),
+        ({"tokens": "9" * 41}, r"'9{40,}.* is not a token id"),
         ({"tokens": "1 " * 2049}, r"^the prompt has 2049 tokens, but tiny-qwen3 has positions for 2048"),
         ({"dtype": "float12"}, r"^dtype 'float12' is not one of float32, bfloat16, float16"),
         ({"device": "mars"}, r"^device 'mars': not known"),
@@ -105,7 +105,7 @@ def test_injections() -> None:
     check_injection("mine", more=True)
     for text, said in {
         "rope-thet": "Did you mean rope-theta",
-        "rope-theta=x": "'x' is no number",
+        "rope-theta=x": "'x' is not a number",
         "@": "write",
     }.items():
         with pytest.raises(UsageError, match=said):
@@ -123,7 +123,7 @@ def test_token_files(tmp_path: Path) -> None:
     path.write_text("1 2\n\n3, 4\n")
     assert parse_tokens(str(path)) == ((1, 2), (3, 4))
     path.write_text("1 2\n3 y\n")
-    with pytest.raises(UsageError, match=r"ids\.txt: 'y' in line 2 is no token id"):
+    with pytest.raises(UsageError, match=r"ids\.txt: 'y' in line 2 is not a token id"):
         parse_tokens(str(path))
 
 

@@ -69,7 +69,7 @@ def test_a_call_is_looked_at_after_the_file(tmp_path: Path) -> None:
         (
             "[tool.parity.thresholds]\nmodel.norm = { ratio = 3 }",
             "pyproject.toml [tool.parity] threshold 'model': holds another table, 'norm'."
-            " Put a site's name in quotes: its dots are no TOML tables.",
+            " Put a site's name in quotes: otherwise TOML reads its dots as tables.",
         ),
         (
             "[tool.parity.thresholds]\nlm_head = 3",

@@ -31,7 +31,7 @@ def mlp_of(scope: Scope) -> Any:
 
 
 def activation_of(scope: Scope) -> Any:
-    """The activation function in the MLP; None if it is no module."""
+    """The activation function in the MLP; None if it is not a module."""
     mlp = mlp_of(scope)
     return next((found for m in mlp.modules() if (found := _child(m, ACTIVATION_NAMES))), None) if mlp else None
 
