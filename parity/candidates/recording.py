@@ -83,7 +83,7 @@ class Recording:
         self._head: tuple[str, Tensor] | None = None
 
     def tap(self, site: str, value: Tensor) -> Tensor:
-        """Record the value (*), of any shape, of one call of a submodule; a shared one stands at its n-th place in the n-th."""
+        """Record one call (any shape); the n-th call of a shared submodule is that of the n-th place it stands in."""
         self._calls += 1
         if self._is_taken_again(site, value):
             return value
