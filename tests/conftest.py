@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -31,6 +31,16 @@ def slow_but(fast: Iterable[Any], values: Iterable[Any]) -> list[Any]:
     """Parameters for a test, all of them slow but those in `fast`."""
     keep = list(fast)
     return [value if value in keep else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def in_turn(fast: Iterable[Any], values: Iterable[Any], *others: Sequence[Any]) -> list[Any]:
+    """Parameters for a test: each value with one of each of the others in turn, all slow but those of `fast`.
+
+    All with all would try the same kinds of error again, for minutes.
+    """
+    keep = list(fast)
+    rows = [(value, *(other[i % len(other)] for other in others)) for i, value in enumerate(values)]
+    return [row if row[0] in keep else pytest.param(*row, marks=pytest.mark.slow) for row in rows]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from parity.errors import CandidateError, ParityError
 from parity.reasons import Gap
 from parity.report import json as report_json
 from tests.checkpoints import OTHER
-from tests.conftest import Ran, environment, slow_but
+from tests.conftest import Ran, environment, in_turn, slow_but
 
 Cli = Callable[..., Ran]
 
@@ -204,8 +204,7 @@ def test_scores_and_probs_are_compared_when_asked_for(cli: Cli, small: Path, tmp
     assert report_in(tmp_path / "report").coverage.measured == 43
 
 
-@pytest.mark.parametrize("model_type", slow_but(["qwen3_moe", "gemma3_text"], OTHER))
-@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], ["float32", "bfloat16"]))
+@pytest.mark.parametrize(("model_type", "dtype"), in_turn(["qwen3_moe", "gemma3_text"], OTHER, ["bfloat16", "float32"]))
 def test_a_model_matches_its_own_recording(
     cli: Cli, checkpoint: Callable[..., Path], tmp_path: Path, model_type: str, dtype: str
 ) -> None:

@@ -17,7 +17,7 @@ from parity.reference.pieces import EMBED, HEAD, PiecewiseModel
 from parity.reference.replay import Reference
 from tests.architectures import ARCHITECTURES, make
 from tests.builders import LONG_IDS
-from tests.conftest import slow_but
+from tests.conftest import in_turn
 
 # Each has something that the others lack: layers that return tuples, masks of another kind, buffers with learned
 # numbers, weights kept in float32, an attention without registry, operations in place, sizes that do not fit.
@@ -61,8 +61,10 @@ def run(model: PiecewiseModel) -> tuple[dict[str, list[Tensor]], Tensor]:
     return seen, hidden
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", *slow_but([], ["float32", "float16"])])
-@pytest.mark.parametrize("name", slow_but(ODD, ARCHITECTURES))
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*in_turn(ODD, ARCHITECTURES, ["bfloat16", "float32"]), *in_turn([], ARCHITECTURES, ["float16", "bfloat16"])],
+)
 def test_pieces_compute_what_from_pretrained_gives(architecture: Callable[[str], Path], name: str, dtype: str) -> None:
     path = architecture(name)
     model = PiecewiseModel(find(str(path)), getattr(torch, dtype))
@@ -77,8 +79,12 @@ def numbers(model: PiecewiseModel) -> dict[str, Tensor]:
     return {**dict(model.model.named_parameters()), **dict(model.model.named_buffers())}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", slow_but(["deepseek_v3", "gemma4", "ernie4_5_moe", "phi3", "mamba2"], ARCHITECTURES))
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    in_turn(
+        ["deepseek_v3", "gemma4", "ernie4_5_moe", "phi3", "mamba2"], ARCHITECTURES, [torch.float32, torch.bfloat16]
+    ),
+)
 def test_the_truth_has_every_number_of_the_reference(
     architecture: Callable[[str], Path], name: str, dtype: torch.dtype
 ) -> None:

@@ -27,7 +27,7 @@ from parity.reference.replay import Reference
 from parity.results import Comparison, FirstCall
 from parity.run_spec import RunSpec, run_spec
 from tests.architectures import make
-from tests.conftest import slow_but
+from tests.conftest import in_turn, slow_but
 from tests.planted.decoding import LATE, LATE_CHUNK, LateBug
 
 TOKENS = tuple((97 * i * i + 31 * i + 7) % 200 for i in range(13))
@@ -183,8 +183,7 @@ def test_what_runs_all_at_once_is_one_line(small: Path) -> None:
 CACHED = ("llama", "mistral", "qwen2", "gemma2", "gemma3", "olmo3", "phi", "gpt_neox", "starcoder2", "qwen3_moe")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", slow_but(["mistral"], CACHED))
+@pytest.mark.parametrize(("name", "dtype"), in_turn(["mistral"], CACHED, ["float32", "bfloat16"]))
 def test_models_of_transformers_match_with_their_own_cache(tmp_path: Path, name: str, dtype: str) -> None:
     """Their windows of 11 slide."""
     path, ids = make(name, tmp_path / name, dtype), " ".join(map(str, (*TOKENS, *TOKENS[:7])))

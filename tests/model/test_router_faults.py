@@ -24,7 +24,7 @@ from parity.reference.checkpoint import find
 from parity.results import Comparison
 from parity.run_spec import RunSpec
 from tests.checkpoints import randomize
-from tests.conftest import slow_but
+from tests.conftest import in_turn, slow_but
 
 IDS = tuple((torch.arange(1, 201) * 37 % 199).tolist())
 _SMALL = {
@@ -262,8 +262,7 @@ def test_every_fault_has_a_plant() -> None:
     assert set(PLANTS) == {fault.id for fault in (*router.FAULTS, *experts.FAULTS)}
 
 
-@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], ["bfloat16", "float32"]))
-@pytest.mark.parametrize("fault", slow_but(FAST, PLANTS))
+@pytest.mark.parametrize(("fault", "dtype"), in_turn(FAST, PLANTS, ["bfloat16", "float32"]))
 def test_a_planted_fault_is_named(written: Callable[[str], Path], fault: str, dtype: str) -> None:
     kind, plant = PLANTS[fault]
     found = compared(written(kind), dtype, planted(written(kind), dtype, plant), 90)

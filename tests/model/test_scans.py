@@ -22,7 +22,7 @@ from parity.reference.pieces import PiecewiseModel
 from parity.results import Comparison
 from parity.run_spec import RunSpec
 from tests.architectures import make
-from tests.conftest import slow_but
+from tests.conftest import in_turn
 
 IDS = tuple((torch.arange(1, 91) * 37 % 199).tolist())
 _DELTA = {"conv_output", "decay", "beta", "state_output", "norm.gate", "norm.output"}
@@ -116,9 +116,13 @@ def test_a_replaced_value_flows_on(architecture: Callable[[str], Path], name: st
                 assert not torch.equal(model(input_ids=ids, use_cache=False).logits, plain), site.name
 
 
-@pytest.mark.parametrize("attention", slow_but(["sdpa"], ["sdpa", "eager"]))
-@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], ["bfloat16", "float32"]))
-@pytest.mark.parametrize("name", slow_but(FAST, SEEN))
+@pytest.mark.parametrize(
+    ("name", "dtype", "attention"),
+    [
+        *in_turn(FAST, SEEN, ["bfloat16", "float32"], ["sdpa", "eager"]),
+        *in_turn([], SEEN, ["float32", "bfloat16"], ["sdpa", "eager"]),
+    ],
+)
 def test_transformers_itself_matches(
     architecture: Callable[[str], Path], name: str, dtype: str, attention: str
 ) -> None:
@@ -233,8 +237,10 @@ PLANTS: dict[str, tuple[str, Callable[[nn.Module], None], set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], ["bfloat16", "float32"]))
-@pytest.mark.parametrize("bug", slow_but(["beta without sigmoid", "time step without softplus"], PLANTS))
+@pytest.mark.parametrize(
+    ("bug", "dtype"),
+    in_turn(["beta without sigmoid", "time step without softplus"], PLANTS, ["bfloat16", "float32"]),
+)
 def test_a_bug_inside_is_seen_inside(architecture: Callable[[str], Path], bug: str, dtype: str) -> None:
     name, plant, where = PLANTS[bug]
     path = architecture(name)
