@@ -97,9 +97,7 @@ def bad_sites(report: Any) -> list[str]:
 PROMPTS = {"Hello": "!", "The capital of France is": " Paris", "What is 2+2?": " 4"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize(("prompt", "dtype"), in_turn([], PROMPTS, ["float32", "bfloat16"]))
 def test_the_worked_example_matches_the_reference(cli: Cli, tmp_path: Path, prompt: str, dtype: str) -> None:
     ran = cli("diff", "--prompt", prompt, "--dtype", dtype, "--out", tmp_path / "report")
     assert ran.code == 0, ran.out + ran.err

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.cases import ARCHITECTURES, CASES, Case, compare, false_alarms, make, naming, port
-from tests.conftest import slow_but
+from tests.conftest import in_turn, slow_but
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +31,10 @@ def test_a_bug_bears_its_name(case: Case, folder: Path) -> None:
     assert naming(case, compare(path, port(path, "float32", case), "float32", True, folder)) in ("right", "tied")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_a_bug_of_a_plain_port_bears_no_wrong_name(case: Case, folder: Path) -> None:
+@pytest.mark.parametrize(("case", "dtype"), in_turn([], CASES, ["float32", "bfloat16"]), ids=str)
+def test_a_bug_of_a_plain_port_bears_no_wrong_name(case: Case, dtype: str, folder: Path) -> None:
     path = make(case.architecture, folder)
-    for dtype in ("float32", "bfloat16"):
-        assert naming(case, compare(path, port(path, dtype, case), dtype, False, folder)) not in ("wrong", "missed")
+    assert naming(case, compare(path, port(path, dtype, case), dtype, False, folder)) not in ("wrong", "missed")
 
 
 @pytest.mark.parametrize("architecture", slow_but(["llama", "olmo"], ARCHITECTURES))

@@ -23,7 +23,7 @@ from parity.reference.routing import LIMIT
 from parity.results import Comparison
 from parity.run_spec import RunSpec
 from parity.sites import Site
-from tests.conftest import slow_but
+from tests.conftest import in_turn, slow_but
 
 MANY = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 24, "norm_topk_prob": True}
 IDS = tuple((torch.arange(1, 201) * 37 % 199).tolist())
@@ -142,7 +142,7 @@ CLEAN = [
 ]
 
 
-@pytest.mark.parametrize("case", slow_but([CLEAN[6], CLEAN[18]], CLEAN), ids=str)
+@pytest.mark.parametrize("case", slow_but([CLEAN[6], CLEAN[18]], CLEAN[::2]), ids=str)
 def test_ties_are_no_alarm(checkpoint: Callable[..., Path], case: tuple[tuple[str, ...], str, int]) -> None:
     """Whatever of its router a correct candidate records, and however it adds up its experts."""
     without, dtype, seed = case
@@ -187,8 +187,11 @@ def shifted(gate: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logits, weighed(logits.softmax(-1, torch.float32), index, logits.dtype), index
 
 
-@pytest.mark.parametrize("dtype", slow_but(["bfloat16"], ["bfloat16", "float32"]))
-@pytest.mark.parametrize("without", slow_but([(), (".chosen",)], [(), (".gate",), (".chosen",)]), ids=str)
+@pytest.mark.parametrize(
+    ("without", "dtype"),
+    in_turn([(), (".chosen",)], [(), (".gate",), (".chosen",)], ["bfloat16", "float32"]),
+    ids=str,
+)
 @pytest.mark.parametrize(("route", "said"), [(one_less, "1 expert fewer"), (shifted, "no tie")])
 def test_a_wrong_choice_is_found_at_the_router(
     checkpoint: Callable[..., Path],

@@ -20,7 +20,7 @@ from parity.reference.checkpoint import Checkpoint, find
 from parity.reference.pieces import EMBED, HEAD, PiecewiseModel
 from tests.builders import IDS, fired, hooks, whole
 from tests.checkpoints import OTHER
-from tests.conftest import slow_but
+from tests.conftest import in_turn, slow_but
 
 TYPES = ["qwen3", *OTHER]
 pytestmark = pytest.mark.usefixtures("one_piece_at_a_time")
@@ -57,9 +57,12 @@ def stock_logits(path: Path, implementation: str, dtype: torch.dtype, ids: Tenso
     return logits
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("implementation", slow_but(["eager"], ["eager", "sdpa"]))
-@pytest.mark.parametrize("model_type", slow_but(["qwen3", "qwen3_moe", "gemma3_text"], TYPES))
+@pytest.mark.parametrize(
+    ("model_type", "dtype"),
+    in_turn(["qwen3", "qwen3_moe", "gemma3_text"], TYPES, [torch.float32, torch.bfloat16]),
+    ids=str,
+)
 def test_pieces_compute_what_the_whole_computes(
     checkpoint: Callable[..., Path], model_type: str, implementation: str, dtype: torch.dtype
 ) -> None:
