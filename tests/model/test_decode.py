@@ -201,7 +201,9 @@ def planted(path: Path, bug: LateBug, dtype: str, **options: Any) -> Comparison:
     return diff(ask(path, dtype, **options), open_candidate(model))
 
 
-@pytest.mark.parametrize(("bug", "dtype"), in_turn(LATE, LATE, ["bfloat16", "float32"]), ids=str)
+@pytest.mark.parametrize(
+    ("bug", "dtype"), in_turn(LATE, LATE, ["bfloat16", "float32"]), ids=lambda v: getattr(v, "id", v)
+)
 def test_a_bug_of_decoding_is_found_and_named(small: Path, bug: LateBug, dtype: str) -> None:
     found = planted(small, bug, dtype, decode=4)
     families = {family for finding in found.findings for family in finding.families}

@@ -31,7 +31,9 @@ def test_a_bug_bears_its_name(case: Case, folder: Path) -> None:
     assert naming(case, compare(path, port(path, "float32", case), "float32", True, folder)) in ("right", "tied")
 
 
-@pytest.mark.parametrize(("case", "dtype"), in_turn([], CASES, ["float32", "bfloat16"]), ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"), in_turn([], CASES, ["float32", "bfloat16"]), ids=lambda v: getattr(v, "id", v)
+)
 def test_a_bug_of_a_plain_port_bears_no_wrong_name(case: Case, dtype: str, folder: Path) -> None:
     path = make(case.architecture, folder)
     assert naming(case, compare(path, port(path, dtype, case), dtype, False, folder)) not in ("wrong", "missed")
