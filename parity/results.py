@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from parity.predictions import NextToken
 from parity.reasons import Gap, Inconclusive, Invisible, NotTried, Trouble
 from parity.showing import Showing
 
@@ -203,45 +204,6 @@ class Power:
     def unseen(self) -> tuple[Invisible | NotTried, ...]:
         """The faults that this run does not speak of."""
         return self.invisible + self.not_tried
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token and its logit."""
-
-    id: int
-    text: str
-    logit: float
-
-
-@dataclass(frozen=True)
-class LogitSample:
-    """Logits of both sides at the last token, for a part of the vocabulary: the reference's largest first.
-
-    The part holds the largest of each side, and evenly spaced ranks of the reference's. `vocabulary` is the whole.
-    """
-
-    reference: tuple[float, ...]
-    candidate: tuple[float, ...]
-    vocabulary: int
-
-
-@dataclass(frozen=True)
-class NextToken:
-    """What both sides would say after the last token; the reference's and the candidate's top five.
-
-    `flips` counts positions of the prompt where the top token differs, `unexplained_flips` those whose margin
-    is more than five times the rounding noise of that difference.
-    """
-
-    reference: tuple[Token, ...]
-    candidate: tuple[Token, ...]
-    flips: int
-    unexplained_flips: int
-    positions: int
-    max_kl: float
-    margin_sigma: float
-    sample: LogitSample | None = None
 
 
 @dataclass(frozen=True)

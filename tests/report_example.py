@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from parity import words
+from parity.predictions import LogitSample, NextToken, Token
 from parity.reasons import Gap, Invisible, NotTried, Trouble
 from parity.results import (
     Check,
@@ -15,15 +16,12 @@ from parity.results import (
     Environment,
     FaultMatch,
     Finding,
-    LogitSample,
     Measurement,
-    NextToken,
     Power,
     Reading,
     Residual,
     SiteVerdict,
     Structure,
-    Token,
 )
 
 ROPE = FaultMatch(

@@ -15,20 +15,11 @@ from parity.compare.measure import Measured
 from parity.compare.sides import Sides
 from parity.diagnose.second_look import FARTHEST
 from parity.observer import Observer
+from parity.predictions import NextToken
 from parity.reasons import VITAL, Inconclusive, Trouble
 from parity.reference import chance
 from parity.reference.floor import Local
-from parity.results import (
-    Check,
-    Comparison,
-    Coverage,
-    Environment,
-    Finding,
-    Measurement,
-    NextToken,
-    RunVerdict,
-    logits_of,
-)
+from parity.results import Check, Comparison, Coverage, Environment, Finding, Measurement, RunVerdict, logits_of
 from parity.run_spec import versions
 
 # The reference's own error is exceeded this many times at the logits only if something is wrong, provided that both

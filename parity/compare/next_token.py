@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from parity.observer import Observer
+from parity.predictions import LogitSample, NextToken, Token
 from parity.reference.checkpoint import Checkpoint
 from parity.reference.replay import Replayed
 from parity.reference.transfer import row_blocks
-from parity.results import LogitSample, NextToken, Token
 
 _TOP = 5
 # So many logits are kept for drawing, and of these so many because they are the largest of one side.

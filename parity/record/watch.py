@@ -45,7 +45,7 @@ class Watch:
     routers: RouterProbe = field(default_factory=RouterProbe)
 
     def is_new(self, value: Tensor) -> bool:
-        """Whether no module has returned this value, or a view of it, before; one written into since is new."""
+        """Whether no module has returned this value (any shape), or a view of it, before; one written into is new."""
         key, seen = value.untyped_storage()._cdata, self._seen(value)
         if seen is None:
             self.storages[key] = _Seen(value, value._version)
@@ -56,18 +56,18 @@ class Watch:
         return seen if seen is not None and seen.version == value._version else None
 
     def name_of(self, value: Tensor) -> str | None:
-        """The site that a value is, if it is one."""
+        """The site that a value (any shape) is, if it is one."""
         seen = self._seen(value)
         return seen.name if seen else None
 
     def know(self, value: Tensor, name: str) -> None:
-        """A value is that of a site."""
+        """A value (any shape) is that of a site."""
         seen = _Seen(value, value._version, name)
         self.storages[value.untyped_storage()._cdata] = seen
         self.noted.setdefault(name, seen)
 
     def note(self, name: str, value: Tensor, module: str, where: str, dims: Dims | None = None) -> None:
-        """Remember a site, unless its value does not belong to the tokens of this run (RoPE tables)."""
+        """Remember a site, unless its value (any shape) does not belong to the tokens of this run (RoPE tables)."""
         dims = dims or self.label(name, tuple(value.shape))
         if "batch" in dims or "batch*token" in dims:
             dtype = str(value.dtype).removeprefix("torch.")

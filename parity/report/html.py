@@ -15,11 +15,12 @@ from markupsafe import Markup
 
 from parity import words
 from parity.columns import COLUMNS, LAYER_COLUMNS, Column
+from parity.predictions import NextToken
 from parity.report import summaries, text
 from parity.report.chart import chart
 from parity.report.grid import grid, legend
 from parity.report.layers import by_depth, rows
-from parity.results import ROUNDING, SEVERITY, Comparison, Finding, Measurement, NextToken, Structure
+from parity.results import ROUNDING, SEVERITY, Comparison, Finding, Measurement, Structure
 
 _TEMPLATES = Path(__file__).with_name("templates")
 # A profile of more bins than this is drawn narrower than one can see.

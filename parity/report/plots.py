@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from parity.errors import UsageError
+from parity.predictions import LogitSample, NextToken, Token
 from parity.report.canvas import (
     BAD,
     COLOURS,
@@ -29,7 +30,7 @@ from parity.report.grid import STEPS, Cell, grid
 from parity.report.layers import by_depth
 from parity.report.summaries import worst_site
 from parity.report.text import quoted
-from parity.results import Comparison, LogitSample, Measurement, NextToken, Residual, Structure, Token
+from parity.results import Comparison, Measurement, Residual, Structure
 from parity.sites import group_label, short
 
 if TYPE_CHECKING:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from parity import words
+from parity.predictions import NextToken, Token
 from parity.reasons import NotTried
 from parity.report.text import flips, number, plural, quoted, ranges, visible
-from parity.results import Comparison, Finding, Measurement, NextToken, Token
+from parity.results import Comparison, Finding, Measurement
 from parity.sites import family, layer_of
 
 

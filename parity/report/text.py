@@ -7,7 +7,8 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 
-from parity.results import ULP_BINS, Comparison, FaultMatch, Finding, NextToken, Reading
+from parity.predictions import NextToken
+from parity.results import ULP_BINS, Comparison, FaultMatch, Finding, Reading
 from parity.sites import layer_of
 
 # Characters that move the cursor, reorder a line or cannot be seen: a dump may carry any of them.

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from parity.errors import UsageError
+from parity.predictions import NextToken, Token
 from parity.reasons import Gap, Inconclusive
-from parity.results import Check, Comparison, Coverage, Environment, FaultMatch, Finding, Measurement, NextToken, Token
+from parity.results import Check, Comparison, Coverage, Environment, FaultMatch, Finding, Measurement
 from parity.settings import Settings, parse
 from parity.testing import baseline
 from parity.testing.acceptance import explain, failures, split, worst

@@ -16,9 +16,10 @@ from parity import words
 from parity.compare.conclude import TOTAL, covered, judge_run, total_limit
 from parity.compare.findings import evidence, findings, spanning
 from parity.compare.judge import IMPRECISE, RoundingMode, judge_site, luck, rounding_mode, structure_of
+from parity.predictions import NextToken, Token
 from parity.reasons import Gap
 from parity.reference.floor import Local
-from parity.results import EXIT_CODES, ROUNDING, Check, Comparison, Measurement, NextToken, Structure, Token
+from parity.results import EXIT_CODES, ROUNDING, Check, Comparison, Measurement, Structure
 from tests.builders import draw, linear, silu
 from tests.report_example import matching
 

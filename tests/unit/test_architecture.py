@@ -26,7 +26,8 @@ FLOORS: dict[str, set[str]] = {
     "troubles": {"errors", "reasons"},
     "observer": {"reasons", "troubles"},
     "showing": {"columns"},
-    "results": {"reasons", "showing"},
+    "predictions": set(),
+    "results": {"predictions", "reasons", "showing"},
     "words": {"reasons", "results"},
     "dump_coverage": set(),
     "dump": {"errors", "untrusted"},
@@ -47,6 +48,7 @@ FLOORS: dict[str, set[str]] = {
         "observer",
         "sites",
         "settings",
+        "predictions",
         "results",
         "dump",
         "record",
@@ -57,7 +59,18 @@ FLOORS: dict[str, set[str]] = {
         "diagnose",
     },
     "api": {"errors", "observer", "options", "results", "dump", "run_spec", "candidates", "compare"},
-    "report": {"errors", "troubles", "untrusted", "columns", "dump_coverage", "sites", "reasons", "results", "words"},
+    "report": {
+        "errors",
+        "troubles",
+        "untrusted",
+        "columns",
+        "dump_coverage",
+        "sites",
+        "predictions",
+        "reasons",
+        "results",
+        "words",
+    },
     "cli": {
         "errors",
         "preflight",
@@ -68,6 +81,7 @@ FLOORS: dict[str, set[str]] = {
         "options",
         "sites",
         "settings",
+        "predictions",
         "results",
         "dump",
         "reference",
@@ -86,6 +100,7 @@ FLOORS: dict[str, set[str]] = {
         "columns",
         "sites",
         "settings",
+        "predictions",
         "results",
         "dump",
         "reference",
@@ -99,7 +114,7 @@ FLOORS: dict[str, set[str]] = {
 LATE: dict[str, set[str]] = {"showing": {"results", "report"}}
 OUTSIDE = {"models"}  # programs that make data; nobody imports them
 HEAVY = {"torch", "transformers", "numpy", "h5py", "safetensors", "matplotlib"}
-LONGEST_FILE, LONGEST_FUNCTION, MOST_PARAMETERS = 330, 50, 6
+LONGEST_FILE, LONGEST_FUNCTION, MOST_PARAMETERS = 300, 50, 6
 
 
 def imported(source: str, package: str = "parity") -> set[str]:
@@ -180,6 +195,7 @@ def test_reports_see_nothing_but_results() -> None:
         "columns",
         "dump_coverage",
         "sites",
+        "predictions",
         "reasons",
         "results",
         "words",

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from parity.errors import UsageError
+from parity.predictions import LogitSample, Token
 from parity.report import plots
-from parity.results import Comparison, LogitSample, Residual, Structure, Token
+from parity.results import Comparison, Residual, Structure
 from tests.report_example import everything, hostile, matching, measurement, residual, structure
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -17,17 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parity.errors import UsageError
+from parity.predictions import NextToken
 from parity.report import json as report_json
 from parity.report.json import from_json, to_json
-from parity.results import (
-    EXIT_CODES,
-    SCHEMA,
-    Comparison,
-    Finding,
-    Measurement,
-    NextToken,
-    Structure,
-)
+from parity.results import EXIT_CODES, SCHEMA, Comparison, Finding, Measurement, Structure
 from tests.report_example import everything, matching
 
 

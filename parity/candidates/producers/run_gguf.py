@@ -3,8 +3,7 @@
     python run_gguf.py < request.json
 
 The request says `file`, `token_ids`, `options`, `out` for the activations (npz) and `untapped` for the logits of a run
-without taps (npy). What is wrong is said in the last line of standard error. xllamacpp is a wheel that exports all of
-llama.cpp's C interface; what is laid out here holds for the version in `VERSION` alone, and is checked before use.
+without taps (npy). Errors are the last line of standard error. The layouts are those of `VERSION`, checked before use.
 """
 
 from __future__ import annotations
@@ -24,11 +23,9 @@ import numpy as np
 
 VERSION = "2026.10.11549"
 KV = {"f32": 0, "f16": 1, "q8_0": 8}  # numbers of ggml_type
-FLASH = {"off": 0, "on": 1}
-FLOAT32 = 0
+FLASH, FLOAT32 = {"off": 0, "on": 1}, 0
 
-# (name in llama.cpp, its operation) → site. A node without a name of its own goes by that of its weight. The result of
-# flash attention is reshaped, that of plain attention is made contiguous; exactly one tensor must fit each site.
+# (name in llama.cpp, its operation) → site; a nameless node goes by its weight's name. One tensor must fit each site.
 TAPS: dict[tuple[str, str], str] = {
     ("embd", "GET_ROWS"): "model.embed_tokens",
     ("attn_norm-N", "MUL"): "model.layers.N.input_layernorm",
