@@ -43,6 +43,27 @@ def in_turn(fast: Iterable[Any], values: Iterable[Any], *others: Sequence[Any]) 
     return [row if row[0] in keep else pytest.param(*row, marks=pytest.mark.slow) for row in rows]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of the slow parameters of a test only every fourth is run; all of them with PARITY_TESTS=all in the environment.
+
+    They are the same question asked of one more architecture, dtype or bug; all fast ones and all single tests are run.
+    """
+    if os.environ.get("PARITY_TESTS") == "all":
+        return
+    seen: dict[str, int] = {}
+    left_out = []
+    for item in items:
+        if hasattr(item, "callspec") and item.get_closest_marker("slow"):
+            name = item.nodeid.partition("[")[0]
+            seen[name] = seen.get(name, -1) + 1
+            if seen[name] % 4:
+                left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        out = set(left_out)
+        items[:] = [item for item in items if item not in out]
+
+
 @dataclass(frozen=True)
 class Ran:
     """What a command left behind: its exit code and its two streams."""
