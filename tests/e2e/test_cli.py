@@ -468,7 +468,7 @@ BAD_CALLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "record to a directory": (("record", *RUN[1:], "-o", "."), ("directory",)),
     "dump missing": (("diff", "nowhere.h5"), ("nowhere.h5",)),
     "dump missing as candidate": ((*RUN, "-c", "nowhere.h5"), ("nowhere.h5",)),
-    "dump that is none": (("diff", "a_file", "--model", "SMALL"), ("a_file", "no dump")),
+    "dump that is none": (("diff", "a_file", "--model", "SMALL"), ("a_file", "not a dump")),
     "dump of no bytes": (("diff", "empty.h5", "--model", "SMALL"), ("empty.h5",)),
     "three dumps": (("diff", "a", "b", "c"), ("3 dumps",)),
 }  # fmt: skip
