@@ -121,7 +121,7 @@ def test_a_compiled_model_is_tapped_at_its_modules(has_run: bool, small: Path) -
     assert not any(site.endswith(("q_rope", "context", "product")) for site in measured)
     checks = {check.name: check for check in found.checks}
     assert "under other names" not in checks["candidate weights"].detail
-    assert checks["run without taps"].detail == "logits with and without taps bit-equal"
+    assert checks["run without taps"].detail == "logits with and without taps are bit-equal"
 
 
 def test_a_compiled_run_that_taps_change_is_no_match(small: Path) -> None:
