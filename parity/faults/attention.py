@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parity.faults.fault import TWO_TOKENS, Change, Fault, Number, Scope, attribute, fault, source_of
+from parity.faults.fault import TWO_TOKENS, Change, Fault, Number, Scope, attribute, fault
 from parity.faults.patches.attention import INSIDE, has_attention, reading, scale_of, with_options
 from parity.faults.patches.modules import attention_of, forward, head_dim_of, kv_heads_of, linear, together
 from parity.faults.patches.norm import head_axis, heads_of, per_head_norms
 from parity.faults.patches.rope import has_rope, original_rotation, with_rotation
+from parity.record.scans import source_of
 
 
 @fault(

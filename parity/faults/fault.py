@@ -7,7 +7,6 @@ that reproduces the candidate is the answer.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -175,8 +174,3 @@ def weight(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
         yield
     finally:
         module._parameters[name] = before
-
-
-def source_of(module: nn.Module) -> Any:
-    """The transformers file that a module's class comes from: home of `apply_rotary_pos_emb` and its like."""
-    return sys.modules[type(module).__module__]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parity.faults.fault import TWO_TOKENS, Change, Fault, Number, Scope, attribute, fault, source_of
+from parity.faults.fault import TWO_TOKENS, Change, Fault, Number, Scope, attribute, fault
 from parity.faults.patches.attention import INSIDE, has_attention, reading
 from parity.faults.patches.modules import attention_of, together
 from parity.faults.patches.rope import (
@@ -22,6 +22,7 @@ from parity.faults.patches.rope import (
     tables,
     with_tables,
 )
+from parity.record.scans import source_of
 
 _SLOW = "a prompt of some hundred tokens, for only slow frequencies differ"
 

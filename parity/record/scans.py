@@ -76,7 +76,7 @@ def scan_taps(model: nn.Module, sites: dict[nn.Module, dict[str, str]], tap: Tap
     """
     running: list[_Running] = []
     with ExitStack() as stack:
-        for source in {_source(module) for module in sites}:
+        for source in {source_of(module) for module in sites}:
             for name, function in _found_in(source):
                 stack.callback(setattr, source, name, getattr(source, name))
                 setattr(source, name, _tapped(getattr(source, name), function, running))
@@ -195,8 +195,8 @@ def _is_gated_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith("RMSNormGated")
 
 
-def _source(module: nn.Module) -> Any:
-    """The file that the module's class comes from: its functions are looked up there when they are called."""
+def source_of(module: nn.Module) -> Any:
+    """The transformers file of a module's class: its functions are looked up there when they are called."""
     return sys.modules[type(module).__module__]
 
 
@@ -211,4 +211,4 @@ def _functions_of(module: nn.Module) -> list[tuple[str, _Function]]:
     holds_parameters = latent or any(isinstance(child, nn.Conv1d) for child in module.children())
     if not holds_parameters:
         return []
-    return [(name, f) for name, f in _found_in(_source(module)) if (f is _ROTATION) == latent]
+    return [(name, f) for name, f in _found_in(source_of(module)) if (f is _ROTATION) == latent]

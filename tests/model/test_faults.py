@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from parity.errors import UsageError
 from parity.faults import CATALOGUE, Fault, Scope, by_id, load_user_faults, shows_at
-from parity.faults.fault import attribute, source_of
+from parity.faults.fault import attribute
 from parity.faults.patches import attention
 from parity.faults.patches.numbers import rounded
+from parity.record.scans import source_of
 from parity.reference.checkpoint import find
 from parity.reference.pieces import Piece, PiecewiseModel
 from tests import checkpoints

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from parity.faults.fault import Change, Scope, attribute, source_of
+from parity.faults.fault import Change, Scope, attribute
 from parity.faults.patches.modules import attention_of, head_dim_of
+from parity.record.scans import source_of
 
 # Where a change inside attention first shows.
 INSIDE = ("scores", "context")

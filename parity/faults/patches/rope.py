@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parity.faults.fault import Change, Scope, attribute, source_of
+from parity.faults.fault import Change, Scope, attribute
 from parity.faults.patches.modules import attention_of, entry, head_dim_of
 from parity.faults.patches.numbers import as_written, wide
+from parity.record.scans import source_of
 
 # Where queries and keys have been rotated.
 ROTATED = ("q_rope", "k_rope")
