@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from tests.slow import TABLE
 
 if TYPE_CHECKING:
     from parity.reference.checkpoint import Checkpoint
@@ -43,25 +46,33 @@ def in_turn(fast: Iterable[Any], values: Iterable[Any], *others: Sequence[Any]) 
     return [row if row[0] in keep else pytest.param(*row, marks=pytest.mark.slow) for row in rows]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of the slow parameters of a test only every fourth is run; all of them with PARITY_TESTS=all in the environment.
+    """Leave out what `left_out` says, and mark as slow what was measured to be so."""
+    out = set() if os.environ.get("PARITY_TESTS") == "all" else left_out(items)
+    if out:
+        config.hook.pytest_deselected(items=list(out))
+        items[:] = [item for item in items if item not in out]
+    slow = frozenset(TABLE.read_text(encoding="utf-8").splitlines())
+    for item in items:
+        if item.nodeid in slow:
+            item.add_marker("slow")
+
+
+def left_out(items: Iterable[pytest.Item]) -> set[pytest.Item]:
+    """Three of four of the parameters that a test's own file calls slow.
 
     They are the same question asked of one more architecture, dtype or bug; all fast ones and all single tests are run.
     """
-    if os.environ.get("PARITY_TESTS") == "all":
-        return
-    seen: dict[str, int] = {}
-    left_out = []
+    seen: Counter[str] = Counter()
+    out = set()
     for item in items:
         if hasattr(item, "callspec") and item.get_closest_marker("slow"):
             name = item.nodeid.partition("[")[0]
-            seen[name] = seen.get(name, -1) + 1
             if seen[name] % 4:
-                left_out.append(item)
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        out = set(left_out)
-        items[:] = [item for item in items if item not in out]
+                out.add(item)
+            seen[name] += 1
+    return out
 
 
 @dataclass(frozen=True)

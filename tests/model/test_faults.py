@@ -20,6 +20,7 @@ from parity.faults import CATALOGUE, Fault, Scope, by_id, load_user_faults, show
 from parity.faults.fault import attribute
 from parity.faults.patches import attention
 from parity.faults.patches.numbers import rounded
+from parity.preflight import fault_ids
 from parity.record.scans import source_of
 from parity.reference.checkpoint import find
 from parity.reference.pieces import Piece, PiecewiseModel
@@ -178,6 +179,10 @@ def test_the_right_number_is_no_fault(fault: Fault, benches: dict[torch.dtype, B
             fresh = bench.replay(piece, bench.clean[piece])
         for site, value in fresh.items():
             assert torch.allclose(value, bench.clean[piece][site], rtol=1e-12, atol=1e-14), site
+
+
+def test_the_ids_that_are_known_without_torch_are_those_of_the_catalogue() -> None:
+    assert sorted(fault_ids()) == sorted(fault.id for fault in CATALOGUE)
 
 
 def test_tf32_rounds_ties_away_from_zero() -> None:

@@ -301,3 +301,9 @@ def test_what_exceeds_its_budget_is_found() -> None:
     assert not list(too_long("x = 1\n" * LONGEST_FILE))
     assert list(too_long("def f(a, b, c, d, /, e, f, *, g): ...")) == ["f: 7 parameters"]
     assert not list(too_long("class C:\n    def f(self, a, b, c, d, e, f): ..."))
+
+
+def test_the_unit_tests_need_no_torch() -> None:
+    modules = [f"tests.unit.{path.stem}" for path in sorted((ROOT / "tests" / "unit").glob("test_*.py"))]
+    code = "import importlib, sys\nsys.modules['torch'] = None\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    subprocess.run([sys.executable, "-c", code, *modules], env=environment(), check=True)

@@ -5,6 +5,7 @@ Each row runs the command line in a forked process, with limits that the system 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import resource
@@ -299,6 +300,20 @@ def resident() -> int:
 def _on_linux() -> None:
     if not Path("/proc/self/statm").exists():
         pytest.skip("limits of memory are those of Linux")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imported(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Both commands once in this process, so that no fork has to import what they use."""
+    folder = tmp_path_factory.mktemp("imported")
+    write_safetensors(folder / "plain.safetensors", {"lm_head": np.zeros(2)}, {})
+    streams = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+    with pytest.MonkeyPatch.context() as patch, streams[0], streams[1]:
+        patch.chdir(folder)
+        for command in ("check plain.safetensors --names nowhere.json", "diff --tokens 1 --model nowhere"):
+            patch.setattr(sys, "argv", ["parity", *command.split()])
+            with pytest.raises(SystemExit):
+                main()
 
 
 # -- what has no file of its own -----------------------------------------------------------------------------

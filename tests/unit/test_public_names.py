@@ -11,7 +11,7 @@ import parity
 from tests.conftest import ROOT, environment
 
 
-@pytest.mark.parametrize("first", ["import parity.record", "import parity.record.arrays", "pass"])
+@pytest.mark.parametrize("first", ["import parity.record", "pass"])
 def test_record_is_the_function(first: str) -> None:
     code = f"{first}\nimport parity, inspect\nfrom parity import record\nassert inspect.isfunction(parity.record)"
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
