@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,15 +55,22 @@ def measure(sides: Sides, observer: Observer) -> Measured:
         with observer.timed("replay"):
             _, values = next(replayed)
         with observer.timed("measure"):
-            pairs = {v.site.name: pair for v in values if isinstance(pair := sides.pairs[v.site.name], Pair)}
-            tasks = [_measuring(v, pairs[v.site.name], sides, storage) for v in values if v.site.name in pairs]
-            sites |= zip(pairs, run_together(tasks), strict=True)
+            sites |= _measured(values, sides, storage)
             if values and values[-1].site.name == model.sites[-1].name:
                 with observer.surviving("next token"):
                     end = ending(values[-1], sides.run.checkpoint, observer)
+        del values  # they would be in memory beside the next piece's
+    del replayed
     with observer.surviving("next token"):
         end = _second_look(end, sides, observer)
     return Measured(sites, end)
+
+
+def _measured(values: Sequence[Replayed], sides: Sides, storage: Storage) -> dict[str, MeasuredSite]:
+    """The sites of a piece that both sides have."""
+    pairs = {v.site.name: pair for v in values if isinstance(pair := sides.pairs[v.site.name], Pair)}
+    tasks = [_measuring(v, pairs[v.site.name], sides, storage) for v in values if v.site.name in pairs]
+    return dict(zip(pairs, run_together(tasks), strict=True))
 
 
 def _second_look(end: Ending, sides: Sides, observer: Observer) -> Ending:

@@ -19,6 +19,7 @@ from torch import Tensor
 from parity.observer import Observer
 from parity.predictions import LogitSample, NextToken, Token
 from parity.reference.checkpoint import Checkpoint
+from parity.reference.products import Values
 from parity.reference.replay import Replayed
 from parity.reference.transfer import row_blocks
 
@@ -44,7 +45,7 @@ class Ending:
 
 def ending(logits: Replayed, checkpoint: Checkpoint, observer: Observer) -> Ending:
     """What both sides say at the end, from the logits (b, t, vocab); nothing if the candidate's are not finite."""
-    if logits.candidate is None or not bool(logits.candidate.isfinite().all()):
+    if logits.candidate is None or not _is_finite(logits.candidate):
         return Ending()
     rows = _rows(logits)
     flipped = rows.chosen != rows.expected
@@ -66,7 +67,12 @@ def ending(logits: Replayed, checkpoint: Checkpoint, observer: Observer) -> Endi
     return Ending(next_token, ratio)
 
 
-def _in_sigmas(candidate: Tensor, ideal: Tensor, noise: Sequence[Tensor]) -> float:
+def _is_finite(logits: Tensor) -> bool:
+    blocks = row_blocks(logits.flatten(0, -2))
+    return bool(torch.stack([block.isfinite().all() for (block,) in blocks]).all())
+
+
+def _in_sigmas(candidate: Tensor, ideal: Values, noise: Sequence[Values]) -> float:
     """RMS error over that of stochastic rounding, which is √2 times as large as that of rounding to nearest."""
     flat = [x.flatten(0, -2) for x in (ideal, candidate, *noise)]
     squares = torch.stack(
@@ -114,12 +120,12 @@ def _of_margins(logits: Replayed, rows: _Rows) -> Tensor:
     """
     moved = torch.zeros(len(rows.lost), dtype=torch.float64)
     for one in logits.noise:
-        flat = one.flatten(0, -2)
-        right, given = (
-            flat.gather(-1, token.to(flat.device)[:, None])[:, 0].double().cpu()
-            for token in (rows.expected, rows.chosen)
-        )
-        moved += (right - given - rows.lost).square()
+        tokens = [token.to(one.device)[:, None] for token in (rows.expected, rows.chosen)]
+        blocks = row_blocks(one.flatten(0, -2), *tokens)
+        apart = [
+            values.gather(-1, right).double() - values.gather(-1, given).double() for values, right, given in blocks
+        ]
+        moved += (torch.cat(apart)[:, 0].cpu() - rows.lost).square()
     return (moved / max(len(logits.noise), 1)).sqrt()
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from parity.candidates.base import Candidate
 from parity.compare.align import AmbiguousLayoutError, Pair, align
-from parity.dump import Dump
+from parity.dump import Dump, give_back
 from parity.errors import IncomparableError
 from parity.reasons import Gap
 from parity.record.arrays import to_torch
@@ -37,7 +37,12 @@ class Sides:
     def recorded(self, site: Site) -> Tensor | None:
         """The candidate's activation in the reference's layout; (b, t, d) for most; None where it has none."""
         pair = self.pairs[site.name]
-        return to_torch(pair.read(self.dump.read(site.name))) if isinstance(pair, Pair) else None
+        if not isinstance(pair, Pair):
+            return None
+        stored = self.dump.read(site.name)
+        value = to_torch(pair.read(stored))
+        give_back(stored)
+        return value
 
 
 def sized_sites(model: PiecewiseModel, run: RunSpec) -> tuple[Site, ...]:

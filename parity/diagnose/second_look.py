@@ -105,7 +105,7 @@ def _attempts(
         # What has no sum in it is the same in every way.
         yield way.about, {n: (v, None) for n, v in values.items() if not torch.equal(v, truth[n])}
     strayed = [one_operation.run(precise, at, names, straying(at.piece, seed)) for seed in range(_DRAWS)]
-    yield ANY, {name: (truth[name], mean_square(truth[name], (one[name] for one in strayed))) for name in names}
+    yield ANY, {name: (truth[name], mean_square(truth[name], [one[name] for one in strayed])) for name in names}
 
 
 def _against(at: LoadedPiece, name: str, other: Other, error: Tensor, bench: Workbench) -> Local:

@@ -10,6 +10,7 @@ Arrays are numpy arrays; bfloat16 and float8 are the types of ml_dtypes. Bits in
 """
 
 from parity.dump.archive import ArchiveWriter, open_archive
+from parity.dump.files import give_back
 from parity.dump.names import NameMap, load_names, rename, sites_of
 from parity.dump.npy import open_npy_folder, open_npz
 from parity.dump.opening import open_dump
@@ -26,6 +27,7 @@ __all__ = [
     "NameMap",
     "RunInfo",
     "copy_as_safetensors",
+    "give_back",
     "load_names",
     "open_archive",
     "open_dump",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import mmap
 import os
 import signal
 import socket
@@ -167,6 +168,18 @@ def map_file(path: Path) -> npt.NDArray[np.uint8]:
     """
     with reading(path):
         return np.asarray(np.memmap(path, np.uint8, mode="r"))  # slicing the memmap itself is slow
+
+
+def give_back(array: npt.NDArray[Any]) -> None:
+    """Let the system have the memory of the mapped file that an array (any shape) is a view of, if it is one.
+
+    What is looked at again is read again; so a dump that is read once from end to end never stays in memory whole.
+    """
+    base: Any = array
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = getattr(base, "base", None)
+    if base is not None and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def _reason(error: OSError | RuntimeError) -> str:

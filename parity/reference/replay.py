@@ -18,9 +18,10 @@ Six passes over each piece while its weights are in memory:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +29,11 @@ from torch import Tensor
 from parity.record.tap import Tap
 from parity.reference.legal_ways import straying
 from parity.reference.one_operation import LoadedPiece
-from parity.reference.pieces import Piece, PiecewiseModel
+from parity.reference.pieces import HEAD, Piece, PiecewiseModel
 from parity.reference.precision import jittered, stochastically_rounded, truth_dtype
+from parity.reference.products import Product, Values, run_to_product, withholds
 from parity.reference.routing import Route, choices_of, route_of, router_at
+from parity.reference.transfer import row_blocks
 from parity.sites import Site
 
 _JITTER_SEED = 20240
@@ -40,6 +43,8 @@ _JITTER_SEED = 20240
 class Replayed:
     """One site after all passes; every tensor in the reference's layout, in its own dtype.
 
+    Of large logits those in the precision of the truth are computed row by row (parity.reference.products).
+
     `candidate` is None where the candidate did not record the site; the others are the passes of that name,
     `apart` being `plain` where it is not `own`.
     `summands` is the length of the sums behind each number (PiecewiseModel.summands); `allowed` is the square of how
@@ -48,13 +53,13 @@ class Replayed:
 
     site: Site
     own: Tensor
-    ideal: Tensor
+    ideal: Values
     candidate: Tensor | None
-    truth: Tensor
+    truth: Values
     floor: Tensor
-    jitter: Tensor
+    jitter: Values
     summands: int
-    noise: tuple[Tensor, ...] = ()
+    noise: tuple[Values, ...] = ()
     allowed: Tensor | None = None
     apart: Tensor | None = None
 
@@ -94,7 +99,11 @@ class Reference:
         self.routes.clear()
         passes = self._passes(recorded)
         noisy = [_Pass(self.precise, self._noisy(seed)) for seed in range(noise)]
-        strayed = [_Pass(self.precise, self._straying(recorded, seed)) for seed in range(ways)]
+        # An order of summation of its own is one of the last product too.
+        strayed = [
+            _Pass(self.precise, self._straying(recorded, seed), may_withhold=not self._sums_show)
+            for seed in range(ways)
+        ]
         device = self.working.device
         for piece in self.working.pieces:
             sites = self.working.sites_of(piece)
@@ -109,8 +118,11 @@ class Reference:
                     with straying(piece, seed)(self.precise) if self._sums_show else nullcontext():
                         one.run(piece, input_ids)
             summands = {s.name: self.working.summands(s, input_ids.shape[-1]) for s in sites}
-            gathered = [_gather(s, recorded.get(s.name), passes, summands[s.name], noisy) for s in sites]
-            yield piece, [self._allowing(s, strayed) for s in gathered] if strayed else gathered
+            gathered = (_gather(s, recorded.get(s.name), passes, summands[s.name], noisy) for s in sites)
+            yield piece, [self._allowing(s, strayed) if strayed else s for s in gathered]
+            # What was measured makes room for the next piece.
+            for one in (*passes.values(), *noisy, *strayed):
+                one.forget()
 
     def _on_inputs(
         self, passes: dict[str, _Pass], piece: Piece, input_ids: Tensor, recorded: dict[str, Tensor]
@@ -170,7 +182,7 @@ class Reference:
         return rounded
 
     def _allowing(self, site: Replayed, strayed: list[_Pass]) -> Replayed:
-        allowed = mean_square(site.truth, (one.values[site.site.name] for one in strayed))
+        allowed = mean_square(site.truth, [one.at(site.site.name) for one in strayed])
         # The square of a stochastic rounding is twice that of one to nearest.
         return replace(site, allowed=allowed if self._sums_show else allowed / 2)
 
@@ -199,10 +211,10 @@ class Reference:
 
         return {
             "truth": _Pass(self.precise, as_recorded),
-            "floor": _Pass(self.working, as_recorded),
+            "floor": _Pass(self.working, as_recorded, may_withhold=False),
             "jitter": _Pass(self.precise, moved),
-            "plain": _Pass(self.working, as_computed),
-            "own": _Pass(self.working, self._routed),
+            "plain": _Pass(self.working, as_computed, may_withhold=False),
+            "own": _Pass(self.working, self._routed, may_withhold=False),
             "ideal": _Pass(self.precise, self._routed),
         }
 
@@ -211,20 +223,38 @@ class Reference:
 class _Pass:
     """One walk through the pieces: what flows on from each site is `feed(site, fresh value)`.
 
-    `start` are the hidden states that went into the last piece, `hidden` those that came out.
+    `start` are the hidden states that went into the last piece, `hidden` those that came out. `withheld` are large
+    logits, which a pass in the precision of the truth does not compute at once.
     """
 
     model: PiecewiseModel
     feed: Tap
+    may_withhold: bool = True
     values: dict[str, Tensor] = field(default_factory=dict)
     start: Tensor | None = None
     hidden: Tensor | None = None
+    withheld: Product | None = None
 
     def run(self, piece: Piece, input_ids: Tensor, *, again: bool = False) -> None:
         """Compute a loaded piece from where this pass stands, or the last one once more."""
-        self.values = {}
+        self.forget()
         self.start = self.start if again else self.hidden
-        self.hidden = self.model.run(piece, input_ids, self.start, self._tap)
+
+        def run() -> Tensor:
+            return self.model.run(piece, input_ids, self.start, self._tap)
+
+        if self.may_withhold and piece == HEAD and withholds(self.model, input_ids):
+            self.withheld, self.hidden = run_to_product(self.model, run), None
+        else:
+            self.hidden = run()
+
+    def at(self, site: str) -> Values:
+        """The value of a site of the last piece; most are (b, t, d)."""
+        return self.values[site] if self.withheld is None or site in self.values else self.withheld
+
+    def forget(self) -> None:
+        """Give back the values of the last piece, but not what flows on."""
+        self.values, self.withheld = {}, None
 
     def _tap(self, site: str, fresh: Tensor) -> Tensor:
         # Nothing follows the last site, and it is the largest.
@@ -234,8 +264,15 @@ class _Pass:
         return onward
 
 
-def mean_square(truth: Tensor, others: Iterable[Tensor]) -> Tensor:
+def mean_square(truth: Values, others: Sequence[Values]) -> Tensor:
     """How far other values are off the truth (…, features), row by row: the mean over them of the sums of squares."""
+    if isinstance(truth, Tensor):
+        return _mean_square(truth, others)
+    blocks = row_blocks(truth.flatten(), *(other.flatten(0, -2) for other in others))
+    return torch.cat([_mean_square(exact, rows) for exact, *rows in blocks]).reshape(truth.shape[:-1])
+
+
+def _mean_square(truth: Tensor, others: Sequence[Any]) -> Tensor:
     squares = [torch.where(truth.isfinite(), other - truth, 0).square().sum(-1) for other in others]
     return torch.stack(squares).mean(0)
 
@@ -243,12 +280,15 @@ def mean_square(truth: Tensor, others: Iterable[Tensor]) -> Tensor:
 def _gather(
     site: Site, candidate: Tensor | None, passes: dict[str, _Pass], summands: int, noisy: list[_Pass]
 ) -> Replayed:
-    values = {name: one.values[site.name] for name, one in passes.items() if name != "plain"}
     return Replayed(
         site,
         candidate=candidate,
         summands=summands,
-        noise=tuple(one.values[site.name] for one in noisy),
+        noise=tuple(one.at(site.name) for one in noisy),
+        own=passes["own"].values[site.name],
+        floor=passes["floor"].values[site.name],
         apart=passes["plain"].values[site.name],
-        **values,
+        ideal=passes["ideal"].at(site.name),
+        truth=passes["truth"].at(site.name),
+        jitter=passes["jitter"].at(site.name),
     )

@@ -6,6 +6,7 @@ are looked for in the sums, and only a site that has some is read again, with ca
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parity.reference.precision import unit_roundoff
+from parity.reference.products import Product, Values
 from parity.reference.replay import Replayed
 from parity.reference.rows import Floats, Rows, kinds_of
 from parity.reference.transfer import Task, row_blocks
@@ -44,8 +46,8 @@ def measuring_rows(site: Replayed, working: torch.dtype, storage: torch.dtype, h
     candidate = site.candidate.to(site.truth.device)
     if torch.promote_types(candidate.dtype, site.truth.dtype) != site.truth.dtype:
         candidate = candidate.to(site.truth.dtype)
-    values = _Values(candidate, site.truth, site.floor, site.jitter, site.own, site.ideal)
-    flat = _Values(*(value.reshape(-1, width) for value in values))
+    values = (candidate, site.truth, site.floor, site.jitter, site.own, site.ideal)
+    flat = [value.flatten() if isinstance(value, Product) else value.reshape(-1, width) for value in values]
     least = _least(site, working)
     answer = yield _all_blocks(flat, storage, least, careful=False)
     if not np.isfinite(answer).all() or answer[-1] <= _MASKED:
@@ -55,7 +57,7 @@ def measuring_rows(site: Replayed, working: torch.dtype, storage: torch.dtype, h
 
 
 class _Values(NamedTuple):
-    """The six tensors of a site, or the same rows (n, features) of each."""
+    """The same rows (n, features) of the six tensors of a site."""
 
     candidate: Tensor
     truth: Tensor
@@ -86,8 +88,11 @@ def _as_rows(answer: Floats, width: int, heads: int) -> Rows:
     return Rows(channels, channels.reshape(heads, -1).sum(-1), by_name, kinds, *rows[:_SQUARES])
 
 
-def _all_blocks(flat: _Values, storage: torch.dtype, least: float, *, careful: bool) -> Tensor:
-    """Sums by row (13, n), by channel (width), of counts, and the smallest number, one after another."""
+def _all_blocks(flat: Sequence[Values], storage: torch.dtype, least: float, *, careful: bool) -> Tensor:
+    """Sums by row (13, n), by channel (width), of counts, and the smallest number, one after another.
+
+    `flat` are the fields of _Values, with all rows of a site.
+    """
     blocks = [_block(_Values(*block), storage, least, careful) for block in row_blocks(*flat)]
     rows, channels, counts, smallest = zip(*blocks, strict=True)
     return torch.cat(

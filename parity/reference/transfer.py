@@ -14,14 +14,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from parity.reference.products import Product, Values
+
 T = TypeVar("T")
 Floats = NDArray[np.float64]
 Task = Generator[Tensor, Floats, T]
 
 # Elements for each thread: a handful of float32 temporaries of this size fit a usual L2 cache.
 _IN_CACHE = 1 << 15
-# A GPU wants much at a time: as float32, so many elements are 128 MB.
-_ON_DEVICE = 1 << 25
+# A GPU wants much at a time: as float32, so many elements are 32 MB.
+_ON_DEVICE = 1 << 23
+# So many numbers of a product are computed together, for each of its blocks reads all of its weight.
+_OF_PRODUCT = 1 << 24
 
 
 def run_together(tasks: Sequence[Task[T]]) -> list[T]:
@@ -53,9 +57,14 @@ def _fetched(wanted: Sequence[Tensor]) -> Iterator[Floats]:
         yield part.reshape(tuple(x.shape))
 
 
-def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def row_blocks(*tensors: Values) -> Iterator[tuple[Tensor, ...]]:
     """The same rows of all tensors (n, width), as many at a time as suit the device; one empty block of no rows."""
     rows, width = tensors[0].shape
+    if any(isinstance(x, Product) for x in tensors):
+        step = max(1, _OF_PRODUCT // width)
+        for start in range(0, rows, step):
+            yield from row_blocks(*(x[start : start + step] for x in tensors))
+        return
     many = _ON_DEVICE if tensors[0].device.type != "cpu" else _IN_CACHE * torch.get_num_threads()
     step = max(1, many // max(width, 1))
     for start in range(0, max(rows, 1), step):

@@ -1,8 +1,9 @@
 """Where the time of a comparison goes, as a row of a table for each number of tokens.
 
-    python -m tests.bench.speed_table [--device cuda] [--tokens 256 2048] [--layers 28] [--hidden 1024]
+    python -m tests.bench.speed_table [--device cuda] [--tokens 256 2048] [--layers 28] [--hidden 1024] [--offline]
 
 On random weights in bfloat16 with the shape of Qwen3-0.6B (see tests.bench.large_model), `impl` being the candidate.
+With --offline it is recorded before, in a process of its own, so that its weights are no part of what is measured.
 Beside each comparison runs, in a process of its own, a bare script: imports, one loading, one forward pass of
 transformers. Seconds of wall time; GB at the peak, of the GPU as torch's allocator counts them.
 """
@@ -60,13 +61,18 @@ def run(code: str, *arguments: str) -> tuple[float, str, str]:
     return time.perf_counter() - start, done.stdout, done.stderr
 
 
-def row(path: Path, device: str, tokens: int) -> list[str]:
+def row(path: Path, device: str, tokens: int, *, offline: bool) -> list[str]:
     """The figures of one comparison."""
     forward = float(run(BARE, str(path), device, str(tokens), "2")[1])
     bare = run(BARE, str(path), device, str(tokens), "0")[0]
     ids = " ".join(str(7919 * i % 151000) for i in range(tokens))
-    asked = ["diff", "--model", str(path), "--dtype", "bfloat16", "--device", device, "--tokens", ids, "--json"]
-    diff, said, errors = run(WATCHED, *asked)
+    asked = ["--model", str(path), "--device", device]
+    given = [*asked, "--dtype", "bfloat16", "--tokens", ids]
+    if offline:
+        dump = str(path.with_name(f"{path.name}-{tokens}.h5"))
+        run(WATCHED, "record", *given, "--candidate", "impl.qwen3:load", "--out", dump)
+        given = [*asked, dump]
+    diff, said, errors = run(WATCHED, "diff", *given, "--json")
     report, (host, gpu) = json.loads(said), json.loads(errors.strip().splitlines()[-1])
     stages = report["environment"]["seconds"]
     figures = [forward, bare, diff, *(stages.get(stage, 0.0) for stage in STAGES), host, gpu]
@@ -80,12 +86,13 @@ def main() -> None:
     options.add_argument("--tokens", type=int, nargs="+", default=[256, 2048])
     options.add_argument("--layers", type=int, default=28)
     options.add_argument("--hidden", type=int, default=1024)
+    options.add_argument("--offline", action="store_true")
     given = options.parse_args()
     path = make_checkpoint(Path(tempfile.gettempdir()), given.layers, given.hidden)
     heads = ["", "plain forward", "bare script", "diff", *STAGES, "host GB", "GPU GB"]
     print(" | ".join(heads))
     for tokens in given.tokens:
-        print(" | ".join(row(path, given.device, tokens)), flush=True)
+        print(" | ".join(row(path, given.device, tokens, offline=given.offline)), flush=True)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from parity.dump import (
     Dump,
     Entry,
     RunInfo,
+    give_back,
     open_archive,
     open_dump,
     open_safetensors,
@@ -350,3 +351,22 @@ def test_a_dump_can_stand_in_memory() -> None:
         assert repr(dump) == "Dump('live', 1 sites)"
         assert not dump.read("site").flags.writeable
     assert values["site"].flags.writeable
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells what of a file is in memory")
+def test_what_was_read_leaves_memory_and_can_be_read_again(tmp_path: Path) -> None:
+    def resident() -> int:
+        after = Path("/proc/self/smaps").read_text().partition(str(path))[2]
+        return int(after.partition("Rss:")[2].split()[0])
+
+    path, numbers = tmp_path / "a.h5", np.arange(1 << 20)
+    with ArchiveWriter(path, RunInfo()) as writer:
+        writer.add("a", numbers, None)
+    with open_dump(path) as dump:
+        array = dump.read("a")
+        assert array.sum() == numbers.sum()
+        before = resident()
+        give_back(array)
+        assert resident() < before / 2
+        assert (array[::2] == numbers[::2]).all()
+        give_back(numbers)  # what is no view of a file stays
