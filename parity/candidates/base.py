@@ -27,6 +27,7 @@ _FACTORY = Kind("candidate", "function", "impl.qwen3:load or my_port.py:load", C
 KINDS: dict[str, str] = {
     "hf": "parity.candidates.transformers_model:TransformersModel",
     "gguf": "parity.candidates.foreign:Gguf",
+    "onnx": "parity.candidates.foreign:Onnx",
 }
 
 

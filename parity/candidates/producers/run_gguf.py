@@ -2,8 +2,8 @@
 
     python run_gguf.py < request.json
 
-The request says `file`, `token_ids`, `options`, `out` for the activations (npz) and `untapped` for the logits of a run
-without taps (npy). Errors are the last line of standard error. The layouts are those of `VERSION`, checked before use.
+The request says `file`, `token_ids`, `options`, `out` for the activations (npz), `untapped` for the logits of a run
+without taps (npy), `said` for words about it (JSON). Errors are the last line of stderr. `VERSION` has these layouts.
 """
 
 from __future__ import annotations
@@ -49,8 +49,6 @@ TAPS: dict[tuple[str, str], str] = {
     ("result_norm", "MUL"): "model.norm",
     ("result_output", "MUL_MAT"): "lm_head",
 }
-
-
 LAYER = re.compile(r"(.*[-.])(\d+)(.*)")
 HEADS = ("q_norm", "k_norm", "q_rope", "k_rope")
 
@@ -294,6 +292,8 @@ def main() -> None:
     arrays["parity.dims"] = np.array(json.dumps(dims))
     np.savez(request["out"], **arrays)
     np.save(request["untapped"], np.stack(untapped))
+    said = {"runtime": f"llama.cpp of xllamacpp {VERSION}, kv {options['kv']}, flash attention {options['fa']}"}
+    Path(request["said"]).write_text(json.dumps(said | {"dtype": "float32"}))
 
 
 if __name__ == "__main__":
