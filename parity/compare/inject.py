@@ -14,7 +14,7 @@ from parity.diagnose.power import power
 from parity.diagnose.workbench import Workbench
 from parity.dump import Dump, open_dump
 from parity.errors import UsageError
-from parity.faults import Injection, shows_at
+from parity.faults import Injection
 from parity.observer import Observer
 from parity.record.arrays import to_torch
 from parity.reference.pieces import Piece
@@ -39,7 +39,7 @@ class Injected(Candidate):
 
         def change(piece: Piece) -> AbstractContextManager[None]:
             wanted = not isinstance(piece, int) or inject.layer in (None, piece)
-            shows = any(shows_at(inject.fault, site.name) for site in model.sites_of(piece))
+            shows = any(bench.shows(inject.fault, site.name) for site in model.sites_of(piece))
             if not (wanted and shows and bench.applies(inject.fault, piece)):
                 return nullcontext()
             planted.append(piece)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from parity.diagnose.readings import Uncertainty
 from parity.diagnose.trial import Trial
 from parity.faults import Fault
+from parity.faults.fault import ROLES
 from parity.results import FaultMatch, Finding, Reading
 from parity.sites import layer_of, shows_at_end
 
@@ -112,7 +113,8 @@ def _share_of_clean(fault: Fault, cells: Cells, clean: frozenset[str]) -> float:
     """Of the kinds of site that a fault makes wrong, the share that is clean in the layers in question."""
     layers = {layer_of(site) for site in cells}
     here = [site for site in clean if layer_of(site) in layers]
-    return sum(any(shows_at_end(site, end) for site in here) for end in fault.sites) / len(fault.sites)
+    ends = [end for end in fault.sites if end not in ROLES]
+    return sum(any(shows_at_end(site, end) for site in here) for end in ends) / max(len(ends), 1)
 
 
 def _explained(

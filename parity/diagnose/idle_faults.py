@@ -9,7 +9,7 @@ import torch
 
 from parity.diagnose.workbench import Workbench
 from parity.errors import UsageError
-from parity.faults import CATALOGUE, Fault, shows_at
+from parity.faults import CATALOGUE, Fault
 from parity.reference.one_operation import LoadedPiece
 from parity.reference.pieces import PiecewiseModel
 
@@ -42,7 +42,7 @@ def refuse_idle(faults: Iterable[Fault], bench: Workbench) -> None:
 
 def _effect(fault: Fault, at: LoadedPiece, bench: Workbench) -> _Effect | None:
     """What the fault does in a piece; None where it cannot be tried."""
-    names = [name for name in at.recorded if shows_at(fault, name)]
+    names = [name for name in at.recorded if bench.shows(fault, name)]
     if not names or not bench.applies(fault, at.piece):
         return None
     expected = bench.expected(fault, at.piece)

@@ -14,7 +14,7 @@ from parity.diagnose.causes import Part, Tried, assigned
 from parity.diagnose.spans import span_before
 from parity.diagnose.trial import Case, Trial, attempt
 from parity.diagnose.workbench import Workbench
-from parity.faults import Fault, shows_at
+from parity.faults import Fault
 from parity.observer import Observer
 from parity.reference.one_operation import LoadedPiece
 from parity.results import Finding
@@ -86,7 +86,7 @@ def _fitting(case: Case, faults: Sequence[Fault], known: dict[str, Trial]) -> It
     names = [site.name for site in case.bench.reference.working.sites_of(case.at.piece)]
     behind = (case.site, *span_before(names, names.index(case.site), lambda name: name in case.at.recorded))
     for fault in faults:
-        if not any(shows_at(fault, name) for name in behind):
+        if not any(case.bench.shows(fault, name) for name in behind):
             continue
         other = known.get(fault.id)
         try:

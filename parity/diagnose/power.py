@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from parity.diagnose.workbench import Workbench
-from parity.faults import Fault, shows_at
+from parity.faults import Fault
 from parity.observer import Observer
 from parity.reasons import Invisible, NotTried
 from parity.record.discover import kind_of
@@ -87,7 +87,7 @@ def _not_tried(fault: Fault, trial: _Trial | None, opened: Collection[Piece], be
     if trial is not None and trial.failure:
         return NotTried(fault.id, "failed", trial.failure)
     model = bench.reference.working
-    where = {p for p in model.pieces if any(shows_at(fault, site.name) for site in model.sites_of(p))}
+    where = {p for p in model.pieces if any(bench.shows(fault, site.name) for site in model.sites_of(p))}
     if where and where <= {EMBED, HEAD} and _is_large(bench):
         return NotTried(fault.id, "large")
     # Where a piece could be run and the fault was not tried, it does not apply.
@@ -115,13 +115,13 @@ def _worth_a_look(tried: Sequence[_Trial], piece: Piece) -> bool:
 
 
 def _look(faults: Sequence[Fault], at: LoadedPiece, bench: Workbench) -> Iterable[tuple[Fault, _Trial]]:
-    names = [name for name in at.recorded if any(shows_at(fault, name) for fault in faults)]
+    names = [name for name in at.recorded if any(bench.shows(fault, name) for fault in faults)]
     if not names:
         return
     truth = bench.compute(at, names, bench.reference.precise)
     floor = bench.compute(at, names, bench.reference.working)
     for fault in faults:
-        sites = [name for name in names if shows_at(fault, name)][:_SITES_TRIED]
+        sites = [name for name in names if bench.shows(fault, name)][:_SITES_TRIED]
         if not sites:
             continue
         try:

@@ -74,7 +74,7 @@ def attempt(fault: Fault, case: Case, start: float | None = None) -> Trial | Non
     With `start`, the number that explains another site, the search begins there, and starts over only if that fails.
     Raises whatever the fault's patch does where it cannot be had.
     """
-    expected = case.bench.expected(fault, case.at.piece)
+    expected = case.bench.expected(fault, case.at.piece, case.site)
     if fault.number is None:
         return _with(fault, case, 0.0, expected)
     begin = [] if start is None else [[start]]

@@ -15,13 +15,14 @@ The thresholds, all on the slope (1 is the whole fault), and what holds them:
 | 0.05 | the least slope | share of the fault | _LEAST_SLOPE | chosen |
 | 0.3 | spread of the slopes of layers that agree | share of the slope | _AGREE | chosen |
 | 16 | rows of a fit | number | _LEAST_ROWS | chosen |
+| 0.95 | evidence from which a fault is a rival | share of the best's | _TIED | chosen |
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from parity.diagnose.readings import LEAST_EFFECT
 from parity.diagnose.workbench import Workbench
-from parity.faults import Fault, shows_at
+from parity.faults import Fault
 from parity.reference.one_operation import LoadedPiece
 from parity.reference.precision import unit_roundoff
 from parity.reference.row_sums import alike
@@ -45,6 +46,8 @@ _TIMES_NULL = 1.0
 _LEAST_ROWS = 16
 # Slopes below this share of the step are too small for any real fault.
 _LEAST_SLOPE = 0.05
+# Of two faults that lean the same way neither is named without the other.
+_TIED = 0.95
 # Layers where the constant is right disagree with those where it is not by more than this share.
 _AGREE = 0.3
 
@@ -82,25 +85,36 @@ def weak_constants(sites: Sequence[Measurement], bench: Workbench, catalogue: It
     suspects = {m.site: m for m in sites if m.verdict == "rounding" and layer_of(m.site) is not None}
     faults = [fault for fault in catalogue if fault.number is not None and not fault.number.discrete]
     sums: dict[tuple[str, str], list[_Sums]] = {}
-    steps: dict[str, tuple[float, float]] = {}
+    steps: dict[tuple[str, str], tuple[float, float]] = {}
     for layer in sorted({layer for site in suspects if (layer := layer_of(site)) is not None}):
         with bench.piece(layer) as at:
             if at is not None:
                 for fault, expected, step, found in _regress(at, suspects, faults, bench):
-                    sums.setdefault((fault.id, family(found.site)), []).append(found)
-                    steps[fault.id] = (expected, step)
+                    key = (fault.id, family(found.site))
+                    sums.setdefault(key, []).append(found)
+                    steps[key] = (expected, step)
     by_id = {fault.id: fault for fault in faults}
     accused = {
         key: guilty
         for key, found in sums.items()
-        if (guilty := _guilty(found)) and _is_possible(by_id[key[0]], _reading(guilty)[0], *steps[key[0]])
+        if (guilty := _guilty(found)) and _is_possible(by_id[key[0]], _reading(guilty)[0], *steps[key])
     }
     best: dict[str, tuple[str, str]] = {}
     for key, guilty in accused.items():
         rival = best.get(key[1])
         if rival is None or _evidence(guilty) > _evidence(accused[rival]):
             best[key[1]] = key
-    return [_finding(by_id[key[0]], accused[key], *steps[key[0]], suspects, bench) for key in best.values()]
+    return [
+        _with_rivals(_finding(by_id[key[0]], accused[key], *steps[key], suspects, bench), key, accused)
+        for key in best.values()
+    ]
+
+
+def _with_rivals(finding: Finding, key: tuple[str, str], accused: Mapping[tuple[str, str], list[_Sums]]) -> Finding:
+    """The finding with all faults of its family that the same lean speaks for."""
+    least = _TIED * _evidence(accused[key])
+    rivals = tuple(k[0] for k, sums in accused.items() if k[1] == key[1] and k != key and _evidence(sums) > least)
+    return replace(finding, fault=finding.fault and replace(finding.fault, rivals=rivals))
 
 
 def _regress(
@@ -109,32 +123,29 @@ def _regress(
     """The sums of every fault at every suspect site of a loaded layer."""
     model = bench.reference.working
     cheap = {s.name for s in model.sites_of(at.piece) if not isinstance(model.model.get_submodule(s.module), nn.Linear)}
-    names = [n for n in at.recorded if n in suspects and n in cheap and any(shows_at(f, n) for f in faults)]
+    names = [n for n in at.recorded if n in suspects and n in cheap and any(bench.shows(f, n) for f in faults)]
     if not names:
         return
     truth = bench.compute(at, names, bench.reference.precise)
     floor = bench.compute(at, names, model)
     for fault in faults:
-        wanted = [name for name in names if shows_at(fault, name)]
+        wanted = [name for name in names if bench.shows(fault, name)]
         if not wanted or not bench.applies(fault, at.piece):
             continue
-        expected = bench.expected(fault, at.piece)
-        step = _step(fault, expected)
-        moved = bench.compute(at, wanted, bench.reference.precise, fault, expected + step)
-        for name in wanted:
-            yield (
-                fault,
-                expected,
-                step,
-                _sums(name, at.recorded[name], truth[name], floor[name], moved[name], model.dtype),
-            )
+        right = {name: bench.expected(fault, at.piece, name) for name in wanted}
+        for expected in dict.fromkeys(right.values()):
+            step, these = _step(fault, expected), [name for name in wanted if right[name] == expected]
+            moved = bench.compute(at, these, bench.reference.precise, fault, expected + step)
+            for name in these:
+                found = _sums(name, at.recorded[name], truth[name], floor[name], moved[name], model.dtype)
+                yield fault, expected, step, found
 
 
 def _step(fault: Fault, expected: float) -> float:
     """A change of the number along which the response is still a straight line."""
     assert fault.number is not None, "unreachable because only faults with a number are regressed"
     if fault.number.method == "typical-step":
-        return next(value for value in fault.number.typical if value > expected) - expected
+        return next((value for value in fault.number.typical if value > expected), 2 * expected) - expected
     return expected * 0.01 if expected else 0.01
 
 

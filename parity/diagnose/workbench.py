@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor
 
-from parity.faults import Fault, Scope
+from parity.faults import Fault, Scope, shows_at
+from parity.faults.roles import roles_of
 from parity.reference import one_operation
 from parity.reference.floor import Local, local_error
 from parity.reference.one_operation import LoadedPiece
@@ -24,6 +25,7 @@ class Workbench:
     def __init__(self, reference: Reference, input_ids: Tensor, recorded: Recorded) -> None:
         self.reference, self.input_ids, self.recorded = reference, input_ids, recorded
         self.sites = {site.name: site for site in reference.working.sites}
+        self._roles = roles_of(reference.working.model, reference.working.sites)
 
     @contextmanager
     def piece(self, piece: Piece, tokens: int | None = None) -> Iterator[LoadedPiece | None]:
@@ -52,8 +54,12 @@ class Workbench:
             self.reference.prepare(self.input_ids)
             yield LoadedPiece(piece, ids, hidden, inside)
 
-    def scope(self, model: PiecewiseModel, piece: Piece) -> Scope:
-        """What a fault sees of a loaded piece."""
+    def shows(self, fault: Fault, site: str) -> bool:
+        """Whether a fault shows first at a site."""
+        return shows_at(fault, site, self._roles[site])
+
+    def scope(self, model: PiecewiseModel, piece: Piece, site: str | None = None) -> Scope:
+        """What a fault sees of a loaded piece, of which a site is in question, or all."""
         index = piece if isinstance(piece, int) else None
         layer = None if index is None else model.layers[index]
         kwargs = {} if index is None else model.arguments(index)
@@ -62,15 +68,16 @@ class Workbench:
             stored: Tensor = model.checkpoint.tensor(name)
             return stored.to(model.device, model.dtype)
 
-        return Scope(model.model, model.config, layer, index, kwargs, weight)
+        module = None if site is None else model.model.get_submodule(self.sites[site].module)
+        return Scope(model.model, model.config, layer, index, kwargs, weight, module)
 
     def applies(self, fault: Fault, piece: Piece) -> bool:
         """Whether a fault can be had in a piece."""
         return fault.applies(self.scope(self.reference.working, piece))
 
-    def expected(self, fault: Fault, piece: Piece) -> float:
-        """The right value of the fault's number; 0 for a fault without one."""
-        return fault.number.expected(self.scope(self.reference.working, piece)) if fault.number else 0.0
+    def expected(self, fault: Fault, piece: Piece, site: str | None = None) -> float:
+        """The right value of the fault's number, at a site if one is in question; 0 for a fault without one."""
+        return fault.number.expected(self.scope(self.reference.working, piece, site)) if fault.number else 0.0
 
     def compute(
         self,

@@ -8,30 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parity.faults.fault import TWO_TOKENS, Change, Fault, Number, Scope, attribute, fault
-from parity.faults.patches.attention import INSIDE, has_attention, reading, scale_of, with_options
+from parity.faults.fault import IN_ATTENTION, TWO_TOKENS, Change, Fault, Number, Scope, attribute, fault
+from parity.faults.patches.attention import INSIDE, has_attention, has_scale, reading, scale_of, scaled
 from parity.faults.patches.modules import attention_of, forward, head_dim_of, kv_heads_of, linear, together
 from parity.faults.patches.norm import head_axis, heads_of, per_head_norms
 from parity.faults.patches.rope import has_rope, original_rotation, with_rotation
 from parity.record.scans import source_of
 
+_SCALED = (*INSIDE, IN_ATTENTION)
+
 
 @fault(
     id="attention-scale",
     title="scores are multiplied by another factor than the reference's",
-    sites=INSIDE,
+    sites=_SCALED,
     fix="multiply q·k by head_dim ** -0.5, or by what the config says in its place",
     source="emmy#412",
     needs=TWO_TOKENS,
-    applies=has_attention,
+    applies=has_scale,
     number=Number(name="scale", expected=scale_of, typical=(1.0, 0.125, 128**-0.5, 0.0625)),
 )
 def attention_scale(scope: Scope, scale: float) -> Change:
-    return with_options(scope, scaling=scale)
+    return scaled(scope, scale)
 
 
 def _scale_is_not(value: Callable[[Scope], float]) -> Callable[[Scope], bool]:
-    return lambda scope: has_attention(scope) and abs(value(scope) / scale_of(scope) - 1) > 1e-6
+    return lambda scope: has_scale(scope) and abs(value(scope) / scale_of(scope) - 1) > 1e-6
 
 
 def _by_hidden(scope: Scope) -> float:
@@ -42,14 +44,14 @@ def _by_hidden(scope: Scope) -> float:
 @fault(
     id="attention-scale-hidden",
     title="scores are scaled by (hidden / heads) ** -0.5; the reference uses another head_dim",
-    sites=INSIDE,
+    sites=_SCALED,
     fix="take head_dim from config.json, not hidden_size / num_attention_heads",
     source="marin#2098",
     needs=TWO_TOKENS,
     applies=_scale_is_not(_by_hidden),
 )
 def attention_scale_hidden(scope: Scope) -> Change:
-    return with_options(scope, scaling=_by_hidden(scope))
+    return scaled(scope, _by_hidden(scope))
 
 
 def _by_head_dim(scope: Scope) -> float:
@@ -59,38 +61,38 @@ def _by_head_dim(scope: Scope) -> float:
 @fault(
     id="attention-scale-head-dim",
     title="scores are scaled by head_dim ** -0.5; the reference takes the scale from the config",
-    sites=INSIDE,
+    sites=_SCALED,
     fix="use query_pre_attn_scalar or attention_multiplier of config.json",
     source="llama.cpp#8197",
     needs=TWO_TOKENS,
     applies=_scale_is_not(_by_head_dim),
 )
 def attention_scale_head_dim(scope: Scope) -> Change:
-    return with_options(scope, scaling=_by_head_dim(scope))
+    return scaled(scope, _by_head_dim(scope))
 
 
 @fault(
     id="attention-scale-missing",
     title="scores are not scaled",
-    sites=INSIDE,
+    sites=_SCALED,
     fix="multiply q·k by head_dim ** -0.5",
     needs=TWO_TOKENS,
     applies=_scale_is_not(lambda _s: 1.0),
 )
 def attention_scale_missing(scope: Scope) -> Change:
-    return with_options(scope, scaling=1.0)
+    return scaled(scope, 1.0)
 
 
 @fault(
     id="attention-scale-twice",
     title="scores are scaled twice, as when q is scaled beforehand and the attention function scales again",
-    sites=INSIDE,
+    sites=_SCALED,
     fix="scale either q or the scores",
     needs=TWO_TOKENS,
     applies=_scale_is_not(lambda s: scale_of(s) ** 2),
 )
 def attention_scale_twice(scope: Scope) -> Change:
-    return with_options(scope, scaling=scale_of(scope) ** 2)
+    return scaled(scope, scale_of(scope) ** 2)
 
 
 # -- heads ---------------------------------------------------------------------------------------------------

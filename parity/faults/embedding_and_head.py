@@ -205,7 +205,7 @@ def logits_softcap(scope: Scope, cap: float) -> Change:
 
 
 def _final_norm(scope: Scope) -> Any:
-    return next(iter(norms_of(scope).values()), None)
+    return next(reversed(norms_of(scope).values()), None)
 
 
 def _has_final_norm(scope: Scope) -> bool:

@@ -7,7 +7,7 @@ that reproduces the candidate is the answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypedDict, Unpack
@@ -17,6 +17,12 @@ from torch import Tensor, nn
 from parity.sites import shows_at_end
 
 TWO_TOKENS = "two tokens or more"
+# What a site may be in any decoder, whatever it is called there; parity.faults.roles tells which is which.
+ANY_NORM = "any norm"
+ANY_ACTIVATION = "any activation"
+STREAM_SUM = "any sum with a residual"
+IN_ATTENTION = "any input inside attention"
+ROLES = (ANY_NORM, ANY_ACTIVATION, STREAM_SUM, IN_ATTENTION)
 LAST = -1.0  # as the number of a first token: the last, whatever its number
 
 # How to find a wrong number that is not among the typical ones:
@@ -36,6 +42,7 @@ class Scope:
     index     the layer's number, or None
     kwargs    what transformers passes to the layer beside hidden states; a patch may replace entries
     weight    reads any tensor of the checkpoint by name, in the dtype of the model (KeyError if there is none)
+    module    the module whose site is in question; None where all of the piece is
     """
 
     model: Any
@@ -44,6 +51,7 @@ class Scope:
     index: int | None
     kwargs: dict[str, Any]
     weight: Callable[[str], Tensor]
+    module: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class Fault:
 
     id           short and stable, for example `rope-interleaved`
     title        what the candidate does and what the reference does, in one sentence
-    sites        where it first shows, as ends of site names: `self_attn.q_rope`, `input_layernorm`, `lm_head`
+    sites        where it first shows, as ends of site names (`self_attn.q_rope`, `lm_head`) or as roles (ANY_NORM, …)
     fix          what to change in a port
     patch        makes the reference compute as the bug does
     source       a public thread where it really happened
@@ -128,12 +136,12 @@ def plain(change: Callable[[Scope], Change]) -> Patch:
     return lambda scope, _number: change(scope)
 
 
-def shows_at(fault: Fault, site: str) -> bool:
-    """Whether a fault shows first at a site: one of its `sites` is the end of the name, at a dot.
+def shows_at(fault: Fault, site: str, roles: Collection[str] = ()) -> bool:
+    """Whether a fault shows first at a site: one of its `sites` is the end of the name, at a dot, or among its roles.
 
     The empty end stands for the output of a layer.
     """
-    return any(shows_at_end(site, end) for end in fault.sites)
+    return any(end in roles or shows_at_end(site, end) for end in fault.sites)
 
 
 # -- changing a model for the length of a block --------------------------------------------------------------

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from parity.faults.fault import Change, Fault, Scope, fault
-from parity.faults.patches.mlp import gated, is_gated
-from parity.faults.patches.modules import ACTIVATION_NAMES, activation_of, forward, mlp_of
+from parity.faults.fault import ANY_ACTIVATION, Change, Fault, Scope, fault
+from parity.faults.patches.mlp import computes, gated, is_gated, other_activation
+from parity.faults.patches.modules import ACTIVATION_NAMES, activation_of, activations_of, forward, mlp_of, together
 
 # A mixture of experts applies its activation inside, where no site is.
-ACT = (*ACTIVATION_NAMES, "experts", "mlp")
-_SAME = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+ACT = (*ACTIVATION_NAMES, "experts", "mlp", ANY_ACTIVATION)
+
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
 
 
 def _activation(scope: Scope, compute: Callable[[Tensor], Tensor]) -> Change:
-    return forward(activation_of(scope), compute)
-
-
-def _kind(scope: Scope) -> str:
-    """Which activation the config asks for, under one name for each formula."""
-    config = scope.config
-    name = str(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", ""))
-    return _SAME.get(name, name)
-
-
-def _asks_for_other(*kinds: str) -> Callable[[Scope], bool]:
-    return lambda scope: activation_of(scope) is not None and _kind(scope) not in kinds
+    return together(*(forward(act, compute) for act in activations_of(scope)))
 
 
 @fault(
@@ -38,7 +33,7 @@ def _asks_for_other(*kinds: str) -> Callable[[Scope], bool]:
     sites=ACT,
     fix="use hidden_act of config.json",
     source="Megatron-Bridge#4661",
-    applies=_asks_for_other("gelu"),
+    applies=other_activation(F.gelu),
 )
 def act_gelu(scope: Scope) -> Change:
     return _activation(scope, F.gelu)
@@ -51,10 +46,10 @@ def act_gelu(scope: Scope) -> Change:
     fix="use hidden_act of config.json: gelu is the erf form, gelu_pytorch_tanh the approximation",
     source="pocket-tts#278",
     needs="float32 to be told from GELU (erf)",
-    applies=_asks_for_other("gelu_tanh"),
+    applies=other_activation(_gelu_tanh),
 )
 def act_gelu_tanh(scope: Scope) -> Change:
-    return _activation(scope, lambda x: F.gelu(x, approximate="tanh"))
+    return _activation(scope, _gelu_tanh)
 
 
 @fault(
@@ -62,10 +57,10 @@ def act_gelu_tanh(scope: Scope) -> Change:
     title="the activation is x sigmoid(1.702 x)",
     sites=ACT,
     fix="use hidden_act of config.json",
-    applies=_asks_for_other("quick_gelu"),
+    applies=other_activation(_quick_gelu),
 )
 def act_quick_gelu(scope: Scope) -> Change:
-    return _activation(scope, lambda x: x * torch.sigmoid(1.702 * x))
+    return _activation(scope, _quick_gelu)
 
 
 @fault(
@@ -73,7 +68,7 @@ def act_quick_gelu(scope: Scope) -> Change:
     title="the activation is SiLU",
     sites=ACT,
     fix="use hidden_act of config.json",
-    applies=_asks_for_other("silu"),
+    applies=other_activation(F.silu),
 )
 def act_silu(scope: Scope) -> Change:
     return _activation(scope, F.silu)
@@ -84,14 +79,10 @@ def act_silu(scope: Scope) -> Change:
     title="the activation is ReLU",
     sites=ACT,
     fix="use hidden_act of config.json",
-    applies=_asks_for_other("relu"),
+    applies=other_activation(F.relu),
 )
 def act_relu(scope: Scope) -> Change:
     return _activation(scope, F.relu)
-
-
-def _asks_for(kind: str) -> Callable[[Scope], bool]:
-    return lambda scope: activation_of(scope) is not None and _kind(scope) == kind
 
 
 @fault(
@@ -99,7 +90,7 @@ def _asks_for(kind: str) -> Callable[[Scope], bool]:
     title="the activation is sigmoid: the factor x of SiLU is forgotten",
     sites=ACT,
     fix="compute x * sigmoid(x)",
-    applies=_asks_for("silu"),
+    applies=lambda s: any(computes(act, F.silu) for act in activations_of(s)),
 )
 def act_sigmoid(scope: Scope) -> Change:
     return _activation(scope, torch.sigmoid)
@@ -110,7 +101,7 @@ def act_sigmoid(scope: Scope) -> Change:
     title="there is no activation",
     sites=ACT,
     fix="apply hidden_act of config.json to the gate",
-    applies=_asks_for_other("linear"),
+    applies=other_activation(lambda x: x),
 )
 def act_missing(scope: Scope) -> Change:
     return _activation(scope, lambda x: x.clone())

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parity.faults.fault import Change, Fault, Number, Scope, attribute, fault
-from parity.faults.patches.modules import eps_name, forward, norms_of, together
+from parity.faults.fault import ANY_NORM, Change, Fault, Number, Scope, attribute, fault
+from parity.faults.patches.modules import eps_name, forward, is_norm, norms_of, together
 from parity.faults.patches.norm import (
     IN_LAYER,
     NORMS,
@@ -46,6 +46,10 @@ def norm_skipped(scope: Scope) -> Change:
     return each(scope, STREAM, left_out)
 
 
+def _norm_in_question(scope: Scope) -> Any:
+    return scope.module if is_norm(scope.module) else next(iter(norms_of(scope).values()))
+
+
 @fault(
     id="norm-eps",
     title="the norm uses another eps than config.json",
@@ -56,7 +60,7 @@ def norm_skipped(scope: Scope) -> Change:
     applies=lambda s: bool(norms_of(s)),
     number=Number(
         name="eps",
-        expected=lambda s: eps_of(next(iter(norms_of(s).values()))),
+        expected=lambda s: eps_of(_norm_in_question(s)),
         typical=(1e-5, 1e-6, 1e-8, 1e-12, 1e-3),
         method="typical-step",
     ),
@@ -214,7 +218,7 @@ def norm_unweighted(scope: Scope) -> Change:
 @fault(
     id="norm-next-layer",
     title="the norm has the weights of the next layer",
-    sites=(*IN_LAYER, *QK_NORMS),
+    sites=(*IN_LAYER, *QK_NORMS, ANY_NORM),
     fix="check how the checkpoint's layers are numbered",
     source="TorchSpec#89",
     applies=has_layer(1),
@@ -226,7 +230,7 @@ def norm_next_layer(scope: Scope) -> Change:
 @fault(
     id="norm-previous-layer",
     title="the norm has the weights of the layer before",
-    sites=(*IN_LAYER, *QK_NORMS),
+    sites=(*IN_LAYER, *QK_NORMS, ANY_NORM),
     fix="check how the checkpoint's layers are numbered",
     source="TorchSpec#89",
     applies=has_layer(-1),

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from parity.faults.fault import Change, Fault, Scope, fault
+from parity.faults.fault import ANY_ACTIVATION, Change, Fault, Scope, fault
 from parity.faults.patches.attention import has_attention, original, replaced
 from parity.faults.patches.mlp import gated, is_gated
-from parity.faults.patches.modules import ACTIVATION_NAMES, activation_of, forward, linears_of, norms_of, together
+from parity.faults.patches.modules import ACTIVATION_NAMES, activations_of, forward, linears_of, norms_of, together
 from parity.faults.patches.norm import NORMS
 from parity.faults.patches.numbers import as_written, rounded, stored_as, truncated, wide
 from parity.faults.patches.residual import is_sequential, summed
@@ -94,6 +94,9 @@ def _cut_product(act: Any, gate: Tensor, up: Tensor) -> Tensor:
     return truncated(act(gate).to(wide(up.dtype)) * up).to(up.dtype)
 
 
+_ACTIVATIONS = (*ACTIVATION_NAMES, ANY_ACTIVATION)
+
+
 def _cut_sum(stream: Tensor, branch: Tensor, _read: Tensor) -> Tensor:
     return truncated(stream.to(wide(stream.dtype)) + branch).to(stream.dtype)
 
@@ -101,14 +104,13 @@ def _cut_sum(stream: Tensor, branch: Tensor, _read: Tensor) -> Tensor:
 @fault(
     id="outputs-truncated",
     title="results are cut to bfloat16 by dropping their low bits; the reference rounds them to nearest",
-    sites=(*LINEARS, *NORMS, *ACTIVATION_NAMES, "q_rope", "k_rope", "context", "product", "resid_mid", ""),
+    sites=(*LINEARS, *NORMS, *_ACTIVATIONS, "q_rope", "k_rope", "context", "product", "resid_mid", ""),
     fix="round to nearest even when storing bfloat16, do not shift the bits",
     source="ROCm/aiter#5151",
     applies=has_linears,
 )
 def outputs_truncated(scope: Scope) -> Change:
-    act = activation_of(scope)
-    changes = [_cut_after(m) for m in (*norms_of(scope).values(), *([act] if act is not None else []))]
+    changes = [_cut_after(m) for m in (*norms_of(scope).values(), *activations_of(scope))]
     changes.append(_linears(scope, _cut_linear))
     for applies, change in (
         (has_rope, _cut_rope),

@@ -6,11 +6,21 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from parity.faults.fault import Change, Fault, Number, Scope, fault
-from parity.faults.patches.modules import forward, mlp_of, norms_of, together
-from parity.faults.patches.residual import Sums, is_sequential, summed
+from parity.faults.fault import STREAM_SUM, Change, Fault, Number, Scope, fault
+from parity.faults.patches.modules import attention_of, forward, mlp_of, norms_of, together
+from parity.faults.patches.norm import IN_LAYER, NORMS
+from parity.faults.patches.residual import (
+    Addend,
+    Sums,
+    before_norm,
+    has_norm_behind,
+    is_parallel,
+    is_sequential,
+    summed,
+)
 
-MID, OUT = ("resid_mid",), ("",)
+MID, OUT = ("resid_mid", STREAM_SUM), ("", STREAM_SUM)
+_FACTOR = Number(name="factor", expected=lambda _s: 1.0, typical=(0.5, 2.0))
 READERS = ("post_attention_layernorm", "pre_feedforward_layernorm", "gate_proj", "up_proj", "mlp")
 
 
@@ -114,30 +124,74 @@ def residual_normed_mlp(scope: Scope) -> Change:
     applies=is_sequential,
 )
 def residual_input_mlp(scope: Scope) -> Change:
-    sums = Sums(scope, None, None)
-    sums.rules[1] = lambda stream, branch, _read: (stream if sums.entered is None else sums.entered) + branch
+    def from_the_start(stream: Tensor, branch: Tensor, _read: Tensor) -> Tensor:
+        return (stream if sums.entered is None else sums.entered) + branch
+
+    sums = Sums(scope, {1: from_the_start}.get)
     return together(sums)
 
 
 @fault(
     id="residual-multiplier",
-    title="what attention and MLP add to the residual stream carries another factor",
-    sites=(*MID, *OUT),
+    title="what is added to the residual stream carries another factor",
+    sites=("resid_mid", *OUT),
     fix="multiply by residual_multiplier of config.json, or by nothing where there is none",
     source="exllamav3#218",
-    applies=is_sequential,
-    number=Number(name="factor", expected=lambda _s: 1.0, typical=(0.5, 2.0)),
+    applies=lambda s: s.layer is not None,
+    number=_FACTOR,
 )
 def residual_multiplier(scope: Scope, gain: float) -> Change:
     def scaled(stream: Tensor, branch: Tensor, _read: Tensor) -> Tensor:
         return stream + branch * gain
 
-    return summed(scope, attention=scaled, mlp=scaled)
+    return together(Sums(scope, lambda _number: scaled))
+
+
+@fault(
+    id="parallel-attention-multiplier",
+    title="what attention adds to the residual stream, beside the MLP, carries another factor",
+    sites=OUT,
+    fix="add attention's output, the MLP's and the residual as they are",
+    applies=is_parallel,
+    number=_FACTOR,
+)
+def parallel_attention_multiplier(scope: Scope, gain: float) -> Change:
+    return together(Addend(scope, attention_of(scope), gain))
+
+
+@fault(
+    id="parallel-mlp-multiplier",
+    title="what the MLP adds to the residual stream, beside attention, carries another factor",
+    sites=OUT,
+    fix="add attention's output, the MLP's and the residual as they are",
+    applies=is_parallel,
+    number=_FACTOR,
+)
+def parallel_mlp_multiplier(scope: Scope, gain: float) -> Change:
+    return together(Addend(scope, mlp_of(scope), gain))
+
+
+@fault(
+    id="branch-multiplier-before-norm",
+    title="what goes from attention or the MLP into the norm behind it carries another factor",
+    sites=NORMS,
+    fix="hand the output on as it is; behind a norm only eps tells the difference",
+    needs="an output whose mean square is not far above eps, or a factor far from one",
+    applies=has_norm_behind,
+    number=_FACTOR,
+)
+def branch_multiplier_before_norm(scope: Scope, gain: float) -> Change:
+    return before_norm(scope, gain)
+
+
+def _has_reader(scope: Scope) -> bool:
+    """Whether it is known what reads the stream for the MLP."""
+    return is_sequential(scope) and sum(name in IN_LAYER for name in norms_of(scope)) >= 2
 
 
 def _mlp_reads(scope: Scope, pick: Callable[[Sums], Tensor | None]) -> Change:
     """The MLP's norm (or the MLP, where nothing normalizes its input) reads another tensor than the stream."""
-    sums, norms = Sums(scope, None, None), norms_of(scope)
+    sums, norms = Sums(scope, lambda _number: None), norms_of(scope)
     names = ("pre_feedforward_layernorm", "post_attention_layernorm")
     normed = "input_layernorm" in norms
     reader = next(norms[n] for n in names if n in norms) if normed else mlp_of(scope)
@@ -155,7 +209,7 @@ def _mlp_reads(scope: Scope, pick: Callable[[Sums], Tensor | None]) -> Change:
     title="the MLP reads the layer's input, beside attention; in the reference it follows attention",
     sites=READERS,
     fix="give the MLP's norm the stream to which attention has been added",
-    applies=is_sequential,
+    applies=_has_reader,
 )
 def mlp_parallel(scope: Scope) -> Change:
     return _mlp_reads(scope, lambda sums: sums.entered)
@@ -166,7 +220,7 @@ def mlp_parallel(scope: Scope) -> Change:
     title="the MLP reads attention's output alone; in the reference the residual stream",
     sites=READERS,
     fix="give the MLP's norm the stream to which attention has been added",
-    applies=is_sequential,
+    applies=_has_reader,
 )
 def mlp_of_attention(scope: Scope) -> Change:
     return _mlp_reads(scope, lambda sums: sums.branch)
@@ -183,6 +237,9 @@ FAULTS: tuple[Fault, ...] = (
     residual_normed_mlp,
     residual_input_mlp,
     residual_multiplier,
+    parallel_attention_multiplier,
+    parallel_mlp_multiplier,
+    branch_multiplier_before_norm,
     mlp_parallel,
     mlp_of_attention,
 )

@@ -6,16 +6,20 @@ with it beside the first that changes.
 
 from __future__ import annotations
 
+import inspect
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 from torch import Tensor, nn
 
 SCALES = ("scaling", "scale", "softmax_scale", "inv_norm_factor", "scale_attn")
 ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation_func", "gelu_impl", "activation")
 ROTATED = ("q_rope", "k_rope")
+_BRANCH = ("residual-multiplier", "parallel-attention-multiplier", "branch-multiplier-before-norm")
 _ROUTER = ("router", "gate", "moe", "sparse", "mlp", "experts")
 
 
@@ -89,7 +93,8 @@ def activation(model: nn.Module) -> Bug | None:
 
 def router_choice(model: nn.Module) -> Bug | None:
     """The last router chooses one expert fewer, or two where it chose one."""
-    for name, module in _in_layers(model):
+    # Blocks that have a router of their own may keep a number that nobody reads.
+    for name, module in sorted(_in_layers(model), key=lambda one: "router" not in type(one[1]).__name__.lower()):
         for attribute in ("top_k", "num_experts_per_tok"):
             value = getattr(module, attribute, None)
             if isinstance(value, int) and any(word in type(module).__name__.lower() for word in _ROUTER):
@@ -124,6 +129,29 @@ def norm_eps(model: nn.Module) -> Bug | None:
     return None
 
 
+def _scale_branch(module: nn.Module) -> None:
+    """What a branch gives is multiplied by 1.2; where it adds to the residual itself, before that."""
+    if hasattr(module, "output") and hasattr(module.output, "LayerNorm"):
+        block = module.output
+
+        def added(hidden: Tensor, residual: Tensor) -> Any:
+            return block.LayerNorm(block.dense(hidden) * 1.2 + residual)  # type: ignore[operator]
+
+        block.forward = added  # type: ignore[method-assign]
+        return
+    own, source = module.forward, sys.modules[type(module).__module__]
+    adds = "residual" in inspect.signature(own).parameters
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        if adds:
+            with mock.patch.object(source, "dropout_add", lambda x, residual, *_: residual + x * 1.2):
+                return own(*args, **kwargs)
+        output = own(*args, **kwargs)
+        return (output[0] * 1.2, *output[1:]) if isinstance(output, tuple) else output * 1.2
+
+    module.forward = scaled  # type: ignore[method-assign]
+
+
 def residual_branch(model: nn.Module) -> Bug | None:
     """What the last layer's attention, mixer or MLP gives is multiplied by 1.2 before it is added."""
     start = layers_of(model)
@@ -134,14 +162,8 @@ def residual_branch(model: nn.Module) -> Bug | None:
             continue
         if kind.endswith("norm"):
             continue
-        own = module.forward
-
-        def scaled(*args: Any, own: Callable[..., Any] = own, **kwargs: Any) -> Any:
-            output = own(*args, **kwargs)
-            return (output[0] * 1.2, *output[1:]) if isinstance(output, tuple) else output * 1.2
-
-        module.forward = scaled  # type: ignore[method-assign]
-        return Bug("residual branch", ("residual-multiplier",), f"{start}.{number}.{name}")
+        _scale_branch(module)
+        return Bug("residual branch", _BRANCH, f"{start}.{number}.{name}")
     return None
 
 

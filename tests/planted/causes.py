@@ -146,6 +146,9 @@ UNPLANTED: dict[str, str] = {
     **dict.fromkeys(("rope-full", "qk-norm-separate", "norm-rms-for-layernorm", "norm-one-forgotten"), _FOREIGN),
     **dict.fromkeys(("attention-scale-head-dim", "sinks-dropped", "softcap-dropped", "act-silu"), _FOREIGN),
     "gate-up-interleaved": _FOREIGN,
+    **dict.fromkeys(
+        ("parallel-attention-multiplier", "parallel-mlp-multiplier", "branch-multiplier-before-norm"), _FOREIGN
+    ),
     **{fault.id: _FOREIGN for fault in (*router.FAULTS, *experts.FAULTS)},
     **dict.fromkeys(("embedding-scale-missing", "embedding-scale-rounded"), _FOREIGN),
     **{fault.id: _FOREIGN for fault in rope_tables.FAULTS},

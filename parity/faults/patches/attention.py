@@ -6,16 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from parity.faults.fault import Change, Scope, attribute
-from parity.faults.patches.modules import attention_of, head_dim_of
+from parity.faults.patches.modules import attention_of, forward, head_dim_of
 from parity.record.scans import source_of
 
 # Where a change inside attention first shows.
 INSIDE = ("scores", "context")
+# What attention modules call the factor on their scores; the last divides by it.
+_FACTORS, _DIVISOR = ("scaling", "softmax_scale", "inv_norm_factor"), "scale_attn"
+_PRODUCTS = ("matmul", "__matmul__", "bmm", "baddbmm")
 
 
 QKV = tuple[Tensor, Tensor, Tensor]
@@ -44,8 +47,57 @@ def replaced(scope: Scope, new: Attend) -> Change:
 
 def scale_of(scope: Scope) -> float:
     """The factor on the scores."""
-    own = getattr(attention_of(scope), "scaling", None)
-    return float(own) if own is not None else head_dim_of(scope) ** -0.5
+    own = _own_scale(scope)
+    return own[2] if own is not None else head_dim_of(scope) ** -0.5
+
+
+def has_scale(scope: Scope) -> bool:
+    """Whether the factor on the scores is known and can be changed."""
+    return has_attention(scope) or _own_scale(scope) is not None
+
+
+def _own_scale(scope: Scope) -> tuple[nn.Module, str, float] | None:
+    """The module that holds the factor on the scores as a number, under which name, and the factor."""
+    for module in attention_of(scope).modules() if attention_of(scope) is not None else ():
+        for name in (*_FACTORS, _DIVISOR):
+            value = getattr(module, name, None)
+            if isinstance(value, (float, Tensor)) and not isinstance(value, nn.Parameter):
+                return module, name, 1 / float(value) if name == _DIVISOR else float(value)
+    return None
+
+
+def scaled(scope: Scope, scale: float) -> Change:
+    """Scores carry another factor, wherever the attention module applies it: to the queries, or to the scores."""
+    own = _own_scale(scope)
+    if own is None:
+        return with_options(scope, scaling=scale)
+    module, name, right = own
+    if has_attention(scope):
+        return attribute(module, name, scale)
+    plain = module.forward
+
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        with _FirstProduct(scale / right):
+            return plain(*args, **kwargs)
+
+    return forward(module, compute)
+
+
+class _FirstProduct(TorchFunctionMode):
+    """The first product of two activations, which in attention is that of queries and keys, carries a factor."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor, self.is_done = factor, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if self.is_done or name not in _PRODUCTS:
+            return func(*args, **kwargs)
+        self.is_done = True
+        if name == "baddbmm":
+            return func(*args, **kwargs | {"alpha": kwargs.get("alpha", 1) * self.factor})
+        return func(*args, **kwargs) * self.factor
 
 
 def window_of(scope: Scope) -> int | None:

@@ -1,14 +1,34 @@
-"""The gated MLP, down(act(gate) * up), and how its product is changed."""
+"""Activations, and the gated MLP, down(act(gate) * up): how they are changed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from parity.faults.fault import Change, Scope
-from parity.faults.patches.modules import activation_of, forward, mlp_of
+from parity.faults.patches.modules import activation_of, activations_of, forward, mlp_of
+
+# GELU by erf and by tanh are 5e-4 apart.
+_SAME = 1e-5
+
+
+def computes(act: nn.Module, formula: Callable[[Tensor], Tensor]) -> bool:
+    """Whether an activation is this formula, from and to any shape: tried on some numbers."""
+    x = torch.linspace(-6, 6, 97, dtype=torch.float64)
+    try:
+        with torch.no_grad():
+            return torch.allclose(act.forward(x), formula(x), rtol=0, atol=_SAME)
+    except (RuntimeError, TypeError):
+        # It has parameters, in another dtype or on another device: no formula has.
+        return False
+
+
+def other_activation(formula: Callable[[Tensor], Tensor]) -> Callable[[Scope], bool]:
+    """Whether the layer has an activation that is not this formula, from and to any shape."""
+    return lambda scope: any(not computes(act, formula) for act in activations_of(scope))
 
 
 def is_gated(scope: Scope) -> bool:

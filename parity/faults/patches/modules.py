@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from parity.faults.fault import Change, Scope, attribute
+from parity.record.chain import find_layers
 
-ATTENTION_NAMES = ("self_attn", "attention", "attn")
+ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation")
-FINAL_NORM_NAMES = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+# Where classes of activations come from; a modeling file that has one of its own calls it by its formula.
+_ACTIVATION_SOURCES = ("transformers.activations", "torch.nn.modules.activation")
+_FORMULAS = ("gelu", "silu", "relu")
 HEAD_SITES = ("lm_head", "embed_out")
 EMBEDDING_SITES = ("embed_tokens", "embed_in", "wte")
 
@@ -27,7 +31,7 @@ def attention_of(scope: Scope) -> Any:
 
 def mlp_of(scope: Scope) -> Any:
     """The MLP of the layer, a mixture of experts included; None if there is none."""
-    return _child(scope.layer, ("mlp", "feed_forward", "block_sparse_moe"))
+    return _child(scope.layer, ("mlp", "feed_forward", "block_sparse_moe", "ffn"))
 
 
 def activation_of(scope: Scope) -> Any:
@@ -36,27 +40,50 @@ def activation_of(scope: Scope) -> Any:
     return next((found for m in mlp.modules() if (found := _child(m, ACTIVATION_NAMES))), None) if mlp else None
 
 
+def activations_of(scope: Scope) -> list[nn.Module]:
+    """All activation functions of the layer that are modules, those of experts and mixers included."""
+    return [] if scope.layer is None else [m for m in scope.layer.modules() if is_activation(m)]
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether a module is an activation function, to judge by its class."""
+    kind = type(module)
+    is_one = kind.__module__ in _ACTIVATION_SOURCES or any(word in kind.__name__.lower() for word in _FORMULAS)
+    return is_one and not any(True for _ in module.children()) and "Softmax" not in kind.__name__
+
+
 def _child(module: Any, names: tuple[str, ...]) -> Any:
     return next((found for name in names if isinstance(found := getattr(module, name, None), nn.Module)), None)
 
 
 def norms_of(scope: Scope) -> dict[str, Any]:
-    """The norms of the layer by name, or the final norm at the ends."""
-    if scope.layer is None:
-        base = scope.model.base_model
-        found = {name: getattr(base, name, None) for name in FINAL_NORM_NAMES}
-        return {name: m for name, m in found.items() if is_norm(m)}
-    return {name: m for name, m in scope.layer.named_modules() if is_norm(m)}
+    """The norms of the layer by name, or those of the decoder that are in no layer: the final one is the last."""
+    if scope.layer is not None:
+        return {name: m for name, m in scope.layer.named_modules() if is_norm(m)}
+    decoder = scope.model.get_decoder() or scope.model.base_model
+    inside = {m for layer in find_layers(scope.model) for m in layer.modules()}
+    return {name: m for name, m in decoder.named_modules() if is_norm(m) and m not in inside}
 
 
 def is_norm(module: Any) -> bool:
     """Whether a module normalizes: it says so, and it has an eps."""
-    return isinstance(module, nn.Module) and "Norm" in type(module).__name__ and eps_name(module) is not None
+    return isinstance(module, nn.Module) and says_norm(module) and eps_name(module) is not None
+
+
+def says_norm(module: nn.Module) -> bool:
+    """Whether the class of a module calls itself a norm."""
+    return "Norm" in type(module).__name__
 
 
 def eps_name(norm: nn.Module) -> str | None:
-    """What a norm calls its eps."""
-    return next((name for name in ("variance_epsilon", "eps", "epsilon") if hasattr(norm, name)), None)
+    """What a norm calls its eps; None if it has none."""
+    names = ("variance_epsilon", "eps", "epsilon", "layer_norm_epsilon")
+    return next((name for name in names if isinstance(getattr(norm, name, None), float)), None)
+
+
+def adds_to_residual(module: nn.Module) -> bool:
+    """Whether a module is handed a residual, to which it adds what it computes."""
+    return "residual" in inspect.signature(type(module).forward).parameters
 
 
 def linears_of(scope: Scope) -> dict[str, nn.Linear]:

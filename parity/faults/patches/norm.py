@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parity.faults.fault import Change, Scope, weight
+from parity.faults.fault import ANY_NORM, Change, Scope, weight
 from parity.faults.patches.modules import elsewhere, eps_name, forward, head_dim_of, kv_heads_of, norms_of, together
 from parity.faults.patches.numbers import wide
 
@@ -22,7 +22,7 @@ IN_LAYER = (
 )
 FINAL = ("norm", "final_layernorm", "final_layer_norm")
 STREAM = (*IN_LAYER, *FINAL)
-NORMS = (*IN_LAYER, *QK_NORMS, *FINAL)
+NORMS = (*IN_LAYER, *QK_NORMS, *FINAL, ANY_NORM)
 
 
 # -- which norms ---------------------------------------------------------------------------------------------
@@ -50,12 +50,16 @@ def adds_one(norm: Any) -> bool:
 
 
 def rms_norms(scope: Scope, names: tuple[str, ...] = NORMS) -> dict[str, Any]:
-    """The RMS norms of the scope whose names end so."""
+    """The RMS norms of the scope whose names end so; all of them where ANY_NORM is among the names."""
     return {
         name: norm
         for name, norm in norms_of(scope).items()
-        if name.split(".")[-1] in names and not is_centred(norm) and getattr(norm, "weight", None) is not None
+        if (ANY_NORM in names or name.split(".")[-1] in names) and not is_centred(norm) and _has_weight(norm)
     }
+
+
+def _has_weight(norm: Any) -> bool:
+    return getattr(norm, "weight", None) is not None
 
 
 def has(names: tuple[str, ...] = NORMS, test: Callable[[Any], bool] = lambda _norm: True) -> Callable[[Scope], bool]:
