@@ -19,10 +19,17 @@ from parity.reference.floor import Local, local_error
 from parity.reference.pieces import PiecewiseModel
 from parity.reference.products import Product
 from parity.reference.replay import Reference, Replayed
-from tests.model.test_replay import recording
 
 IDS = (torch.arange(2 * 7).reshape(2, 7) * 37 + 11) % 200
 NOISE, WAYS = 2, 1
+
+
+def recording(of: Reference) -> dict[str, Tensor]:
+    """The reference's own plain run."""
+    seen: dict[str, Tensor] = {}
+    for _, sites in of.replay(IDS, lambda _site: None):
+        seen |= {site.site.name: site.plain.clone() for site in sites}
+    return seen
 
 
 def logits(of: Reference, candidate: dict[str, Tensor]) -> Replayed:
@@ -40,7 +47,7 @@ def test_row_by_row_are_the_same_numbers(
 ) -> None:
     path = checkpoint("qwen3", layers=1)
     of = Reference(PiecewiseModel(find(str(path)), dtype))
-    candidate = recording(of, IDS)
+    candidate = recording(of)
     moved = candidate["lm_head"]
     moved[0, 3] = moved[0, 3].flip(0)  # a token that is wrong, and flipped
     whole = logits(of, candidate)
