@@ -210,7 +210,7 @@ def fill(model: nn.Module, seed: int) -> None:
             parameter += 0.1 * noise(parameter)
         elif parameter.dim() <= 1:
             parameter += 0.25 * noise(parameter)
-        elif "embed" in name or ".wte" in name or ".wpe" in name:
+        elif ("embed" in name and "unembed" not in name) or ".wte" in name or ".wpe" in name:
             parameter.copy_(noise(parameter))
         else:
             inputs = math.prod(parameter.shape[1:]) if "conv" in name or parameter.dim() > 3 else parameter.shape[-1]

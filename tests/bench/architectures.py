@@ -15,9 +15,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -39,38 +38,10 @@ from parity.results import BAD, ROUNDING, Comparison, Measurement
 from parity.run_spec import RunSpec
 from tests.architectures import ARCHITECTURES, make
 from tests.bench.architecture_bugs import PLANTS, ROTATED, Bug, other_theta
+from tests.bench.architecture_page import AS_IT_SHOULD_BE, BUGS, CLEAN, DTYPES, UNCAPPED, Result, Shape, as_line, page
 
 PAGE = Path(__file__).with_name("ARCHITECTURES.md")
-DTYPES = ("float32", "bfloat16", "float16")
-CLEAN = ("eager", "sdpa", "plain")
-BUGS = ("attention scale", "RoPE theta", "activation", "router's choice", "router's weights", "norm eps")
-BUGS += ("residual branch",)
-# sdpa is what `from_pretrained` chooses: right or wrong, it is another model.
-UNCAPPED = "transformers' sdpa leaves out the softcap of the attention scores"
 TOKENS = tuple((i * 37 + 11) % 200 + 3 for i in range(40))  # more than any window; the padding token is not among them
-
-
-@dataclass(frozen=True)
-class Result:
-    """One run. `outcome` is "match", "alarm", "inconclusive", "refused" or "crash" of a clean one; of a planted one
-    "named", "tied" (one of several that the report says it cannot tell apart), "unnamed" (localized), "elsewhere",
-    "unseen" (no site differs enough), "refused" or "crash"."""
-
-    architecture: str
-    dtype: str
-    what: str
-    outcome: str
-    detail: str = ""
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the reference is like: sites of one layer on average, and whether it runs in pieces."""
-
-    architecture: str
-    layer_sites: int
-    is_cut: bool
 
 
 def examine(name: str, dtype: str) -> list[Result | Shape]:
@@ -90,10 +61,12 @@ def examine(name: str, dtype: str) -> list[Result | Shape]:
         working = reference.working
         inside = [len(working.sites_of(piece)) for piece in working.pieces if isinstance(piece, int)]
         shape = Shape(name, round(sum(inside) / len(inside)) if inside else len(working.sites), working.is_cut)
-        return [shape, *_clean(name, run, reference), *_planted(name, run, reference)]
+        rounding: dict[str, float] = {}
+        return [shape, *_clean(name, run, reference, rounding), *_planted(name, run, reference, rounding)]
 
 
-def _clean(name: str, run: RunSpec, reference: Reference) -> Iterator[Result]:
+def _clean(name: str, run: RunSpec, reference: Reference, rounding: dict[str, float]) -> Iterator[Result]:
+    """The clean runs; `rounding` is told how far each site of the eager one is from the reference."""
     capped = getattr(reference.working.config, "attn_logit_softcapping", None)
     for what in CLEAN:
         if capped and what != "eager":
@@ -110,6 +83,7 @@ def _clean(name: str, run: RunSpec, reference: Reference) -> Iterator[Result]:
             outcome, detail = "crash", _where(error)
         else:
             outcome, detail = _verdict(compared)
+            rounding |= {site.site: site.max_abs for site in compared.sites} if what == "eager" else {}
         yield Result(name, run.dtype, what, outcome, detail, time.perf_counter() - start)
 
 
@@ -120,14 +94,14 @@ def _verdict(compared: Comparison) -> tuple[str, str]:
     return ("match", "") if compared.verdict == "match" else (compared.verdict, compared.headline)
 
 
-def _planted(name: str, run: RunSpec, reference: Reference) -> Iterator[Result]:
+def _planted(name: str, run: RunSpec, reference: Reference, rounding: Mapping[str, float]) -> Iterator[Result]:
     for what, plant in zip(BUGS, (PLANTS[0], None, *PLANTS[1:]), strict=True):
         start = time.perf_counter()
         try:
             bug, model = _broken(run, plant)
             if bug is None:
                 continue
-            outcome, detail = _found(diff(run, open_candidate(model), None, reference), bug)
+            outcome, detail = _found(diff(run, open_candidate(model), None, reference), bug, rounding)
         except ParityError as error:
             outcome, detail = "refused", str(error)
         except Exception as error:
@@ -154,12 +128,15 @@ def _load(run: RunSpec, **more: Any) -> nn.Module:
     return model
 
 
-def _found(compared: Comparison, bug: Bug) -> tuple[str, str]:
-    """How a bug was found, and what was said where it was not all right."""
+def _found(compared: Comparison, bug: Bug, rounding: Mapping[str, float]) -> tuple[str, str]:
+    """How a bug was found, and what was said where it was not all right.
+
+    The first site that a bug changes is the first that is not as far from the reference as without it.
+    """
     bad = [site.site for site in _bad(compared)]
     said = [finding.fault.id for finding in compared.findings if finding.fault]
     detail = f"wrong: {', '.join(bad[:4]) or 'nothing'}; said {', '.join(said) or 'no name'}"
-    first = next((site.site for site in compared.sites if site.max_abs), None)
+    first = next((s.site for s in compared.sites if s.max_abs != rounding.get(s.site, 0.0)), None)
     if first is None:
         return "no effect", "the broken model computes what the reference computes"
     detail = f"at {first}; {detail}"
@@ -201,76 +178,6 @@ def _where(error: Exception) -> str:
     return f"{type(error).__name__}: {message} ({Path(frame.filename).name}:{frame.lineno})"
 
 
-# -- the page ------------------------------------------------------------------------------------------------------
-
-AS_IT_SHOULD_BE = ("match", "named", "tied", "n/a")
-_SIGNS = {"match": "✓", "named": "named", "tied": "tied", "unnamed": "found", "n/a": "–"}
-
-
-def page(shapes: Sequence[Shape], results: Sequence[Result]) -> str:
-    """The table, the totals, and every run that was not as it should be."""
-    from parity.run_spec import versions
-
-    made_with = ", ".join(f"{key} {value}" for key, value in versions().items() if key != "parity")
-    dtypes = [dtype for dtype in DTYPES if any(r.dtype == dtype for r in results)]
-    heads = [f"{dtype}: {', '.join(CLEAN)}" for dtype in dtypes] + [f"{bug} ({', '.join(dtypes)})" for bug in BUGS]
-    by_run = {(r.architecture, r.dtype, r.what): r.outcome for r in results}
-    lines = [
-        "# Every decoder of tests/architectures.py",
-        "",
-        f"Made by `python -m tests.bench.architectures`: {made_with}.",
-    ]
-    lines += ["✓ is a match of a clean candidate; a planted bug is `named`, `found` exactly but without a name, or as"]
-    lines += ["it says; `tied` is a right name among those that the report says it cannot tell apart. – is not there:"]
-    lines += [f"the model has no such attention (or {UNCAPPED}), or nothing that the bug could change.", ""]
-    lines += [*_totals(results), ""]
-    lines += [f"| architecture | sites a layer | cut | {' | '.join(heads)} |", "|---" * (len(heads) + 3) + "|"]
-    shape_of = {shape.architecture: shape for shape in shapes}
-    for name in dict.fromkeys(r.architecture for r in results):
-        shape = shape_of.get(name)
-        cells = [" ".join(_sign(by_run.get((name, dtype, what))) for what in CLEAN) for dtype in dtypes]
-        cells += [" ".join(_sign(by_run.get((name, dtype, bug))) for dtype in dtypes) for bug in BUGS]
-        cut = "–" if shape is None else "cut" if shape.is_cut else "whole"
-        lines.append(f"| {name} | {shape.layer_sites if shape else '–'} | {cut} | {' | '.join(cells)} |")
-    lines += ["", "## What is not as it should be", ""]
-    lines += [_line(r) for r in results if r.outcome not in AS_IT_SHOULD_BE] or ["Nothing."]
-    return "\n".join(lines) + "\n"
-
-
-def _line(result: Result) -> str:
-    text = f"- {result.architecture} {result.dtype}, {result.what}: {result.outcome}. {result.detail}"
-    return text.replace("\n", " ").rstrip()
-
-
-def _sign(outcome: str | None) -> str:
-    return _SIGNS.get(outcome or "n/a", f"**{outcome}**")
-
-
-def _totals(results: Sequence[Result]) -> list[str]:
-    clean = [r for r in results if r.what in CLEAN and r.outcome != "n/a"]
-    planted = [r for r in results if r.what in BUGS and r.outcome != "no effect"]
-    localized = _count(planted, "named", "tied", "unnamed", "wrong name")
-    named = _count(planted, "named", "tied")
-    names = len({r.architecture for r in results})
-    return [
-        f"- {names} architectures, {len(clean)} clean runs: {_count(clean, 'match')} match, "
-        f"{_count(clean, 'alarm')} alarms, {_count(clean, 'inconclusive')} inconclusive, "
-        f"{_count(clean, 'refused')} refused, {_count(clean, 'crash')} crashes",
-        f"- {len(planted)} planted bugs: {localized} localized exactly ({_share(localized, len(planted))}), "
-        f"{named} named ({_share(named, len(planted))}; {_count(planted, 'tied')} of them tied), "
-        f"{_count(planted, 'wrong name')} by a wrong name, {_count(planted, 'unseen')} not seen, "
-        f"{_count(planted, 'crash')} crashes",
-    ]
-
-
-def _count(results: Iterable[Result], *outcomes: str) -> int:
-    return sum(r.outcome in outcomes for r in results)
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole else "–"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
@@ -287,7 +194,7 @@ def main() -> int:
             found += done.result()
             for result in done.result():
                 if isinstance(result, Result) and result.outcome not in AS_IT_SHOULD_BE:
-                    print(_line(result), file=sys.stderr, flush=True)
+                    print(as_line(result), file=sys.stderr, flush=True)
     order = {name: i for i, name in enumerate(names)}
     results = sorted((r for r in found if isinstance(r, Result)), key=lambda r: order[r.architecture])
     text = page([s for s in found if isinstance(s, Shape)], results)
