@@ -19,7 +19,8 @@ Sum = Callable[[Tensor, Tensor, Tensor], Tensor]
 # The rule for a sum of the layer by its number; None for one that stays as it is.
 Rules = Callable[[int], Sum | None]
 
-_ADDS = ("add", "__add__", "__radd__", "__iadd__")
+_IN_PLACE = ("add_", "__iadd__")
+_ADDS = ("add", "__add__", "__radd__", *_IN_PLACE)
 # What leaves the stream as it is but for its dtype, its shape or a factor.
 _KEEPS = ("to", "float", "type", "view", "reshape", "contiguous", "mul", "__mul__", "__rmul__")
 _PARALLEL = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")
@@ -72,7 +73,7 @@ class Sums(TorchFunctionMode):
         self.handles: list[Any] = []
 
     def __enter__(self) -> Sums:
-        parts = [m for m in self.layer.children() if not says_norm(m)]
+        parts = [m for m in self.layer.children() if not says_norm(m) and any(True for _ in m.parameters())]
         self.handles = [self.layer.register_forward_pre_hook(self._start, with_kwargs=True)]
         self.handles += [part.register_forward_pre_hook(self._reading, with_kwargs=True) for part in parts]
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -122,6 +123,7 @@ class Sums(TorchFunctionMode):
         rule, self.branch = self.rules(self.step), branch
         read = mine[0] if self.read is None else self.read
         total = func(*args) if rule is None else rule(mine[0], branch, read)
+        total = args[0].copy_(total) if name in _IN_PLACE else total
         self.stream, self.step = [total], self.step + 1
         return total
 
@@ -144,9 +146,11 @@ class Addend(TorchFunctionMode):
         self.outputs.__exit__(*exception)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") not in _ADDS or not any(self.outputs.has(a) for a in args):
-            return func(*args, **(kwargs or {}))
-        return torch.add(*(a * self.factor if self.outputs.has(a) else a for a in args), **(kwargs or {}))
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name not in _ADDS or not any(self.outputs.has(a) for a in args):
+            return func(*args, **kwargs)
+        total = torch.add(*(a * self.factor if self.outputs.has(a) else a for a in args), **kwargs)
+        return args[0].copy_(total) if name in _IN_PLACE else total
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
