@@ -71,7 +71,7 @@ def preference(trial: Trial) -> tuple[float, bool, bool, float]:
 
 def _is_near(value: float, seen: float, stderr: float) -> bool:
     """Whether a number that was read is one seen in the wild, whose digits may have been cut."""
-    return abs(value - seen) <= max(_CUT * abs(seen), _SIGMAS * stderr)
+    return abs(value - seen) <= max(_CUT * abs(seen), _SIGMAS * stderr if math.isfinite(stderr) else 0.0)
 
 
 Cells = dict[str, Trial]
@@ -103,7 +103,9 @@ def _alike(by_family: Sequence[Cells]) -> list[Cells]:
 
 
 def _is_one(one: Trial, other: Trial) -> bool:
-    """Whether two trials of a fault may be of one bug: it has no number, or the same one."""
+    """Whether two trials of a fault may be of one bug: it says the same, and has no number or the same one."""
+    if one.fault.title != other.fault.title:
+        return False
     apart = abs(one.value - other.value)
     errors = math.hypot(one.unsure.total, other.unsure.total)
     return apart <= _ALIKE * max(abs(one.value), abs(other.value)) or apart <= _SIGMAS * errors

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from parity.diagnose.causes import Part, Tried, assigned
+from parity.diagnose.read import read
 from parity.diagnose.spans import span_before
 from parity.diagnose.trial import Case, Trial, attempt
 from parity.diagnose.workbench import Workbench
@@ -22,6 +23,8 @@ from parity.results import Finding
 # So many sites of a finding are tried with the whole catalogue, the others with what fits there; if nothing fits at
 # the first of them, it is not tried at all of so many.
 _WHOLE, _IN_VAIN = 4, 2
+# A fault that leaves more than this is no reason not to read: its number may only come near.
+_CLOSE = 1.1
 
 
 def diagnose(
@@ -39,16 +42,25 @@ def diagnose(
     """
     flagged = {site for finding in findings for site in finding.sites}
     tried = [Tried(finding, {}) for finding in findings]
+    seen: list[Fault] = []
     for position, finding in enumerate(findings):
         with observer.surviving("causes", finding.families[0]):
-            tried[position] = _tried(finding, bench, catalogue, flagged, unread)
+            tried[position] = _tried(finding, bench, catalogue, flagged, unread, seen)
     return assigned(tried, part)
 
 
 def _tried(
-    finding: Finding, bench: Workbench, catalogue: Sequence[Fault], flagged: Collection[str], unread: Collection[str]
+    finding: Finding,
+    bench: Workbench,
+    catalogue: Sequence[Fault],
+    flagged: Collection[str],
+    unread: Collection[str],
+    seen: list[Fault],
 ) -> Tried:
-    """The faults that reproduce the candidate at each of a finding's sites: first those that did so at another."""
+    """The faults that reproduce the candidate at each of a finding's sites: first those that did so at another.
+
+    Where none does, what is read there is tried; `seen` holds what was read before, and gets it.
+    """
     fits: dict[str, dict[str, Trial]] = {}
     clean: set[str] = set()
     whole = 0
@@ -63,11 +75,25 @@ def _tried(
             case = _case(site, at, bench)
             numbers = site not in unread
             fits[site] = dict(_fitting(case, [t.fault for t in known.values()], known))
-            if not fits[site] and whole < _WHOLE:
+            if fits[site]:
+                continue
+            if whole < _WHOLE:
                 whole += 1
                 new = [f for f in catalogue if f.id not in known and (numbers or f.number is None)]
                 fits[site] = dict(_fitting(case, new, {}))
+            if all(trial.ratio > _CLOSE for trial in fits[site].values()):
+                fits[site] |= _read(case, seen)
     return Tried(finding, fits, frozenset(clean))
+
+
+def _read(case: Case, seen: list[Fault]) -> dict[str, Trial]:
+    """What was read at another site, where it is true of this one as well, or else what is read here."""
+    fits = dict(_fitting(case, seen, {}))
+    if not fits:
+        new = read(case)
+        fits = dict(_fitting(case, new, {}))
+        seen += [fault for fault in new if fault.id in fits]
+    return fits
 
 
 def _order(sites: Sequence[str]) -> list[str]:

@@ -24,6 +24,7 @@ from parity.faults import (
     residual,
     rope,
     rope_precision,
+    rope_scaling,
     rope_tables,
     router,
     softmax,
@@ -50,6 +51,7 @@ __all__ = [
 CATALOGUE: tuple[Fault, ...] = (
     *rope.FAULTS,
     *rope_precision.FAULTS,
+    *rope_scaling.FAULTS,
     *rope_tables.FAULTS,
     *positions.FAULTS,
     *qk_norm.FAULTS,

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from parity.faults.fault import TWO_TOKENS, Change, Fault, Number, Scope, attribute, fault
+from parity.faults.fault import TWO_TOKENS, Change, Fault, Scope, attribute, fault
 from parity.faults.patches.attention import INSIDE, has_attention, reading
 from parity.faults.patches.modules import attention_of, together
 from parity.faults.patches.rope import (
     ROTATED,
     frequencies,
     has_rope,
+    is_scaled_as,
     original_rotation,
     pairs_halves,
     parameters_of,
@@ -23,54 +23,6 @@ from parity.faults.patches.rope import (
     with_tables,
 )
 from parity.record.scans import source_of
-
-_SLOW = "a prompt of some hundred tokens, for only slow frequencies differ"
-
-
-def _is(*kinds: str) -> Callable[[Scope], bool]:
-    return lambda scope: has_rope(scope) and parameters_of(scope).get("rope_type", "default") in kinds
-
-
-def _says(key: str, *kinds: str) -> Callable[[Scope], bool]:
-    """Whether the config scales RoPE in one of these ways, and says this parameter."""
-    return lambda scope: _is(*kinds)(scope) and parameters_of(scope).get(key) is not None
-
-
-def _own(key: str) -> Callable[[Scope], float]:
-    return lambda scope: float(parameters_of(scope)[key])
-
-
-@fault(
-    id="rope-scaling-factor",
-    title="RoPE is scaled by another factor than config.json says",
-    sites=ROTATED,
-    fix="read `factor` of rope_scaling from config.json; do not keep it as a constant",
-    source="TransformerLens#910",
-    needs=_SLOW,
-    applies=_says("factor", "linear", "llama3", "yarn"),
-    number=Number(name="factor", expected=_own("factor"), typical=(8.0, 32.0, 16.0, 4.0, 40.0, 2.0, 1.0)),
-)
-def rope_scaling_factor(scope: Scope, factor: float) -> Change:
-    return with_tables(scope, tables(scope, *frequencies(scope, factor=factor)))
-
-
-@fault(
-    id="rope-scaling-length",
-    title="RoPE's scaling starts from another original length than config.json says",
-    sites=ROTATED,
-    fix="read original_max_position_embeddings of rope_scaling, not max_position_embeddings",
-    needs=_SLOW,
-    applies=_says("original_max_position_embeddings", "llama3", "yarn"),
-    number=Number(
-        name="original_max_position_embeddings",
-        expected=_own("original_max_position_embeddings"),
-        typical=(8192.0, 4096.0, 2048.0, 32768.0, 131072.0),
-        discrete=True,
-    ),
-)
-def rope_scaling_length(scope: Scope, length: float) -> Change:
-    angles, factor = frequencies(scope, original_max_position_embeddings=int(length))
-    return with_tables(scope, tables(scope, angles, factor))
 
 
 def _long_table(scope: Scope, which: str) -> Change:
@@ -93,7 +45,7 @@ def _is_long(scope: Scope) -> bool:
     fix="take long_factor only for sequences beyond original_max_position_embeddings, short_factor before",
     source="llama.cpp#24823",
     needs=TWO_TOKENS,
-    applies=lambda s: _is("longrope")(s) and not _is_long(s),
+    applies=lambda s: is_scaled_as("longrope")(s) and not _is_long(s),
 )
 def rope_long_factors(scope: Scope) -> Change:
     return _long_table(scope, "long_factor")
@@ -105,7 +57,7 @@ def rope_long_factors(scope: Scope) -> Change:
     sites=ROTATED,
     fix="take short_factor only up to original_max_position_embeddings, long_factor beyond",
     needs="a prompt longer than original_max_position_embeddings",
-    applies=lambda s: _is("longrope")(s) and _is_long(s),
+    applies=lambda s: is_scaled_as("longrope")(s) and _is_long(s),
 )
 def rope_short_factors(scope: Scope) -> Change:
     return _long_table(scope, "short_factor")
@@ -197,8 +149,6 @@ def rope_halves(scope: Scope) -> Change:
 
 
 FAULTS: tuple[Fault, ...] = (
-    rope_scaling_factor,
-    rope_scaling_length,
     rope_long_factors,
     rope_short_factors,
     rope_of_other_layers,

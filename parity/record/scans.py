@@ -79,7 +79,7 @@ def scan_taps(model: nn.Module, sites: dict[nn.Module, dict[str, str]], tap: Tap
         for source in {source_of(module) for module in sites}:
             for name, function in _found_in(source):
                 stack.callback(setattr, source, name, getattr(source, name))
-                setattr(source, name, _tapped(getattr(source, name), function, running))
+                setattr(source, name, _tapped(name, getattr(source, name), function, running))
         for module, names in (_blocks_of_norms(model, sites) | sites).items():
             stack.enter_context(_announced(module, names, tap, running))
         yield
@@ -127,8 +127,11 @@ class _Inside(TorchFunctionMode):
         return result if value is None else self.at.see(value, result, self.function.channels_first)
 
 
-def _tapped(original: Callable[..., Any], function: _Function, running: list[_Running]) -> Callable[..., Any]:
-    signature, name = inspect.signature(original), original.__name__
+def _tapped(
+    name: str, original: Callable[..., Any], function: _Function, running: list[_Running]
+) -> Callable[..., Any]:
+    """The function of this name, tapped: `original`, or what a fault has put in its place."""
+    signature = inspect.signature(original)
 
     @wraps(original)
     def tapped(*args: Any, **kwargs: Any) -> Any:

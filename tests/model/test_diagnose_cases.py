@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.cases import ARCHITECTURES, CASES, Case, compare, false_alarms, make, naming, port
+from tests.bench.case_list import ARCHITECTURES, CASES, Case
+from tests.bench.cases import compare, false_alarms, make, naming, port
 from tests.conftest import in_turn, slow_but
 
 

@@ -15,8 +15,8 @@ from parity.faults.patches.modules import attention_of, entry, head_dim_of
 from parity.faults.patches.numbers import as_written, wide
 from parity.record.scans import source_of
 
-# Where queries and keys have been rotated.
-ROTATED = ("q_rope", "k_rope")
+# Where queries and keys have been rotated: whole, or the part that turns where it is kept apart.
+ROTATED = ("q_rope", "k_rope", "q_rotated", "k_rotated")
 Tables = tuple[Tensor, Tensor]
 
 
@@ -44,6 +44,11 @@ def theta_of(scope: Scope) -> float:
 def is_scaled(scope: Scope) -> bool:
     """Whether the config stretches RoPE (linear, dynamic, llama3, YaRN, longrope)."""
     return has_rope(scope) and parameters_of(scope).get("rope_type", "default") != "default"
+
+
+def is_scaled_as(*kinds: str) -> Callable[[Scope], bool]:
+    """Whether a layer has RoPE of one of these types."""
+    return lambda scope: has_rope(scope) and parameters_of(scope).get("rope_type", "default") in kinds
 
 
 def is_plain(scope: Scope) -> bool:
