@@ -31,8 +31,8 @@ def said(case: Case, dtype: str, folder: Path) -> list[str]:
 
 WORDS = {
     "longrope-one-factor": "RoPE turns by other angles than the reference: 1.1 times for pair 3",
-    "positions-bounded": "RoPE counts positions in another way: token 51 is at 50, token 52 is at 50, token 53 is at 50,"
-    " token 54 is at 50, and 17 more",
+    "positions-bounded": "RoPE counts positions in another way: token 51 is at 50, token 52 is at 50,"
+    " token 53 is at 50, token 54 is at 50, and 17 more",
     "norm-of-first-layer": "the norm has the weights of layer 0",
     "bias-of-first-layer": "the projection has the bias of layer 0",
     "fused-k-v-q": "the output channels are in another order than the checkpoint's: blocks of 80 in the order 1, 2, 0",
@@ -43,9 +43,7 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), in_turn(["positions-bounded"], WORDS, ["float32", "bfloat16"])
-)
+@pytest.mark.parametrize(("name", "dtype"), in_turn(["positions-bounded"], WORDS, ["float32", "bfloat16"]))
 def test_what_is_read_is_said_in_numbers_of_the_port(name: str, dtype: str, folder: Path) -> None:
     case = next(case for case in CASES if case.id == name)
     assert set(said(case, dtype, folder)) == {WORDS[name]}
