@@ -54,6 +54,9 @@ class RunOptions:
     allow_unexamined: bool = _option(
         False, HOW, "Call it a match although some operations were not recorded.", "--allow-unexamined"
     )
+    accept: str | None = _option(
+        None, HOW, "Precision regimes that are no fault: ids of `parity faults`, such as attention-operands-fp16."
+    )
     power: bool = _option(True, HOW, "Say which known bugs this run could not have seen.")
 
     def __post_init__(self) -> None:

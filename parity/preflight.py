@@ -19,12 +19,14 @@ _DEVICES = ("cpu", "cuda", "hpu", "mps", "mtia", "npu", "xla", "xpu")
 _LONGEST_TEXT = 1 << 26  # bytes of a file of text or token ids
 
 Rows = tuple[tuple[int, ...], ...]
+# A row of the catalogue: its id, and the keywords that follow.
+_ROW = re.compile(r'^\s+id="([a-z0-9-]+)",$(.*?)^\)', re.MULTILINE | re.DOTALL)
 
 
 def check_options(options: Any, *, has_dump: bool = False) -> None:
     """Raise a ParityError for what no run can mean; with a dump, it may say what to run and of which model.
 
-    `options` has prompt, prompt_file, tokens, model, dtype, device, attention, chat, faults and noise, as given.
+    `options` has prompt, prompt_file, tokens, model, dtype, device, attention, chat, faults, accept and noise.
     """
     if options.dtype is not None and options.dtype not in DTYPES:
         raise UsageError(f"dtype {options.dtype!r} is not one of {', '.join(DTYPES)}.")
@@ -44,6 +46,8 @@ def check_options(options: Any, *, has_dump: bool = False) -> None:
         raise UsageError("--chat applies a template to a prompt. Give --prompt or --prompt-file with it.")
     if options.faults:
         check_spec(options.faults, "faults", UsageError)
+    if options.accept and not options.faults:
+        _check_regimes(options.accept)
     if options.model is None and has_dump:
         return
     name = options.model or EMBEDDED
@@ -107,14 +111,20 @@ def check_injection(text: str, *, more: bool) -> None:
         raise UsageError(f"no fault has the id {match[1]!r}. {hint}")
 
 
-def fault_ids() -> tuple[str, ...]:
-    """The ids of the catalogue of faults, read off its source: the catalogue itself is made of torch."""
+def _check_regimes(text: str) -> None:
+    known = fault_ids(regimes=True)
+    for id in filter(None, map(str.strip, text.split(","))):
+        if id not in known:
+            near = difflib.get_close_matches(id, known, n=1, cutoff=0.4)
+            hint = f"Did you mean {near[0]}? " if near else ""
+            raise UsageError(f"--accept {id!r:.60}: no precision regime. {hint}Regimes are {', '.join(known)}.")
+
+
+def fault_ids(*, regimes: bool = False) -> tuple[str, ...]:
+    """The ids of the catalogue of faults, or of its regimes, read off its source: the catalogue is made of torch."""
     folder = Path(__file__).parent / "faults"
-    return tuple(
-        id
-        for file in sorted(folder.glob("*.py"))
-        for id in re.findall(r'^\s+id="([a-z0-9-]+)",$', file.read_text(encoding="utf-8"), re.MULTILINE)
-    )
+    rows = (row for file in sorted(folder.glob("*.py")) for row in _ROW.findall(file.read_text(encoding="utf-8")))
+    return tuple(id for id, row in rows if not regimes or "    regime=True,\n" in row)
 
 
 def parse_tokens(text: str) -> Rows:

@@ -95,6 +95,7 @@ class Inconclusive:
 
 Stage = Literal[
     "second look",
+    "regimes",
     "own faults",
     "causes",
     "error map",
@@ -116,6 +117,7 @@ class Trouble:
     """A stage behind the measurement that failed: why, and at what (a site, a family), where it is not all of it.
 
     second look      whether a legal order of summation explains a site in doubt
+    regimes          whether an accepted precision regime explains what is wrong
     own faults       whether each of the user's own faults changes anything
     causes           which known fault a finding is
     error map        where in a site the error lies

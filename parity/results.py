@@ -79,6 +79,7 @@ class Measurement:
     mse … ulp_max  candidate against the reference's plain run
     ulps           histogram of the local error (parity.compare.metrics.counting_ulps): candidate against the
                    reference's operation in the working dtype on the candidate's inputs; None where all are equal
+    regime         the accepted precision regime in which the reference computed here; empty for its own
     """
 
     site: str
@@ -102,6 +103,7 @@ class Measurement:
     shape: tuple[int, ...] = ()
     steps: tuple[str, ...] = ()
     gap: Gap | None = None
+    regime: str = ""
 
 
 def logits_of(sites: Sequence[Measurement]) -> Measurement | None:
@@ -260,6 +262,7 @@ class Comparison(Showing):
     noise_ratio  distance of the candidate's logits from the exact ones, in standard deviations of the noise that
                  stochastic rounding estimates; None where it was not asked for
     troubles     stages that failed, without which the verdict came out
+    accepted     what would be findings, but for precision regimes that the user accepts and that were proved there
     """
 
     verdict: RunVerdict
@@ -275,6 +278,7 @@ class Comparison(Showing):
     noise_ratio: float | None = None
     inconclusive: Inconclusive | None = None
     troubles: tuple[Trouble, ...] = ()
+    accepted: tuple[Finding, ...] = ()
     schema: int = SCHEMA
 
     @property

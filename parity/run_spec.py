@@ -12,7 +12,7 @@ from torch import Tensor
 
 from parity.dump import RunInfo
 from parity.errors import UsageError
-from parity.faults import CATALOGUE, Fault, load_user_faults
+from parity.faults import CATALOGUE, Fault, load_user_faults, regimes
 from parity.options import RunOptions
 from parity.reference.checkpoint import EMBEDDED, Checkpoint, default_dtype, find
 from parity.reference.pieces import PiecewiseModel
@@ -42,6 +42,11 @@ class RunSpec:
     def __post_init__(self) -> None:
         if not self.calls and self.token_ids:
             object.__setattr__(self, "calls", (len(self.token_ids[0]),))
+
+    @property
+    def accepted(self) -> tuple[Fault, ...]:
+        """The precision regimes that are no fault in this run. Raises UsageError for what is no regime."""
+        return regimes(self.options.accept or "", self.faults)
 
     @property
     def device(self) -> str:
@@ -117,7 +122,7 @@ def run_spec(options: RunOptions, said: RunInfo | None = None, command: str = ""
     known = None if options.says_what_to_run else said.token_ids
     _check_device(options.device)
     token_ids = known or options.token_ids or _tokenized(checkpoint, text, options.chat, said)
-    return RunSpec(
+    run = RunSpec(
         checkpoint=checkpoint,
         token_ids=token_ids,
         calls=_calls(options, len(token_ids[0]), said),
@@ -127,6 +132,8 @@ def run_spec(options: RunOptions, said: RunInfo | None = None, command: str = ""
         faults=CATALOGUE + (load_user_faults(options.faults) if options.faults else ()),
         command=command,
     )
+    _ = run.accepted  # what is no regime is said before anything runs
+    return run
 
 
 def _calls(options: RunOptions, tokens: int, said: RunInfo) -> tuple[int, ...]:

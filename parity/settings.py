@@ -2,6 +2,7 @@
 
 [tool.parity]
 allow_unmeasured = ["*.self_attn.context"]
+accept = ["attention-operands-fp16"]     # precision regimes that are no fault
 
 [tool.parity.thresholds]        # ordered: the last glob that matches a site decides
 "*.mlp.*" = { ratio = 4 }
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,7 +26,7 @@ from parity.errors import UsageError
 NEXT_TOKEN = "next_token"
 SITE_KEYS = tuple(column.key for column in LIMITED)
 TOKEN_KEYS = ("kl",)
-KEYS = ("allow_unmeasured", "thresholds")
+KEYS = ("accept", "allow_unmeasured", "thresholds")
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a site must hold to pass, and which sites need not be measured."""
+    """What a site must hold to pass, which sites need not be measured, and which precision regimes are no fault."""
 
     thresholds: tuple[Limits, ...] = ()
     allow_unmeasured: tuple[str, ...] = ()
+    accept: tuple[str, ...] = ()
 
     def limits(self, site: str) -> tuple[tuple[str, float], ...]:
         """The numbers of the last glob that matches; none if the verdict decides."""
@@ -56,7 +58,11 @@ class Settings:
 
     def and_then(self, other: Settings) -> Settings:
         """Both, `other` being looked at last and therefore winning."""
-        return Settings(self.thresholds + other.thresholds, self.allow_unmeasured + other.allow_unmeasured)
+        return Settings(
+            self.thresholds + other.thresholds,
+            self.allow_unmeasured + other.allow_unmeasured,
+            self.accept + other.accept,
+        )
 
     def check_globs(self, sites: Sequence[str], names: Iterable[str]) -> None:
         """Raise UsageError for a glob that matches no site. `names` are what a misspelt one may have meant."""
@@ -79,7 +85,11 @@ def load(root: Path) -> Settings:
     for key in table:
         if key not in KEYS:
             raise UsageError(f"{where}: unknown key {key!r}.{_meant(key, KEYS)} Known keys: {', '.join(KEYS)}.")
-    return parse(table.get("thresholds", {}), table.get("allow_unmeasured", ()), where)
+    accept = table.get("accept", [])
+    if not isinstance(accept, list) or not all(isinstance(id, str) and id for id in accept):
+        raise UsageError(f"{where}: accept is {accept!r}. Give a list of regimes, such as ['kv-cache-fp16'].")
+    found = parse(table.get("thresholds", {}), table.get("allow_unmeasured", ()), where)
+    return replace(found, accept=tuple(accept))
 
 
 def parse(thresholds: Mapping[str, Any], allow_unmeasured: Sequence[str], where: str) -> Settings:

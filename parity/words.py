@@ -40,7 +40,9 @@ def gap(found: Gap) -> str:
 
 def reason(m: Measurement) -> str:
     """What a site's verdict rests on."""
-    return m.reason if m.gap is None else gap(m.gap)
+    if m.gap is not None:
+        return gap(m.gap)
+    return f"{m.reason}, in the accepted regime {m.regime}" if m.regime else m.reason
 
 
 # -- where a finding begins -----------------------------------------------------------------------------------
@@ -86,6 +88,7 @@ def unseen(item: Invisible | NotTried, dtype: str) -> tuple[str, str]:
 
 _TROUBLES: dict[Stage, str] = {
     "second look": "whether another order of summation explains the sites in doubt is not known",
+    "regimes": "whether an accepted regime explains what is wrong is not known",
     "own faults": "whether your own faults change anything is not known",
     "causes": "the cause was not looked for",
     "error map": "where the error lies was not mapped",
@@ -120,12 +123,18 @@ def headline(c: Comparison) -> str:
         return _inconclusive(c.inconclusive, c)
     unmeasured = c.coverage.known - c.coverage.measured
     if c.verdict == "match" and c.coverage.unexamined:
-        return f"logits agree; {_not_examined(c.coverage.unexamined)}, as was allowed"
+        return f"logits agree{in_regimes(c)}; {_not_examined(c.coverage.unexamined)}, as was allowed"
     if c.verdict == "diverged":
         rest = "the rest of what was measured is rounding" if unmeasured else "everything else is rounding"
-        return f"{_operations(c)}; {rest}"
+        return f"{_operations(c)}; {rest}{in_regimes(c)}"
     tail = f"; {unmeasured} sites unmeasured, judged through the next measured one" if unmeasured else ""
-    return f"every operation is within the reference's own rounding{tail}"
+    return f"every operation is within the reference's own rounding{in_regimes(c)}{tail}"
+
+
+def in_regimes(c: Comparison) -> str:
+    """The precision regimes in which the verdict holds: `, in the accepted regime kv-cache-fp16`; empty for none."""
+    ids = list(dict.fromkeys(finding.fault.id for finding in c.accepted if finding.fault))
+    return f", in the accepted regime{'s' * (len(ids) > 1)} {', '.join(ids)}" if ids else ""
 
 
 def _operations(c: Comparison) -> str:
@@ -176,4 +185,8 @@ def answer(c: Comparison) -> str:
             explained = "as large as rounding makes, although not all of it is rounding: see the findings"
     else:
         explained = "rounding does not explain it" if c.verdict == "diverged" else "more than rounding usually makes"
-    return f"{size}: {logits.total_ratio:.2g}x the reference's own rounding error, {explained}{noise}"
+    whose = "the reference's own rounding error"
+    if c.accepted:
+        size = f"{size} against the reference outside of regimes"
+        whose = "the rounding error of the reference in them"
+    return f"{size}: {logits.total_ratio:.2g}x {whose}, {explained}{noise}"

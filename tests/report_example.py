@@ -195,6 +195,16 @@ def matching() -> Comparison:
     return words.spoken(run)
 
 
+def in_regime() -> Comparison:
+    """A match in which one operation computes in an accepted regime."""
+    site = "model.layers.0.self_attn.q_rope"
+    fault = dataclasses.replace(ROPE, id="kv-cache-fp16", remainder_ratio=0.41)
+    found = Finding(("model.layers.*.self_attn.q_rope",), (site,), (0,), "wrong", 4147.0, 0, (), fault=fault)
+    run = matching()
+    sites = tuple(dataclasses.replace(m, regime="kv-cache-fp16") if m.site == site else m for m in run.sites)
+    return words.spoken(dataclasses.replace(run, sites=sites, accepted=(found,)))
+
+
 EVIL = (
     "<script>alert(1)</script></script><!-- ]]> & \"'` | **b** [x](http://evil.example) @all #1 {{ 7*7 }} "
     "\x1b[31m\u202e\u2028\n# h"
@@ -204,7 +214,9 @@ EVIL = (
 def hostile() -> Comparison:
     """Every string that comes from a model, a prompt or a dump tries to be something else."""
     run = everything()
-    fault = dataclasses.replace(ROPE, title=EVIL, fix=EVIL, rivals=(EVIL,), reads={EVIL: Reading(1.0, 0.1, 2.0)})
+    fault = dataclasses.replace(
+        ROPE, id=EVIL, title=EVIL, fix=EVIL, rivals=(EVIL,), reads={EVIL: Reading(1.0, 0.1, 2.0)}
+    )
     names = {m.site: f"{m.site}.{EVIL}" for m in run.sites if "norm" in m.site or "act_fn" in m.site}
     token, evil = Token(1, EVIL, 1.0), Gap("unknown", detail=EVIL)
     assert run.next_token is not None
@@ -215,7 +227,13 @@ def hostile() -> Comparison:
         answer=EVIL,
         sites=tuple(
             dataclasses.replace(
-                m, site=names.get(m.site, m.site), reason=EVIL, dtype=EVIL, steps=(EVIL,), gap=m.gap and evil
+                m,
+                site=names.get(m.site, m.site),
+                reason=EVIL,
+                dtype=EVIL,
+                steps=(EVIL,),
+                gap=m.gap and evil,
+                regime=EVIL,
             )
             for m in run.sites
         ),
@@ -226,6 +244,7 @@ def hostile() -> Comparison:
             for f in run.findings
         ),
         next_token=dataclasses.replace(run.next_token, reference=(token, token), candidate=(token, token)),
+        accepted=(dataclasses.replace(run.findings[0], families=(EVIL,), fault=fault),),
         checks=(Check(EVIL, False, EVIL), Check(EVIL, True, EVIL)),
         troubles=(Trouble("causes", EVIL, EVIL),),
         environment=dataclasses.replace(run.environment, **env, versions={EVIL: EVIL}, seconds={EVIL: 1.0}),

@@ -12,6 +12,7 @@ from parity import words
 from parity.compare.explain import Explained
 from parity.compare.findings import unexamined
 from parity.compare.measure import Measured
+from parity.compare.regimes import InRegimes
 from parity.compare.sides import Sides
 from parity.diagnose.second_look import FARTHEST
 from parity.observer import Observer
@@ -27,8 +28,9 @@ from parity.run_spec import versions
 TOTAL = 4.0
 
 
-def conclude(sides: Sides, measured: Measured, explained: Explained, observer: Observer) -> Comparison:
+def conclude(run: InRegimes, explained: Explained, observer: Observer) -> Comparison:
     """The Comparison of a run."""
+    sides, measured = run.sides, run.measured
     sites, end = explained.sites, measured.ending
     limit = total_limit(sites, {name: site.local for name, site in measured.sites.items()})
     troubles = tuple(observer.troubles)
@@ -49,6 +51,7 @@ def conclude(sides: Sides, measured: Measured, explained: Explained, observer: O
         noise_ratio=end.noise_ratio,
         inconclusive=why,
         troubles=troubles,
+        accepted=run.accepted,
     )
     return words.spoken(comparison)
 

@@ -19,6 +19,7 @@ from parity.diagnose.power import power, untried
 from parity.diagnose.second_look import ANY, second_look
 from parity.diagnose.weak_constants import weak_constants
 from parity.diagnose.workbench import Workbench
+from parity.faults import Fault, shows_at
 from parity.observer import Observer
 from parity.reasons import Gap
 from parity.reference.floor import Local
@@ -53,7 +54,9 @@ def judge(sides: Sides, measured: Measured, observer: Observer) -> Judged:
     """Give every site a verdict, now that the run's rounding mode is known."""
     locals_ = {site: m.local for site, m in measured.sites.items()}
     mode = rounding_mode(locals_.values(), unit_roundoff(sides.reference.working.dtype))
-    lucky = luck(locals_)
+    # A regime has a floor of its own, which says nothing of the usual one.
+    inside, outside = ({s: x for s, x in locals_.items() if (s in sides.regimes) is is_in} for is_in in (True, False))
+    lucky = luck(inside) | luck(outside)
 
     def in_doubt(site: str, local: Local) -> bool:
         return judge_site(local, mode, lucky[site])[0] in BAD
@@ -63,7 +66,7 @@ def judge(sides: Sides, measured: Measured, observer: Observer) -> Judged:
         return tuple(
             Measurement(site, "unmeasured", "", gap=pair)
             if isinstance(pair, Gap)
-            else _judged(ours[site], mode, lucky[site])
+            else _judged(ours[site], mode, lucky[site], sides.regimes.get(site))
             for site, pair in sides.pairs.items()
         )
 
@@ -92,6 +95,7 @@ def explain(sides: Sides, judged: Judged, observer: Observer) -> Explained:
         observer.show("looking for causes", 0, 0)
         with observer.timed("diagnose"), observer.surviving("causes"):
             causes = diagnose(found, bench, run.faults, lambda names: finding_of(names, sites), unread, observer)
+            causes = _on_top_of_regimes(causes, sides, sites, unread, observer)
             found = tuple(_with_advice(finding) for finding in causes)
         with observer.timed("diagnose"):
             found = with_error_maps(found, sites, bench, observer)
@@ -108,6 +112,24 @@ def explain(sides: Sides, judged: Judged, observer: Observer) -> Explained:
             named = {finding.fault.id for finding in found if finding.fault}
             could_see = power(bench, run.faults, observer, named)
     return Explained(sites, tuple(in_calls(finding, run.calls) for finding in found), could_see)
+
+
+def _on_top_of_regimes(
+    found: tuple[Finding, ...], sides: Sides, sites: Sequence[Measurement], unread: frozenset[str], observer: Observer
+) -> tuple[Finding, ...]:
+    """The findings without a cause tried again with the reference in each accepted regime that acts there."""
+    for regime in sides.run.accepted:
+        at = {s: regime for f in found if f.fault is None for s in f.sites if shows_at(regime, s)}
+        if not at:
+            continue
+        inside = sides.within(at)
+        bench = Workbench(inside.reference, sides.run.ids, sides.recorded)
+        unnamed = [f for f in found if f.fault is None and not at.keys().isdisjoint(f.sites)]
+        named = diagnose(unnamed, bench, sides.run.faults, lambda names: finding_of(names, sites), unread, observer)
+        said = f"on top of the accepted regime {regime.id}"
+        named = tuple(replace(f, evidence=(*f.evidence, said)) if f.fault else f for f in named)
+        found = (*(f for f in found if f not in unnamed), *named)
+    return found
 
 
 def _with_advice(finding: Finding) -> Finding:
@@ -139,7 +161,7 @@ def _accused(sites: Sequence[Measurement], leaning: Sequence[Finding]) -> tuple[
     )
 
 
-def _judged(m: MeasuredSite, mode: RoundingMode, lucky: float) -> Measurement:
+def _judged(m: MeasuredSite, mode: RoundingMode, lucky: float, regime: Fault | None) -> Measurement:
     verdict, ratio, reason = judge_site(m.local, mode, lucky)
     x, local = m.metrics, m.local
     return Measurement(
@@ -164,4 +186,5 @@ def _judged(m: MeasuredSite, mode: RoundingMode, lucky: float) -> Measurement:
         dtype=m.dtype,
         shape=m.pair.site.shape,
         steps=m.pair.steps,
+        regime=regime.id if regime else "",
     )

@@ -1,7 +1,7 @@
 """The straight way: a candidate and a run in, a Comparison out.
 
-record → align → measure → judge → explain → conclude. A live candidate is recorded to a temporary dump first; from
-there on live and offline are the same way. Memory holds one piece of weights and its activations.
+record → align → measure → judge → accept → explain → conclude. A live candidate is recorded to a temporary dump first;
+from there on live and offline are the same way. Memory holds one piece of weights and its activations.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from parity.compare.conclude import conclude
 from parity.compare.dump_check import name_checks
 from parity.compare.explain import explain, judge
 from parity.compare.measure import measure
+from parity.compare.regimes import in_regimes
 from parity.compare.sides import Sides, pair_up
 from parity.observer import Observer
 from parity.reference.integrity import reference_checks
@@ -54,8 +55,8 @@ def diff(
 
 
 def compare(sides: Sides, observer: Observer) -> Comparison:
-    """Measure, judge, explain, conclude."""
+    """Measure, judge, accept, explain, conclude."""
     measured = measure(sides, observer)
-    judged = judge(sides, measured, observer)
-    explained = explain(sides, judged, observer)
-    return conclude(sides, measured, explained, observer)
+    run = in_regimes(sides, measured, judge(sides, measured, observer), observer)
+    explained = explain(run.sides, run.judged, observer)
+    return conclude(run, explained, observer)

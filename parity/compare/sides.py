@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from parity.candidates.base import Candidate
 from parity.compare.align import AmbiguousLayoutError, Pair, align
+from parity.diagnose.workbench import acting
 from parity.dump import Dump, give_back
 from parity.errors import IncomparableError
+from parity.faults import Fault
 from parity.reasons import Gap
 from parity.record.arrays import to_torch
 from parity.record.discover import with_sizes
@@ -24,7 +27,8 @@ from parity.sites import Dims, Site, family
 class Sides:
     """The two sides of a comparison, ready to be measured.
 
-    `pairs` says for each of the reference's sites how the candidate's array is read, or why there is none.
+    `pairs` says for each of the reference's sites how the candidate's array is read, or why there is none; `regimes` in
+    which accepted regime the reference computes at which site.
     """
 
     run: RunSpec
@@ -33,6 +37,7 @@ class Sides:
     pairs: dict[str, Pair | Gap]
     name: str
     checks: tuple[Check, ...] = ()
+    regimes: Mapping[str, Fault] = field(default_factory=dict)
 
     def recorded(self, site: Site) -> Tensor | None:
         """The candidate's activation in the reference's layout; (b, t, d) for most; None where it has none."""
@@ -43,6 +48,11 @@ class Sides:
         value = to_torch(pair.read(stored))
         give_back(stored)
         return value
+
+    def within(self, regimes: Mapping[str, Fault]) -> Sides:
+        """The same sides with the reference in these regimes too, by site."""
+        at = {**self.regimes, **regimes}
+        return replace(self, reference=self.reference.within(acting(at), frozenset(at)), regimes=at)
 
 
 def sized_sites(model: PiecewiseModel, run: RunSpec) -> tuple[Site, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from parity.faults import Fault, Scope, shows_at
 from parity.faults.roles import roles_of
 from parity.reference import one_operation
 from parity.reference.floor import Local, local_error
-from parity.reference.one_operation import LoadedPiece
+from parity.reference.one_operation import LoadedPiece, Regime
 from parity.reference.pieces import HEAD, Piece, PiecewiseModel
 from parity.reference.replay import Reference, Replayed
 from parity.sites import Site
@@ -52,7 +53,7 @@ class Workbench:
         inside = {name: value.to(working.device) for name, value in inside.items()}
         with working.loaded(piece), self.reference.precise.loaded(piece):
             self.reference.prepare(self.input_ids)
-            yield LoadedPiece(piece, ids, hidden, inside)
+            yield LoadedPiece(piece, ids, hidden, inside, self.reference.regime)
 
     def shows(self, fault: Fault, site: str) -> bool:
         """Whether a fault shows first at a site."""
@@ -60,16 +61,8 @@ class Workbench:
 
     def scope(self, model: PiecewiseModel, piece: Piece, site: str | None = None) -> Scope:
         """What a fault sees of a loaded piece, of which a site is in question, or all."""
-        index = piece if isinstance(piece, int) else None
-        layer = None if index is None else model.layers[index]
-        kwargs = {} if index is None else model.arguments(index)
-
-        def weight(name: str) -> Tensor:
-            stored: Tensor = model.checkpoint.tensor(name)
-            return stored.to(model.device, model.dtype)
-
         module = None if site is None else model.model.get_submodule(self.sites[site].module)
-        return Scope(model.model, model.config, layer, index, kwargs, weight, module)
+        return replace(scope_of(model, piece), module=module)
 
     def applies(self, fault: Fault, piece: Piece) -> bool:
         """Whether a fault can be had in a piece."""
@@ -105,3 +98,33 @@ class Workbench:
         summands = working.summands(one, self.input_ids.shape[-1])
         replayed = Replayed(one, truth, truth, at.recorded[site], truth, floor, truth, summands)
         return local_error(replayed, working.dtype, working.dtype, working.head_dim)
+
+
+def scope_of(model: PiecewiseModel, piece: Piece, sites: frozenset[str] | None = None) -> Scope:
+    """What a fault sees of a loaded piece; `sites` are those that it may change, None for all."""
+    index = piece if isinstance(piece, int) else None
+    layer = None if index is None else model.layers[index]
+    kwargs = {} if index is None else model.arguments(index)
+
+    def weight(name: str) -> Tensor:
+        stored: Tensor = model.checkpoint.tensor(name)
+        return stored.to(model.device, model.dtype)
+
+    return Scope(model.model, model.config, layer, index, kwargs, weight, sites=sites)
+
+
+def acting(faults: Mapping[str, Fault]) -> Regime:
+    """The reference with a fault at each of some sites, by the site's name, and nowhere else."""
+
+    @contextmanager
+    def changed(model: PiecewiseModel, piece: Piece) -> Iterator[None]:
+        sites: dict[str, set[str]] = {}
+        for site in model.sites_of(piece):
+            if site.name in faults:
+                sites.setdefault(faults[site.name].id, set()).add(site.name)
+        with ExitStack() as stack:
+            for fault in {fault.id: fault for fault in faults.values() if fault.id in sites}.values():
+                stack.enter_context(fault.patch(scope_of(model, piece, frozenset(sites[fault.id])), 0.0))
+            yield
+
+    return changed

@@ -45,6 +45,7 @@ __all__ = [
     "load_user_faults",
     "matching",
     "parse",
+    "regimes",
     "shows_at",
 ]
 
@@ -121,6 +122,17 @@ def parse(text: str, catalogue: Iterable[Fault] = CATALOGUE) -> Injection:
     except ValueError as error:
         raise UsageError(f"--inject {text!r}: {match[2]!r} is not a number.") from error
     return Injection(fault, value, int(match[3]) if match[3] else None)
+
+
+def regimes(text: str, catalogue: Iterable[Fault] = CATALOGUE) -> tuple[Fault, ...]:
+    """The regimes that `--accept ID,ID` names. Raises UsageError for one that is unknown, or is a bug and no regime."""
+    known = list(catalogue)
+    found = tuple(by_id(id.strip(), known) for id in text.split(",") if id.strip())
+    for fault in found:
+        if not fault.regime:
+            others = ", ".join(one.id for one in known if one.regime)
+            raise UsageError(f"--accept {fault.id}: that is a bug, no precision regime. Regimes are {others}.")
+    return found
 
 
 def load_user_faults(spec: str) -> tuple[Fault, ...]:

@@ -28,6 +28,7 @@ def _cache_in(scope: Scope, store: Callable[[Tensor], Tensor]) -> Change:
     sites=INSIDE,
     fix="keep the cache in the dtype of the model, or compare with a reference that does the same",
     applies=has_attention,
+    regime=True,
 )
 def kv_cache_fp8(scope: Scope) -> Change:
     return _cache_in(scope, _in_fp8)
@@ -44,6 +45,7 @@ def _in_int8(x: Tensor) -> Tensor:
     sites=INSIDE,
     fix="keep the cache in the dtype of the model, or compare with a reference that does the same",
     applies=has_attention,
+    regime=True,
 )
 def kv_cache_int8(scope: Scope) -> Change:
     return _cache_in(scope, _in_int8)
@@ -61,6 +63,7 @@ def _in_fp16(x: Tensor) -> Tensor:
     source="llama.cpp keeps its cache in F16 unless told otherwise",
     needs="float32",
     applies=has_attention,
+    regime=True,
 )
 def kv_cache_fp16(scope: Scope) -> Change:
     return _cache_in(scope, _in_fp16)
@@ -74,6 +77,7 @@ def kv_cache_fp16(scope: Scope) -> Change:
     source="llama.cpp: a product with an F16 cache rounds the other operand to F16",
     needs="float32",
     applies=has_attention,
+    regime=True,
 )
 def attention_operands_fp16(scope: Scope) -> Change:
     operands = reading(scope, lambda q, k, v: (_in_fp16(q), _in_fp16(k), _in_fp16(v)))

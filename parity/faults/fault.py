@@ -43,6 +43,7 @@ class Scope:
     kwargs    what transformers passes to the layer beside hidden states; a patch may replace entries
     weight    reads any tensor of the checkpoint by name, in the dtype of the model (KeyError if there is none)
     module    the module whose site is in question; None where all of the piece is
+    sites     the only sites that a patch may change; None where it may change any
     """
 
     model: Any
@@ -52,6 +53,7 @@ class Scope:
     kwargs: dict[str, Any]
     weight: Callable[[str], Tensor]
     module: nn.Module | None = None
+    sites: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class Fault:
     applies      whether the model has what the fault gets wrong (QK-norm, biases, a window, …)
     number       the number that is wrong, if the fault is one of a number
     only_rounds  whether the formula is the reference's own, so that in higher precision nothing is left of the fault
+    regime       whether it is a way to round more that engines choose on purpose, and a user may accept by its id
     """
 
     id: str
@@ -106,6 +109,7 @@ class Fault:
     applies: Callable[[Scope], bool] = lambda _scope: True
     number: Number | None = None
     only_rounds: bool = False
+    regime: bool = False
 
 
 class _Row(TypedDict):
@@ -120,6 +124,7 @@ class _Row(TypedDict):
     applies: NotRequired[Callable[[Scope], bool]]
     number: NotRequired[Number]
     only_rounds: NotRequired[bool]
+    regime: NotRequired[bool]
 
 
 def fault(**row: Unpack[_Row]) -> Callable[[Callable[..., Change]], Fault]:

@@ -135,6 +135,7 @@ def _inputs(scope: Scope, store: Callable[[Tensor], Tensor]) -> Change:
     source="ROCm/pytorch#2844",
     needs="float32",
     applies=has_linears,
+    regime=True,
 )
 def products_tf32(scope: Scope) -> Change:
     return _inputs(scope, lambda x: rounded(x, 11))
@@ -147,6 +148,7 @@ def products_tf32(scope: Scope) -> Change:
     fix="keep inputs in the dtype of the model",
     needs="float32 or float16",
     applies=has_linears,
+    regime=True,
 )
 def products_bf16_inputs(scope: Scope) -> Change:
     return _inputs(scope, lambda x: stored_as(x, torch.bfloat16))
@@ -169,6 +171,7 @@ def _throughout(scope: Scope, dtype: torch.dtype) -> Change:
     fix="switch autocast off, or compare with a reference in bfloat16",
     needs="float32 or float16",
     applies=has_linears,
+    regime=True,
 )
 def products_bf16(scope: Scope) -> Change:
     return _throughout(scope, torch.bfloat16)
@@ -182,6 +185,7 @@ def products_bf16(scope: Scope) -> Change:
     source="transformers#36832",
     needs="float32",
     applies=has_linears,
+    regime=True,
 )
 def products_fp16(scope: Scope) -> Change:
     return _throughout(scope, torch.float16)

@@ -18,19 +18,28 @@ from parity.reference.pieces import Piece, PiecewiseModel
 from parity.sites import without_call
 
 Patch = Callable[[PiecewiseModel], AbstractContextManager[None]]
+# How the reference itself is changed in a piece: it rounds as an accepted regime does.
+Regime = Callable[[PiecewiseModel, Piece], AbstractContextManager[None]]
+
+
+def no_regime(_model: PiecewiseModel, _piece: Piece) -> AbstractContextManager[None]:
+    """The reference as it is."""
+    return nullcontext()
 
 
 @dataclass(frozen=True)
 class LoadedPiece:
     """A loaded piece, what goes into it and what the candidate recorded inside it.
 
-    `hidden` (b, t, hidden) are the candidate's hidden states before the piece; None for the embedding.
+    `hidden` (b, t, hidden) are the candidate's hidden states before the piece; None for the embedding. The reference
+    computes in the `regime`.
     """
 
     piece: Piece
     input_ids: Tensor
     hidden: Tensor | None
     recorded: Mapping[str, Tensor]
+    regime: Regime = no_regime
 
 
 class _SeenAllError(Exception):
@@ -60,7 +69,7 @@ def run(
         return at.recorded[site].to(fresh.device, fresh.dtype)
 
     hidden = None if at.hidden is None else at.hidden.to(model.device, model.dtype)
-    with patch(model), _answered(model, at, wanted), suppress(_SeenAllError):
+    with at.regime(model, at.piece), patch(model), _answered(model, at, wanted), suppress(_SeenAllError):
         model.run(at.piece, at.input_ids, hidden, tap)
     return values
 

@@ -13,11 +13,13 @@ Six passes over each piece while its weights are in memory:
 * own      the same, with tokens sent to the candidate's experts where these were tied (parity.reference.routing);
 * ideal    that in a precision whose own error does not matter.
 
-`own` is computed apart from `plain` only once a tie was resolved differently.
+`own` is computed apart from `plain` only once a tie was resolved differently, or a regime was accepted: `plain` alone
+knows nothing of regimes.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -28,7 +30,7 @@ from torch import Tensor
 
 from parity.record.tap import Tap
 from parity.reference.legal_ways import straying
-from parity.reference.one_operation import LoadedPiece
+from parity.reference.one_operation import LoadedPiece, Regime, no_regime
 from parity.reference.pieces import HEAD, Piece, PiecewiseModel
 from parity.reference.precision import jittered, stochastically_rounded, truth_dtype
 from parity.reference.products import Product, Values, run_to_product, withholds
@@ -72,13 +74,22 @@ class Replayed:
 class Reference:
     """The reference model in its working dtype and, beside it, in the precision of the truth.
 
-    `routes` holds the choice of experts at each site that the last replay came to.
+    `routes` holds the choice of experts at each site that the last replay came to; the reference computes in the
+    `regime`, which changes the sites `changed`.
     """
 
     def __init__(self, working: PiecewiseModel) -> None:
         self.working = working
         self.precise = working.twin(truth_dtype(working.dtype))
         self.routes: dict[str, Route] = {}
+        self.regime: Regime = no_regime
+        self.changed: frozenset[str] = frozenset()
+
+    def within(self, regime: Regime, sites: frozenset[str]) -> Reference:
+        """The same models, computing in a regime, which changes these sites on recorded inputs."""
+        other = copy.copy(self)
+        other.routes, other.regime, other.changed = {}, regime, sites
+        return other
 
     def prepare(self, input_ids: Tensor) -> None:
         """Capture what the layers of both models get beside hidden states, for token ids (b, t)."""
@@ -98,10 +109,10 @@ class Reference:
         recorded: dict[str, Tensor] = {}
         self.routes.clear()
         passes = self._passes(recorded)
-        noisy = [_Pass(self.precise, self._noisy(seed)) for seed in range(noise)]
+        noisy = [_Pass(self.precise, self._noisy(seed), self.regime) for seed in range(noise)]
         # An order of summation of its own is one of the last product too.
         strayed = [
-            _Pass(self.precise, self._straying(recorded, seed), may_withhold=not self._sums_show)
+            _Pass(self.precise, self._straying(recorded, seed), self.regime, may_withhold=not self._sums_show)
             for seed in range(ways)
         ]
         device = self.working.device
@@ -119,6 +130,8 @@ class Reference:
                         one.run(piece, input_ids)
             summands = {s.name: self.working.summands(s, input_ids.shape[-1]) for s in sites}
             gathered = (_gather(s, recorded.get(s.name), passes, summands[s.name], noisy) for s in sites)
+            # Where a regime rounds coarsely, the smallest move may flip it: fusing would excuse anything.
+            gathered = (replace(s, jitter=s.truth) if s.site.name in self.changed else s for s in gathered)
             yield piece, [self._allowing(s, strayed) if strayed else s for s in gathered]
             # What was measured makes room for the next piece.
             for one in (*passes.values(), *noisy, *strayed):
@@ -133,7 +146,7 @@ class Reference:
             one.run(piece, input_ids)
         for site in choices_of(self.working.sites_of(piece)):
             truth = passes["truth"]
-            at = LoadedPiece(piece, input_ids, truth.start, {})
+            at = LoadedPiece(piece, input_ids, truth.start, {}, self.regime)
             router = router_at(self.precise, at, site, truth.values, recorded)
             if router is None:
                 continue
@@ -146,7 +159,8 @@ class Reference:
     def _run_own(self, passes: dict[str, _Pass], piece: Piece, input_ids: Tensor) -> None:
         own, plain = passes["own"], passes["plain"]
         fresh = {site.name: plain.values[site.name] for site in choices_of(self.working.sites_of(piece))}
-        if own.hidden is plain.start and all(torch.equal(self._routed(name, v), v) for name, v in fresh.items()):
+        same = own.hidden is plain.start and self.regime is no_regime
+        if same and all(torch.equal(self._routed(name, v), v) for name, v in fresh.items()):
             own.values, own.hidden = plain.values, plain.hidden
         else:
             own.run(piece, input_ids)
@@ -210,12 +224,12 @@ class Reference:
             return value if site in self.routes or site not in recorded else jittered(value, working, generator)
 
         return {
-            "truth": _Pass(self.precise, as_recorded),
-            "floor": _Pass(self.working, as_recorded, may_withhold=False),
-            "jitter": _Pass(self.precise, moved),
+            "truth": _Pass(self.precise, as_recorded, self.regime),
+            "floor": _Pass(self.working, as_recorded, self.regime, may_withhold=False),
+            "jitter": _Pass(self.precise, moved, self.regime),
             "plain": _Pass(self.working, as_computed, may_withhold=False),
-            "own": _Pass(self.working, self._routed, may_withhold=False),
-            "ideal": _Pass(self.precise, self._routed),
+            "own": _Pass(self.working, self._routed, self.regime, may_withhold=False),
+            "ideal": _Pass(self.precise, self._routed, self.regime),
         }
 
 
@@ -229,6 +243,7 @@ class _Pass:
 
     model: PiecewiseModel
     feed: Tap
+    regime: Regime = no_regime
     may_withhold: bool = True
     values: dict[str, Tensor] = field(default_factory=dict)
     start: Tensor | None = None
@@ -243,10 +258,12 @@ class _Pass:
         def run() -> Tensor:
             return self.model.run(piece, input_ids, self.start, self._tap)
 
-        if self.may_withhold and piece == HEAD and withholds(self.model, input_ids):
-            self.withheld, self.hidden = run_to_product(self.model, run), None
-        else:
-            self.hidden = run()
+        with self.regime(self.model, piece):
+            whole = self.regime is not no_regime or not self.may_withhold
+            if not whole and piece == HEAD and withholds(self.model, input_ids):
+                self.withheld, self.hidden = run_to_product(self.model, run), None
+            else:
+                self.hidden = run()
 
     def at(self, site: str) -> Values:
         """The value of a site of the last piece; most are (b, t, d)."""

@@ -65,6 +65,7 @@ def fragment(comparison: Comparison) -> str:
             c=comparison,
             env=comparison.environment,
             findings=[_finding(f, comparison) | {"worst": None} for f in comparison.findings],
+            layers=text.count_layers(comparison),
             power=_power(comparison),
         )
     )
@@ -87,6 +88,7 @@ def _templates() -> Templates:
         plural=text.plural,
         plain=_keep_newlines,
         trouble=words.trouble,
+        accepted=text.accepted,
     )
     return templates
 

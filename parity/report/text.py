@@ -173,3 +173,15 @@ def ending(comparison: Comparison, *, token: Callable[[str], str], prose: Callab
             yield flips(said)
     if comparison.answer:
         yield prose(comparison.answer)
+    layers = count_layers(comparison)
+    yield from (prose(accepted(finding, layers)) for finding in comparison.accepted)
+
+
+def accepted(finding: Finding, layers: int) -> str:
+    """What was accepted, where, and how far off it is outside and inside the regime."""
+    assert finding.fault is not None, "unreachable because a regime is what is accepted"
+    inside = times(finding.fault.remainder_ratio)
+    return (
+        f"accepted: {finding.fault.id} at {', '.join(finding.families)}, {where(finding, layers)}: "
+        f"{times(finding.ratio)} the floor without it, {inside} in it"
+    )

@@ -141,6 +141,8 @@ def expand(port: Port, folder: Path, settings: Settings) -> list[Case]:
     model = str(folder / model) if (folder / model).is_dir() else model
     parts = (EMBEDDING, *(f"layers.{i}" for i in range(_layers(model))), FINAL_NORM, LOGITS, NEXT_TOKEN)
     skip = port.missing == "skip"
+    accept = ",".join([*settings.accept, *([port.options.accept] if port.options.accept else [])])
+    port = replace(port, options=replace(port.options, accept=accept or None))
     return [
         Case(run, port.candidate, part, parts, settings.and_then(port.settings), skip)
         for run in _runs(port, model, folder)

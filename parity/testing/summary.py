@@ -103,7 +103,9 @@ def _baseline(file: Path) -> dict[str, dict[str, float]]:
 
 def _overall(answers: list[Answer]) -> str:
     """All comparisons in one line, with the report of the worst."""
+    from parity.report.text import visible
     from parity.testing.acceptance import worst
+    from parity.words import in_regimes
 
     made = [(a, a.comparison) for a in answers if a.comparison is not None]
     if not made:
@@ -112,6 +114,7 @@ def _overall(answers: list[Answer]) -> str:
     counts = {v: sum(c.verdict == v for _, c in made) for v in ("match", "diverged", "inconclusive")}
     counts["not compared"] = len(answers) - len(made)
     said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    said += "".join(dict.fromkeys(visible(in_regimes(c)) for _, c in made))
     ranked = [(w.ratio or 0.0, w.site, a) for a, c in made if (w := worst(c.sites)) is not None]
     if not ranked:
         return f"{said}; no site was measured; report: {made[0][0].page}"
@@ -139,6 +142,7 @@ def _markdown(seen: Seen, answer: Answer) -> str:
     """One comparison as an item of a list."""
     from parity.report.markdown import code, escape
     from parity.testing.acceptance import worst
+    from parity.words import in_regimes
 
     c = answer.comparison
     sign = "❌" if seen.failed else "✅" if c is not None and c.verdict == "match" else "⚠️"
@@ -149,4 +153,4 @@ def _markdown(seen: Seen, answer: Answer) -> str:
     ratio = f", worst ratio {site.ratio:.3g} at {code(site.site)}" if site is not None else ""
     more = f" and {len(seen.failed) - _MOST_PARTS} more" if len(seen.failed) > _MOST_PARTS else ""
     failed = f"; failed: {', '.join(map(escape, seen.failed[:_MOST_PARTS]))}{more}" if seen.failed else ""
-    return f"{start} {c.verdict}{ratio}{failed}"
+    return f"{start} {c.verdict}{escape(in_regimes(c))}{ratio}{failed}"

@@ -23,6 +23,7 @@ from parity.report import json as report_json
 from parity.results import Comparison, Measurement
 from parity.testing import baseline
 from tests.conftest import ROOT, environment
+from tests.report_example import in_regime
 
 TOKENS = (5, 9, 200, 17, 3, 88, 41)
 ITEMS = 4 + 4  # layers of the checkpoint and ends
@@ -88,6 +89,7 @@ def faked(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, four: Path
             c = answer[run.id] if isinstance(answer, dict) else answer
             with made.open("a") as stream:
                 stream.write("x")
+            (pytester.path / "accepted.txt").write_text(str(run.options.accept))
             if isinstance(c, Exception):
                 raise c
             return c
@@ -220,6 +222,16 @@ def test_limits_of_the_file_and_of_the_call(faked: Session, clean: Comparison, p
     result = faked(c, more="thresholds={'*.mlp.*': {}, 'lm_head': {'mse': 0.1}}")
     result.assert_outcomes(passed=ITEMS - 1, failed=1)
     result.stdout.fnmatch_lines(["lm_head: MSE 0.5 (threshold: 0.1)"])
+
+
+def test_accepted_regimes_of_file_and_call_reach_the_run_and_are_said(
+    faked: Session, clean: Comparison, pytester: pytest.Pytester
+) -> None:
+    pytester.makepyprojecttoml('[tool.pytest.ini_options]\n[tool.parity]\naccept = ["kv-cache-fp16"]')
+    result = faked(replace(clean, accepted=in_regime().accepted), more="accept='products-tf32'")
+    result.assert_outcomes(passed=ITEMS)
+    result.stdout.fnmatch_lines(["parity: 1 match, in the accepted regime kv-cache-fp16; worst ratio *"])
+    assert (pytester.path / "accepted.txt").read_text() == "kv-cache-fp16,products-tf32"
 
 
 def test_a_glob_without_a_site_is_told_once(faked: Session, clean: Comparison) -> None:

@@ -183,6 +183,7 @@ def test_the_right_number_is_no_fault(fault: Fault, benches: dict[torch.dtype, B
 
 def test_the_ids_that_are_known_without_torch_are_those_of_the_catalogue() -> None:
     assert sorted(fault_ids()) == sorted(fault.id for fault in CATALOGUE)
+    assert sorted(fault_ids(regimes=True)) == sorted(fault.id for fault in CATALOGUE if fault.regime)
 
 
 def test_tf32_rounds_ties_away_from_zero() -> None:

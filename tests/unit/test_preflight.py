@@ -18,10 +18,12 @@ from parity.preflight import (
     read_text,
 )
 
+_MORE = {"attention": "eager", "faults": None, "accept": None, "noise": 0, "chat": False}
+
 
 def options(**given: Any) -> SimpleNamespace:
     plain = {"prompt": None, "prompt_file": None, "tokens": "1 2", "model": None, "dtype": None, "device": "cpu"}
-    return SimpleNamespace(**(plain | {"attention": "eager", "faults": None, "noise": 0, "chat": False} | given))
+    return SimpleNamespace(**(plain | _MORE | given))
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,8 @@ def options(**given: Any) -> SimpleNamespace:
         ({"noise": -1}, r"^--noise -1"),
         ({"chat": True}, r"^--chat applies a template to a prompt"),
         ({"faults": "mine"}, r"^faults 'mine': write module:function"),
+        ({"accept": "kv-cache-fp61"}, r"^--accept 'kv-cache-fp61': no precision regime\. Did you mean kv-cache-fp16\?"),
+        ({"accept": "kv-cache-fp16,norm-eps"}, r"^--accept 'norm-eps': no precision regime\. .*products-tf32"),
         ({"model": "./nowhere"}, r"^model './nowhere': no such directory"),
     ],
 )
@@ -54,7 +58,16 @@ def test_options_that_no_run_can_mean(given: dict[str, Any], said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("given", [{}, {"device": "cuda:1"}, {"dtype": "float16"}, {"model": "owner/name"}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"accept": "kv-cache-fp16"},
+        {"device": "cuda:1"},
+        {"dtype": "float16"},
+        {"model": "owner/name"},
+    ],
+)
 def test_options_that_a_run_can_mean(given: dict[str, Any]) -> None:
     check_options(options(**given))
 

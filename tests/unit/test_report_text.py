@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import math
 import sys
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
-from parity.report import text
-from parity.results import Finding, Reading
+from parity.report import html, markdown, text
+from parity.report.terminal import show
+from parity.results import Comparison, Finding, Reading
+from tests.report_example import in_regime, matching
+
+
+def shown(comparison: Comparison) -> str:
+    stream = io.StringIO()
+    show(comparison, Console(file=stream, width=200))
+    return stream.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -105,6 +116,13 @@ def test_ranges() -> None:
 )
 def test_where(layers: tuple[int, ...], shown: str) -> None:
     assert text.where(Finding(("f",), (), layers, "wrong", 1.0, None, ()), 3) == shown
+
+
+@pytest.mark.parametrize("render", [markdown.render, html.render, shown], ids=["markdown", "page", "terminal"])
+def test_every_report_says_what_was_accepted(render: Callable[[Comparison], str]) -> None:
+    said = "accepted: kv-cache-fp16 at model.layers.*.self_attn.q_rope, layer 0 only: 4147x the floor without it, 0.41x"
+    assert said in " ".join(render(in_regime()).replace("\\", "").split())
+    assert "accepted:" not in render(matching())
 
 
 def test_families_of_one_finding_share_their_path() -> None:

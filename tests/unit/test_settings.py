@@ -44,13 +44,24 @@ def test_a_call_is_looked_at_after_the_file(tmp_path: Path) -> None:
     assert [both.may_be_unmeasured(site) for site in SITES] == [False, True, False, True, False]
 
 
+def test_accepted_regimes_of_file_and_call_add_up(tmp_path: Path) -> None:
+    file = read(tmp_path, '[tool.parity]\naccept = ["kv-cache-fp16"]')
+    assert file.accept == ("kv-cache-fp16",)
+    assert file.and_then(settings.Settings(accept=("products-tf32",))).accept == ("kv-cache-fp16", "products-tf32")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         (
+            '[tool.parity]\naccept = "kv-cache-fp16"',
+            "pyproject.toml [tool.parity]: accept is 'kv-cache-fp16'. Give a list of regimes, such as"
+            " ['kv-cache-fp16'].",
+        ),
+        (
             "[tool.parity]\nthreshold = {}",
             "pyproject.toml [tool.parity]: unknown key 'threshold'. Did you mean 'thresholds'?"
-            " Known keys: allow_unmeasured, thresholds.",
+            " Known keys: accept, allow_unmeasured, thresholds.",
         ),
         (
             "[tool.parity.thresholds]\nlm_head = { rato = 3 }",

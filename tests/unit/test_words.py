@@ -11,7 +11,7 @@ import pytest
 from parity import words
 from parity.reasons import VITAL, Gap, GapKind, Inconclusive, Invisible, NotTried, Stage, Trouble
 from parity.results import Check, Comparison
-from tests.report_example import everything, matching, measurement
+from tests.report_example import ROPE, everything, in_regime, matching, measurement
 
 
 @pytest.mark.parametrize("kind", typing.get_args(GapKind))
@@ -34,6 +34,14 @@ def test_every_kind_of_gap_has_words_of_its_own(kind: GapKind) -> None:
 )
 def test_what_goes_unseen(item: Invisible | NotTried, said: tuple[str, str]) -> None:
     assert words.unseen(item, "float16") == said
+
+
+def test_a_verdict_says_in_which_regimes_it_holds() -> None:
+    run = in_regime()
+    assert words.headline(run).endswith("own rounding, in the accepted regime kv-cache-fp16")
+    assert "against the reference outside of regimes" in words.answer(run)
+    several = replace(run, accepted=(*run.accepted, replace(run.accepted[0], fault=ROPE)))
+    assert words.in_regimes(several) == ", in the accepted regimes kv-cache-fp16, rope-theta"
 
 
 def inconclusive(why: Inconclusive, **more: Any) -> Comparison:

@@ -87,11 +87,16 @@ def adds_to_residual(module: nn.Module) -> bool:
 
 
 def linears_of(scope: Scope) -> dict[str, nn.Linear]:
-    """The linear projections of the layer by name, or the head at the ends."""
+    """The linear projections of the layer by name, or the head at the ends; of those that the scope lets change."""
     if scope.layer is None:
         head = scope.model.get_output_embeddings()
-        return {"head": head} if isinstance(head, nn.Linear) else {}
-    return {name: m for name, m in scope.layer.named_modules() if isinstance(m, nn.Linear)}
+        return {"head": head} if isinstance(head, nn.Linear) and _may_change(scope, head) else {}
+    return {n: m for n, m in scope.layer.named_modules() if isinstance(m, nn.Linear) and _may_change(scope, m)}
+
+
+def _may_change(scope: Scope, module: nn.Module) -> bool:
+    sites = scope.sites
+    return sites is None or any(m is module and name in sites for name, m in scope.model.named_modules())
 
 
 def linear(scope: Scope, end: str) -> nn.Linear | None:
