@@ -22,7 +22,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,9 +31,10 @@ from torch import Tensor
 from parity.record.tap import Tap
 from parity.reference.legal_ways import straying
 from parity.reference.one_operation import LoadedPiece, Regime, no_regime
-from parity.reference.pieces import HEAD, Piece, PiecewiseModel
+from parity.reference.passes import Pass
+from parity.reference.pieces import Piece, PiecewiseModel
 from parity.reference.precision import jittered, stochastically_rounded, truth_dtype
-from parity.reference.products import Product, Values, run_to_product, withholds
+from parity.reference.products import Values
 from parity.reference.routing import Route, choices_of, route_of, router_at
 from parity.reference.transfer import row_blocks
 from parity.sites import Site
@@ -109,10 +110,10 @@ class Reference:
         recorded: dict[str, Tensor] = {}
         self.routes.clear()
         passes = self._passes(recorded)
-        noisy = [_Pass(self.precise, self._noisy(seed), self.regime) for seed in range(noise)]
+        noisy = [Pass(self.precise, self._noisy(seed), self.regime) for seed in range(noise)]
         # An order of summation of its own is one of the last product too.
         strayed = [
-            _Pass(self.precise, self._straying(recorded, seed), self.regime, may_withhold=not self._sums_show)
+            Pass(self.precise, self._straying(recorded, seed), self.regime, may_withhold=not self._sums_show)
             for seed in range(ways)
         ]
         device = self.working.device
@@ -137,9 +138,7 @@ class Reference:
             for one in (*passes.values(), *noisy, *strayed):
                 one.forget()
 
-    def _on_inputs(
-        self, passes: dict[str, _Pass], piece: Piece, input_ids: Tensor, recorded: dict[str, Tensor]
-    ) -> None:
+    def _on_inputs(self, passes: dict[str, Pass], piece: Piece, input_ids: Tensor, recorded: dict[str, Tensor]) -> None:
         """Run the passes on the candidate's own inputs, all of them routed as the candidate was."""
         on_inputs = [passes[name] for name in ("truth", "floor", "jitter")]
         for one in on_inputs:
@@ -156,7 +155,7 @@ class Reference:
                 for one in on_inputs:
                     one.run(piece, input_ids, again=True)
 
-    def _run_own(self, passes: dict[str, _Pass], piece: Piece, input_ids: Tensor) -> None:
+    def _run_own(self, passes: dict[str, Pass], piece: Piece, input_ids: Tensor) -> None:
         own, plain = passes["own"], passes["plain"]
         fresh = {site.name: plain.values[site.name] for site in choices_of(self.working.sites_of(piece))}
         same = own.hidden is plain.start and self.regime is no_regime
@@ -195,7 +194,7 @@ class Reference:
 
         return rounded
 
-    def _allowing(self, site: Replayed, strayed: list[_Pass]) -> Replayed:
+    def _allowing(self, site: Replayed, strayed: list[Pass]) -> Replayed:
         allowed = mean_square(site.truth, [one.at(site.site.name) for one in strayed])
         # The square of a stochastic rounding is twice that of one to nearest.
         return replace(site, allowed=allowed if self._sums_show else allowed / 2)
@@ -210,7 +209,7 @@ class Reference:
 
         return replaced
 
-    def _passes(self, recorded: dict[str, Tensor]) -> dict[str, _Pass]:
+    def _passes(self, recorded: dict[str, Tensor]) -> dict[str, Pass]:
         generator = torch.Generator(self.working.device).manual_seed(_JITTER_SEED)
         working = self.working.dtype
 
@@ -224,61 +223,13 @@ class Reference:
             return value if site in self.routes or site not in recorded else jittered(value, working, generator)
 
         return {
-            "truth": _Pass(self.precise, as_recorded, self.regime),
-            "floor": _Pass(self.working, as_recorded, self.regime, may_withhold=False),
-            "jitter": _Pass(self.precise, moved, self.regime),
-            "plain": _Pass(self.working, as_computed, may_withhold=False),
-            "own": _Pass(self.working, self._routed, self.regime, may_withhold=False),
-            "ideal": _Pass(self.precise, self._routed, self.regime),
+            "truth": Pass(self.precise, as_recorded, self.regime),
+            "floor": Pass(self.working, as_recorded, self.regime, may_withhold=False),
+            "jitter": Pass(self.precise, moved, self.regime),
+            "plain": Pass(self.working, as_computed, may_withhold=False),
+            "own": Pass(self.working, self._routed, self.regime, may_withhold=False),
+            "ideal": Pass(self.precise, self._routed, self.regime),
         }
-
-
-@dataclass
-class _Pass:
-    """One walk through the pieces: what flows on from each site is `feed(site, fresh value)`.
-
-    `start` are the hidden states that went into the last piece, `hidden` those that came out. `withheld` are large
-    logits, which a pass in the precision of the truth does not compute at once.
-    """
-
-    model: PiecewiseModel
-    feed: Tap
-    regime: Regime = no_regime
-    may_withhold: bool = True
-    values: dict[str, Tensor] = field(default_factory=dict)
-    start: Tensor | None = None
-    hidden: Tensor | None = None
-    withheld: Product | None = None
-
-    def run(self, piece: Piece, input_ids: Tensor, *, again: bool = False) -> None:
-        """Compute a loaded piece from where this pass stands, or the last one once more."""
-        self.forget()
-        self.start = self.start if again else self.hidden
-
-        def run() -> Tensor:
-            return self.model.run(piece, input_ids, self.start, self._tap)
-
-        with self.regime(self.model, piece):
-            whole = self.regime is not no_regime or not self.may_withhold
-            if not whole and piece == HEAD and withholds(self.model, input_ids):
-                self.withheld, self.hidden = run_to_product(self.model, run), None
-            else:
-                self.hidden = run()
-
-    def at(self, site: str) -> Values:
-        """The value of a site of the last piece; most are (b, t, d)."""
-        return self.values[site] if self.withheld is None or site in self.values else self.withheld
-
-    def forget(self) -> None:
-        """Give back the values of the last piece, but not what flows on."""
-        self.values, self.withheld = {}, None
-
-    def _tap(self, site: str, fresh: Tensor) -> Tensor:
-        # Nothing follows the last site, and it is the largest.
-        onward = fresh if site == self.model.sites[-1].name else self.feed(site, fresh)
-        # A replaced input is overwritten in place, so the fresh value must be kept apart.
-        self.values[site] = fresh if onward is fresh else fresh.clone()
-        return onward
 
 
 def mean_square(truth: Values, others: Sequence[Values]) -> Tensor:
@@ -295,7 +246,7 @@ def _mean_square(truth: Tensor, others: Sequence[Any]) -> Tensor:
 
 
 def _gather(
-    site: Site, candidate: Tensor | None, passes: dict[str, _Pass], summands: int, noisy: list[_Pass]
+    site: Site, candidate: Tensor | None, passes: dict[str, Pass], summands: int, noisy: list[Pass]
 ) -> Replayed:
     return Replayed(
         site,
