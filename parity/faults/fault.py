@@ -21,8 +21,9 @@ TWO_TOKENS = "two tokens or more"
 ANY_NORM = "any norm"
 ANY_ACTIVATION = "any activation"
 STREAM_SUM = "any sum with a residual"
-IN_ATTENTION = "any input inside attention"
-ROLES = (ANY_NORM, ANY_ACTIVATION, STREAM_SUM, IN_ATTENTION)
+IN_ATTENTION = "any other value inside attention"
+ROPE_TABLES = "any tables of RoPE"
+ROLES = (ANY_NORM, ANY_ACTIVATION, STREAM_SUM, IN_ATTENTION, ROPE_TABLES)
 LAST = -1.0  # as the number of a first token: the last, whatever its number
 
 # How to find a wrong number that is not among the typical ones:

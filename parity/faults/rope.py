@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parity.faults.fault import TWO_TOKENS, Change, Fault, Number, Scope, fault
+from parity.faults.fault import IN_ATTENTION, ROPE_TABLES, TWO_TOKENS, Change, Fault, Number, Scope, fault
 from parity.faults.patches.modules import head_dim_of, hidden_per_head
 from parity.faults.patches.rope import (
     ROTATED,
@@ -16,6 +16,7 @@ from parity.faults.patches.rope import (
     first_dims,
     frequencies,
     has_rope,
+    has_tables,
     is_plain,
     is_scaled,
     original_rotation,
@@ -24,6 +25,7 @@ from parity.faults.patches.rope import (
     rotary_fraction,
     tables,
     theta_of,
+    turning_by,
     with_rotation,
     with_tables,
 )
@@ -60,15 +62,15 @@ def rope_interleaved(scope: Scope) -> Change:
 @fault(
     id="rope-theta",
     title="RoPE uses another theta than config.json",
-    sites=ROTATED,
+    sites=(*ROTATED, IN_ATTENTION, ROPE_TABLES),
     fix="read rope_theta from config.json instead of a default",
     source="vllm#9503",
     needs=TWO_TOKENS,
-    applies=has_rope,
+    applies=has_tables,
     number=Number(name="theta", expected=theta_of, typical=(1e4, 5e5, 1e5, 1e6)),
 )
 def rope_theta(scope: Scope, theta: float) -> Change:
-    return with_tables(scope, tables(scope, *frequencies(scope, rope_theta=theta)))
+    return turning_by(scope, *frequencies(scope, rope_theta=theta))
 
 
 @fault(

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from parity.faults.fault import Change, Fault, Number, Scope, attribute, fault
-from parity.faults.patches.modules import together
+from parity.faults.patches.modules import buffer, together
 from parity.faults.patches.numbers import stored_as
 from parity.faults.patches.router import (
     BLOCK,
-    buffer,
     experts_of,
     factor_of,
     finished,

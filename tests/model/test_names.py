@@ -23,11 +23,11 @@ from parity.reference.replay import Reference
 from parity.results import Comparison
 from parity.run_spec import RunSpec
 from tests.architectures import make
-from tests.bench.architecture_bugs import activation, attention_scale, layers_of, norm_eps, residual_branch
+from tests.bench.architecture_bugs import activation, attention_scale, layers_of, norm_eps, other_theta, residual_branch
 from tests.conftest import slow_but
 
 IDS = tuple((i * 37 + 11) % 200 + 3 for i in range(24))
-Change = Callable[[nn.Module], Any]
+Change = Callable[[Any], Any]
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +38,18 @@ def architecture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
 
 def compared(path: Path, change: Change) -> Comparison:
-    """A model of transformers with a change, compared in float32."""
-    from transformers import AutoModelForCausalLM
+    """A model of transformers with a change, or made from a changed config, compared in float32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(path)
+    if change is other_theta:
+        change(config)
     with quiet_torch():
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
-    change(model)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+    if change is not other_theta:
+        change(model)
     options = RunOptions(model=str(path), dtype="float32", power=False)
     run = RunSpec(find(str(path)), (IDS,), "float32", options)
     return diff(run, open_candidate(model), None)
@@ -89,6 +95,12 @@ CASES = [
     Case("minimax", residual_branch, "residual-multiplier", 1.2),
     Case("bloom", residual_branch, "residual-multiplier", 1.2),
     Case("bert", residual_branch, "residual-multiplier", 1.2),
+    Case("cohere", other_theta, "rope-theta", 1.5e6),  # tables in pairs
+    Case("deepseek_v2", other_theta, "rope-theta", 3e4),  # tables of complex numbers
+    Case("phi3", other_theta, "rope-theta", 3e4),  # other angles for a longer prompt
+    Case("falcon", other_theta, "rope-theta", 3e4),  # nothing seen before attention's output
+    Case("nanochat", other_theta, "rope-theta", 3e4),  # a norm behind the rotation
+    Case("qwen3_5", other_theta, "rope-theta", 3e4),  # tables that are a site
     Case("olmo2", residual_branch, "branch-multiplier-before-norm", 1.2, ("norm-eps",)),
 ]
 
@@ -140,7 +152,24 @@ def scaled_with_its_eps(model: nn.Module) -> None:
     layer.post_attention_layernorm.variance_epsilon *= 4
 
 
+def tables_in_double(model: nn.Module) -> None:
+    """Angles multiplied in double precision."""
+    rotary = next(m for m in model.modules() if hasattr(m, "compute_default_rope_parameters"))
+    own = rotary.forward
+
+    def forward(x: Tensor, position_ids: Tensor) -> Any:
+        phases = position_ids[..., None].double() * rotary.inv_freq.double()
+        if isinstance(own(x, position_ids), Tensor):
+            return torch.polar(torch.ones_like(phases), phases).to(torch.complex64)
+        twice = phases.repeat_interleave(2, -1)
+        return twice.cos().to(x.dtype), twice.sin().to(x.dtype)
+
+    rotary.forward = forward
+
+
 LEGAL: list[tuple[str, Change]] = [
+    ("cohere", tables_in_double),
+    ("deepseek_v2", tables_in_double),
     ("gpt2", norms_by_hand),
     ("phi", summed_from_the_left),
     ("opt", relu_by_sign),
@@ -150,7 +179,7 @@ LEGAL: list[tuple[str, Change]] = [
 ]
 
 
-@pytest.mark.parametrize("legal", slow_but(LEGAL[:1], LEGAL), ids=lambda legal: legal[0])
+@pytest.mark.parametrize("legal", slow_but(LEGAL[2:3], LEGAL), ids=lambda legal: legal[0])
 def test_what_is_written_otherwise_is_left_alone(
     legal: tuple[str, Change], architecture: Callable[[str], Path]
 ) -> None:

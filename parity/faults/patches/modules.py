@@ -86,6 +86,11 @@ def adds_to_residual(module: nn.Module) -> bool:
     return "residual" in inspect.signature(type(module).forward).parameters
 
 
+def makes_tables(module: nn.Module) -> bool:
+    """Whether a module makes RoPE's tables."""
+    return hasattr(module, "compute_default_rope_parameters")
+
+
 def linears_of(scope: Scope) -> dict[str, nn.Linear]:
     """The linear projections of the layer by name, or the head at the ends; of those that the scope lets change."""
     if scope.layer is None:
@@ -153,6 +158,17 @@ def entry(kwargs: dict[str, Any], name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         kwargs[name] = before
+
+
+@contextmanager
+def buffer(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
+    """The buffer `name` of a module holds `value`, of any shape, during the block."""
+    before = module._buffers[name]
+    module._buffers[name] = value
+    try:
+        yield
+    finally:
+        module._buffers[name] = before
 
 
 # -- weights of other layers -----------------------------------------------------------------------------------

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from parity.faults.fault import Change, Scope, attribute
-from parity.faults.patches.modules import attention_of, entry, head_dim_of
+from parity.faults.patches.modules import attention_of, buffer, entry, head_dim_of, makes_tables
 from parity.faults.patches.numbers import as_written, wide
 from parity.record.scans import source_of
 
 # Where queries and keys have been rotated: whole, or the part that turns where it is kept apart.
 ROTATED = ("q_rope", "k_rope", "q_rotated", "k_rotated")
 Tables = tuple[Tensor, Tensor]
+# Cosines of two kinds of angles are farther apart than any rounding of the same.
+_SAME = 0.02
 
 
 def has_rope(scope: Scope) -> bool:
@@ -62,23 +64,46 @@ def _layer_type(scope: Scope) -> str | None:
 
 
 def _rotary_module(scope: Scope) -> Any:
-    children = scope.model.base_model.children()
-    return next((m for m in children if hasattr(m, "compute_default_rope_parameters")), None)
+    decoder = scope.model.get_decoder() or scope.model.base_model
+    return next((m for m in decoder.modules() if makes_tables(m)), None)
+
+
+def has_tables(scope: Scope) -> bool:
+    """Whether queries and keys turn by tables that transformers hands to the layer; at the ends, whether it makes any.
+
+    Of what turns them nothing is asked.
+    """
+    rotary = _rotary_module(scope)
+    if rotary is None or "rope_theta" not in parameters_of(scope):
+        return False
+    return "inv_freq" in rotary._buffers if scope.layer is None else _given(scope) is not None
+
+
+def _given(scope: Scope) -> Tensor | None:
+    """The cosines of the tables that the layer gets, or tables that hold both as complex numbers."""
+    given = scope.kwargs.get("position_embeddings")
+    first = given[0] if isinstance(given, tuple) and len(given) == 2 else given
+    return first if isinstance(first, Tensor) else None
 
 
 def frequencies(scope: Scope, **changes: Any) -> tuple[Tensor, float]:
     """The reference's angles per position (pairs), and its factor on the tables, with RoPE parameters changed."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    config, kind = copy.copy(scope.config), _layer_type(scope)
+    kind = _layer_type(scope)
+    # Sizes may depend on the kind of layer.
+    sizes = getattr(scope.config, "per_layer_config", None)
+    config = copy.copy(sizes[kind] if sizes and kind else scope.config)
     mine = parameters_of(scope) | changes
     nested = kind in (scope.config.rope_parameters or {})
     config.rope_parameters = dict(scope.config.rope_parameters) | {kind: mine} if nested else mine
     rope_type = mine.get("rope_type", "default")
     plain = _rotary_module(scope).compute_default_rope_parameters
     compute = plain if rope_type == "default" else ROPE_INIT_FUNCTIONS[rope_type]
+    # Some kinds have other angles for longer prompts.
+    more = {"seq_len": int(positions_of(scope).max()) + 1} if _given(scope) is not None and plain is not compute else {}
     with as_written():
-        found, factor = compute(config, layer_type=kind) if nested else compute(config)
+        found, factor = compute(config, **more, **({"layer_type": kind} if nested else {}))
     return found, float(factor)
 
 
@@ -91,8 +116,8 @@ def plain_frequencies(theta: float, size: int, count: int | None = None) -> Tens
 
 def positions_of(scope: Scope) -> Tensor:
     """Positions of the tokens (b or 1, t) as transformers counts them."""
-    given = scope.kwargs.get("position_ids")
-    cos: Tensor = scope.kwargs["position_embeddings"][0]
+    given, cos = scope.kwargs.get("position_ids"), _given(scope)
+    assert cos is not None, "unreachable because faults of RoPE apply where there are tables"
     return given if isinstance(given, Tensor) else torch.arange(cos.shape[-2], device=cos.device)[None]
 
 
@@ -123,6 +148,66 @@ def tables(
 def with_tables(scope: Scope, new: Tables) -> Change:
     """Queries and keys turn by other tables, each (b or 1, t, r)."""
     return entry(scope.kwargs, "position_embeddings", new)
+
+
+def turning_by(scope: Scope, angles: Tensor, factor: float) -> Change:
+    """Queries and keys turn by other angles (pairs) per position, in whatever layout the reference has its tables.
+
+    At the ends the module that makes the tables has these angles. Raises ValueError if no known layout is the
+    reference's.
+    """
+    if scope.layer is None:
+        rotary = _rotary_module(scope)
+        return buffer(rotary, "inv_freq", angles.to(rotary.inv_freq))
+    given, right = scope.kwargs["position_embeddings"], frequencies(scope)
+    for layout in _LAYOUTS:
+        if _alike(layout(_phases(scope, right[0]), right[1]), given):
+            return entry(scope.kwargs, "position_embeddings", _like(layout(_phases(scope, angles), factor), given))
+    raise ValueError("the layout of the tables is not known")
+
+
+def _phases(scope: Scope, angles: Tensor) -> Tensor:
+    given = _given(scope)
+    assert given is not None, "unreachable because faults of RoPE apply where there are tables"
+    dtype = torch.float64 if given.dtype in (torch.float64, torch.complex128) else torch.float32
+    return positions_of(scope)[..., None].to(given.device, dtype) * angles.to(given.device, dtype)
+
+
+def _in_halves(phases: Tensor, factor: float) -> Tables:
+    twice = torch.cat([phases, phases], dim=-1)
+    return twice.cos() * factor, twice.sin() * factor
+
+
+def _in_pairs(phases: Tensor, factor: float) -> Tables:
+    twice = phases.repeat_interleave(2, dim=-1)
+    return twice.cos() * factor, twice.sin() * factor
+
+
+def _once(phases: Tensor, factor: float) -> Tables:
+    return phases.cos() * factor, phases.sin() * factor
+
+
+def _as_complex(phases: Tensor, factor: float) -> Tensor:
+    return torch.polar(torch.full_like(phases, factor), phases)
+
+
+_LAYOUTS: tuple[Callable[[Tensor, float], Any], ...] = (_in_halves, _in_pairs, _once, _as_complex)
+
+
+def _alike(mine: Any, given: Any) -> bool:
+    """Whether tables are the reference's but for rounding."""
+    if isinstance(mine, tuple) != isinstance(given, tuple):
+        return False
+    if isinstance(mine, tuple):
+        return all(_alike(a, b) for a, b in zip(mine, given, strict=True))
+    return mine.shape[1:] == given.shape[1:] and bool((mine - given).abs().max() <= _SAME * given.abs().max())
+
+
+def _like(mine: Any, given: Any) -> Any:
+    """Tables in the dtype of the reference's."""
+    if isinstance(mine, tuple):
+        return tuple(_like(a, b) for a, b in zip(mine, given, strict=True))
+    return mine.to(given.dtype)
 
 
 def original_rotation(scope: Scope) -> Callable[..., tuple[Tensor, Tensor]]:

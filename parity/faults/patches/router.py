@@ -119,17 +119,6 @@ class Swapped(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@contextmanager
-def buffer(module: nn.Module, name: str, value: Tensor) -> Iterator[None]:
-    """The buffer `name` of a module holds `value`, of any shape, during the block."""
-    before = module._buffers[name]
-    module._buffers[name] = value
-    try:
-        yield
-    finally:
-        module._buffers[name] = before
-
-
 # -- experts -------------------------------------------------------------------------------------------------
 
 
