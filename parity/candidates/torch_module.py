@@ -20,7 +20,7 @@ from parity.candidates.transformers_taps import between_modules, is_compiled, pl
 from parity.dump import ArchiveWriter, Dump, NameMap, open_dump, rename, sites_of
 from parity.errors import CandidateError
 from parity.load_object import describe, misfit
-from parity.record.experts import GIVEN, IN_ROUTER, ROUTED
+from parity.record.experts import CHOICES, GIVEN, ROUTED
 from parity.record.tap import Tap, first_tensor, quiet_torch, tapping, without_wrappers
 from parity.reference.checkpoint import Checkpoint
 from parity.reference.integrity import weight_check
@@ -127,7 +127,7 @@ class TorchModule(Candidate):
         module, wanted = self._loaded(run), {site.name: site for site in sites}
         places = places_of(module)
         # A router is free to choose as it likes: what it chose is what its experts are given.
-        others = [site for site in sites if site.where not in IN_ROUTER]
+        others = [site for site in sites if site.where not in CHOICES]
         inner = {site.name: site for site in between_modules(module, others, places)}
         given = {f"{name}.{end}": (path, at) for name, path in places.items() for end, at in _ROUTING}
         return [

@@ -14,6 +14,7 @@ from parity.candidates.torch_module import TorchModule
 from parity.dump import NameMap, RunInfo
 from parity.errors import CandidateError
 from parity.load_object import describe
+from parity.reference.build import choose_experts
 from parity.reference.checkpoint import find
 from parity.reference.weights import no_progress_bar
 from parity.run_spec import DTYPES, RunSpec
@@ -58,6 +59,7 @@ class TransformersModel(TorchModule):
         except Exception as error:
             raise CandidateError(f"candidate {self.name!r}: loading {path} failed with {describe(error)}") from error
         self._check_complete(info)
+        choose_experts(model)
         loaded: nn.Module = model.eval()
         return loaded
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,9 +20,32 @@ from torch.overrides import TorchFunctionMode
 
 from parity.errors import UsageError
 
-# Attention modules in reach of the active tap, with the full site name of each value inside them.
-_active: ContextVar[tuple[dict[nn.Module, dict[str, str]], Callable[[str, Tensor], Tensor]] | None]
-_active = ContextVar("parity_attention_taps", default=None)
+
+@dataclass
+class _Active:
+    """Attention modules in reach of a tap, with the full site name of each value inside them.
+
+    `given` are the values that the last of them was given, and what the tap made of each.
+    """
+
+    sites: dict[nn.Module, dict[str, str]]
+    tap: Callable[[str, Tensor], Tensor]
+    last: nn.Module | None = None
+    given: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def take(self, module: nn.Module, inside: str, value: Tensor) -> Tensor:
+        """What flows on from a query or key (b, h, t, d); a module that attends twice may be given the same again."""
+        site = self.sites[module].get(inside)
+        if site is None:
+            return value
+        if self.last is not module:
+            self.last, self.given = module, {}
+        if inside not in self.given or self.given[inside][0] is not value:
+            self.given[inside] = value, self.tap(site, value)
+        return self.given[inside][1]
+
+
+_active: ContextVar[_Active | None] = ContextVar("parity_attention_taps", default=None)
 
 INSIDE = {
     "q_rope": ("batch", "head", "token", "head_dim"),
@@ -55,7 +79,7 @@ def attention_taps(sites: dict[nn.Module, dict[str, str]], tap: Callable[[str, T
 
     Queries, keys (b, h, t, d), scores, probabilities (b, h, t, k) and the context (b, t, h, d).
     """
-    token = _active.set((sites, tap))
+    token = _active.set(_Active(sites, tap))
     try:
         yield
     finally:
@@ -68,13 +92,12 @@ def _tapped(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     ) -> tuple[Tensor, Tensor | None]:
         plain = _implementation(module, implementation)
         active = _active.get()
-        names = active[0].get(module, {}) if active else {}
+        names = active.sites.get(module, {}) if active else {}
         if active is None or not names:
             result: tuple[Tensor, Tensor | None] = plain(module, query, key, value, mask, **kwargs)
             return result
-        tap = active[1]
-        query = tap(names["q_rope"], query) if "q_rope" in names else query
-        key = tap(names["k_rope"], key) if "k_rope" in names else key
+        tap = active.tap
+        query, key = active.take(module, "q_rope", query), active.take(module, "k_rope", key)
         with _SoftmaxTap(names, tap, query.dtype):
             context, weights = plain(module, query, key, value, mask, **kwargs)
         return (tap(names["context"], context) if "context" in names else context), weights

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from parity.record.attention import INSIDE, attention_taps
 from parity.record.chain import Chain, taken, watch_chain
+from parity.record.experts import experts_in
 from parity.record.scans import SCAN, scan_taps, scanning_modules
 from parity.record.tap import first_tensor, quiet_torch
 from parity.record.watch import NoToQuestions, Watch
@@ -59,6 +60,8 @@ def discover(model: nn.Module, layers: Sequence[nn.Module] = (), *, inner: bool 
 
 
 def _probed(model: nn.Module, layers: Sequence[nn.Module], watch: Watch, *, inner: bool, **inputs: Tensor) -> Discovery:
+    for value in inputs.values():
+        watch.is_new(value)  # and no longer where a module takes it
     with (
         quiet_torch(),
         _as_it_was(model),
@@ -118,6 +121,8 @@ def _watching(model: nn.Module, watch: Watch, *, inner: bool) -> Iterator[None]:
             if not name:
                 continue
             before, after = _hooks(model, name, watch)
+            if count := experts_in(module):
+                watch.experts[name] = count
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(after).remove)
             wanted = [value for value in INSIDE if inner or f".{value}" not in COSTLY]
@@ -219,7 +224,7 @@ def _hooks(model: nn.Module, name: str, watch: Watch) -> tuple[Any, Any]:
         watch.routers.running.pop()
         value = first_tensor(output)
         call = next(calls["output"]) if value is not None else 0
-        if value is not None and watch.is_new(value):
+        if value is not None and value.is_floating_point() and watch.is_new(value):
             watch.note(numbered(name, call), value, name, "output")
 
     return before, after

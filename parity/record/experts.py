@@ -3,9 +3,10 @@
 There a router makes logits, takes the top k of what it makes of them, and a module of experts gets hidden states,
 the chosen indices and their weights. Three values stand for that:
 
-* the router's logits, under the router's own name;
+* the router's logits, under the router's own name, or `router.logits` where that returns something else first;
 * `experts.chosen`: 1 for the experts that a token goes to, 0 for the others;
-* `experts.weights`: what each expert's output is multiplied with, 0 for those that were not chosen.
+* `experts.weights`: what each expert's output is multiplied with, 0 for those that were not chosen. A router that
+  returns just that (Llama 4) has it under its own name.
 
 The order in which the chosen experts are listed means nothing, so all three have a column for each expert. A tap that
 replaces the logits changes the choice; one that replaces the choice changes whose weights the router computes.
@@ -27,8 +28,10 @@ from parity.sites import Dims, Site
 Tap = Callable[[str, Tensor], Tensor]
 
 DIMS: Dims = ("batch*token", "expert")
-# How a site is reached: inside the router, or among what the experts are given.
-IN_ROUTER = ("router logits", "router choice")
+# How a site is reached: inside the router, or among what the experts are given. A router may choose by one top-k, or
+# by two maxima in turn (Phi-MoE's sparse mixer).
+IN_ROUTER = ("router logits", "router choice", "router maxima")
+CHOICES = IN_ROUTER[1:]
 GIVEN = ("experts choice", "experts weights")
 ROUTED = ("chosen", "weights")
 
@@ -57,6 +60,12 @@ def experts_in(module: nn.Module) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
+def makes_logits(router: nn.Module, count: int) -> bool:
+    """Whether a router multiplies with a weight of its own, so that no module inside it returns the logits."""
+    weight = router._parameters.get("weight")
+    return weight is not None and weight.dim() == 2 and weight.shape[0] == count
+
+
 def chosen(index: Tensor, experts: int, dtype: torch.dtype) -> Tensor:
     """1 at each index (token, choice), 0 elsewhere: (token, expert)."""
     return torch.zeros(index.shape[0], experts, dtype=dtype, device=index.device).scatter(1, index, 1.0)
@@ -70,63 +79,21 @@ def spread(routing: Routing, experts: int) -> Tensor:
     )
 
 
-def indices(choice: Tensor, scores: Tensor) -> Tensor:
+def indices(choice: Tensor, scores: Tensor, count: int | None = None) -> Tensor:
     """The chosen experts (token, choice) of a choice (token, expert), the best score (token, expert) first.
 
-    As many as the token with most has: one with fewer is filled up with the best of the others.
+    `count`, or as many as the token with most has: one with fewer is filled up with the best of the others.
     """
     taken = choice > 0.5
     rank = scores.argsort(-1).argsort(-1) + scores.shape[-1] * taken
-    return rank.topk(max(int(taken.sum(-1).max()), 1), dim=-1).indices
-
-
-class RouterProbe(TorchFunctionMode):
-    """While it is entered, remembers which module made which top-k indices: that is how a router is known."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.running: list[str] = []
-        # Storages by identity; the tensors are kept so that no identity is reused.
-        self._made: dict[int, tuple[str, Any]] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") == "topk" and self.running:
-            self._made[result[1].untyped_storage()._cdata] = self.running[-1], result
-        return result
-
-    def router_of(self, routing: Routing) -> str | None:
-        """The module whose top-k made the indices; None if none did."""
-        made = self._made.get(routing.index.untyped_storage()._cdata)
-        return made[0] if made else None
-
-    def dtype_of(self, routing: Routing) -> torch.dtype:
-        """The dtype of the scores that the indices were chosen by."""
-        scores: Tensor = self._made[routing.index.untyped_storage()._cdata][1][0]
-        return scores.dtype
-
-
-def mixture_sites(experts: str, count: int, router: str, routing: Routing, scores: torch.dtype) -> tuple[Site, Site]:
-    """The sites of the choice, in the dtype of the scores, and of its weights, for a module of `count` experts."""
-    shape = (routing.index.shape[0], count)
-    choice, dtype = (str(each).removeprefix("torch.") for each in (scores, routing.weights.dtype))
-    return (
-        Site(f"{experts}.{ROUTED[0]}", DIMS, shape, choice, router, IN_ROUTER[1]),
-        Site(f"{experts}.{ROUTED[1]}", DIMS, shape, dtype, experts, GIVEN[1]),
-    )
-
-
-def makes_logits(router: nn.Module, count: int) -> bool:
-    """Whether a router multiplies with a weight of its own, so that no module inside it returns the logits."""
-    weight = router._parameters.get("weight")
-    return weight is not None and weight.dim() == 2 and weight.shape[0] == count
+    return rank.topk(count or max(int(taken.sum(-1).max()), 1), dim=-1).indices
 
 
 @dataclass
 class RouterTaps(TorchFunctionMode):
     """While it is entered, `tap` sees the logits and the choice of routers, and may replace them.
 
-    `sites` gives for each router the name of each value of IN_ROUTER, and `experts` how many there are.
+    `sites` gives for each router the names of values of IN_ROUTER, and `experts` how many there are.
     """
 
     sites: dict[nn.Module, dict[str, str]]
@@ -135,6 +102,9 @@ class RouterTaps(TorchFunctionMode):
     inside: list[nn.Module] = field(default_factory=list)
     # Scores before whole groups of experts were masked: weights of a masked expert are read from them.
     whole: Tensor | None = None
+    # How many maxima were taken, and which experts (token, choice) they shall be; None if those that they are.
+    turn: int = 0
+    found: Tensor | None = None
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -142,7 +112,8 @@ class RouterTaps(TorchFunctionMode):
     def enter(self, module: nn.Module, *_args: Any) -> None:
         """A router begins."""
         self.inside.append(module)
-        self.whole = None
+        self.whole = self.found = None
+        self.turn = 0
 
     def leave(self, *_args: Any) -> None:
         """It has ended."""
@@ -158,8 +129,10 @@ class RouterTaps(TorchFunctionMode):
             return self.tap(names[IN_ROUTER[0]], result)
         if what == "masked_fill" and args[0].shape[-1] == count:
             self.whole = args[0]
-        if what == "topk" and args[0].dim() == 2 and args[0].shape[-1] == count:
-            return self._chosen(names[IN_ROUTER[1]], args[0], result)
+        if what == "topk" and CHOICES[0] in names and args[0].dim() == 2 and args[0].shape[-1] == count:
+            return self._chosen(names[CHOICES[0]], args[0], result)
+        if what == "max" and CHOICES[1] in names and is_maximum(result) and args[0].shape[-1] == count:
+            return self._maximum(names[CHOICES[1]], args[0], result)
         return result
 
     def _chosen(self, site: str, scores: Tensor, top: Any) -> Any:
@@ -169,6 +142,26 @@ class RouterTaps(TorchFunctionMode):
             return top
         index = indices(new, scores)
         return torch.return_types.topk(((scores if self.whole is None else self.whole).gather(1, index), index))
+
+    def _maximum(self, site: str, scores: Tensor, top: Any) -> Any:
+        if self.turn == 0:
+            second = scores.scatter(1, top[1], -torch.inf).max(-1, keepdim=True)
+            own = torch.cat((top[1], second[1]), -1)
+            fresh = chosen(own, scores.shape[-1], scores.dtype)
+            new = self.tap(site, fresh)
+            # Of two experts that are equally good the first comes first, and their order decides on their weights.
+            same = (new == fresh).all(-1, keepdim=True)
+            self.found = None if bool(same.all()) else torch.where(same, own, indices(new, scores, 2))
+        turn, self.turn = self.turn, self.turn + 1
+        if self.found is None or turn > 1:
+            return top
+        index = self.found[:, turn : turn + 1]
+        return torch.return_types.max((scores.gather(1, index), index))
+
+
+def is_maximum(result: Any) -> bool:
+    """Whether a function has returned the largest score of each token and its index, both (token, 1)."""
+    return isinstance(result, torch.return_types.max) and result[1].dim() == 2 and result[1].shape[-1] == 1
 
 
 @contextmanager

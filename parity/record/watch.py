@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from parity.record.experts import IN_ROUTER, RouterProbe, experts_in, makes_logits, mixture_sites, routing_of
+from parity.record.experts import DIMS
+from parity.record.router_probe import RouterProbe
 from parity.sites import Dims, Site, without_call
 
 # Sites whose last axis is heads and head_dim flattened into one, where they are three-dimensional.
@@ -43,6 +44,7 @@ class Watch:
     storages: dict[int, _Seen] = field(default_factory=dict)
     noted: dict[str, _Seen] = field(default_factory=dict)  # the values of the sites, by name
     routers: RouterProbe = field(default_factory=RouterProbe)
+    experts: dict[str, int] = field(default_factory=dict)  # how many a module holds, by its name
 
     def is_new(self, value: Tensor) -> bool:
         """Whether no module has returned this value (any shape), or a view of it, before; one written into is new."""
@@ -93,23 +95,33 @@ class Watch:
             self.noted[name] = self.noted[site.name]
 
     def mixture(self, model: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember the choice of experts and their weights, if that is what a module is given."""
-        routing, count = routing_of(args, kwargs), experts_in(model.get_submodule(name))
-        router = self.routers.router_of(routing) if routing else None
-        if routing is None or count is None or router is None:
+        """Remember the router's logits, its choice of experts and their weights, if that is what a module is given."""
+        found = self.routers.mixture(model, name, args, kwargs)
+        if found is None:
             return
-        if router in self.sites and makes_logits(model.get_submodule(router), count):
-            logits = replace(self.sites.pop(router), where=IN_ROUTER[0])
-            inside = [name for name in self.sites if name.startswith(f"{router}.")]
-            self.sites |= {router: logits, **{name: self.sites.pop(name) for name in inside}}
-        sites = mixture_sites(name, count, router, routing, self.routers.dtype_of(routing))
-        for site, value in zip(sites, (routing.index, routing.weights), strict=True):
-            self.sites[site.name] = site
-            self.noted[site.name] = _Seen(value, value._version, site.name)
+        router = found.pick.router
+        own = self.sites.pop(router, None)
+        logits = found.logits(model, None if own is None else self.noted[router].value)
+        inside = {site: self.sites.pop(site) for site in list(self.sites) if site.startswith(f"{router}.")}
+        if logits is not None and found.product is not None:
+            self._put(logits, found.product)
+        self.sites |= inside
+        self._put(found.choice(), found.pick.scores)
+        if own is not None and router not in self.sites:
+            self.sites[router] = replace(own, dims=DIMS) if own.shape[-1] == found.count else own
+        if (weights := found.weights()) is not None and found.routing is not None:
+            self._put(weights, found.routing.weights)
+
+    def _put(self, site: Site, value: Tensor) -> None:
+        self.sites[site.name] = site
+        self.noted[site.name] = _Seen(value, value._version, site.name)
 
     def label(self, name: str, shape: tuple[int, ...]) -> Dims:
         """Name the axes of a value by their sizes, which the probe has chosen to be unmistakable."""
         own = {self.batch: "batch", self.token: "token", self.batch * self.token: "batch*token"}
+        owners = (size for module, size in self.experts.items() if name.startswith(f"{module}."))
+        if (experts := next(owners, None)) in shape and len(shape) > 2:
+            own.setdefault(experts, "expert")
         rest = [size for size in shape if size not in own]
         last = "head*head_dim" if len(rest) == 1 and without_call(name).rsplit(".", 1)[-1] in _PER_HEAD else "feature"
         names = iter(["head", "head_dim"] if len(rest) == 2 else [last] * len(rest))

@@ -37,8 +37,7 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> Any:
         raise ModelError(
             f"model {checkpoint.name!r}: transformers cannot build it from {checkpoint.path / 'config.json'}: {reason}"
         ) from error
-    if not _grouped_products_fit(model):
-        model.config.get_text_config()._experts_implementation = "eager"
+    choose_experts(model)
     _to_meta(model)
     return model.eval()
 
@@ -57,6 +56,12 @@ def _first(build: Callable[[str], Any], names: list[str]) -> Any:
         return build(names[0])
     except Exception:
         return build(names[1])
+
+
+def choose_experts(model: Any) -> None:
+    """Let a model of transformers compute its experts one by one where its default, a grouped product, cannot."""
+    if not _grouped_products_fit(model):
+        model.config.get_text_config()._experts_implementation = "eager"
 
 
 def _grouped_products_fit(model: nn.Module) -> bool:

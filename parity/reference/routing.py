@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from parity.record.experts import IN_ROUTER, ROUTED
+from parity.record.experts import CHOICES, ROUTED
 from parity.reference import one_operation
 from parity.reference.one_operation import LoadedPiece
 from parity.reference.pieces import PiecewiseModel
@@ -69,13 +69,15 @@ class Route:
 class Router:
     """A router on the candidate's own inputs: what goes into its piece, and the values that flow there.
 
-    `before` are the values that come before the router's logits, `recorded` all that the candidate recorded.
+    `weights` is the site of the weights of the chosen (token, expert), `before` are the values that come before the
+    router's logits, `recorded` all that the candidate recorded.
     """
 
     model: PiecewiseModel
     at: LoadedPiece
     logits: Site
     chosen: Site
+    weights: str
     before: Mapping[str, Tensor]
     recorded: Mapping[str, Tensor]
 
@@ -91,9 +93,8 @@ class Router:
     def shown_at(self) -> Site | None:
         """The first recorded site behind the choice."""
         sites = self.model.sites_of(self.at.piece)
-        weights = self.chosen.name.removesuffix(ROUTED[0]) + ROUTED[1]
         later = sites[sites.index(self.chosen) + 1 :]
-        return next((site for site in later if site.name in self.recorded and site.name != weights), None)
+        return next((site for site in later if site.name in self.recorded and site.name != self.weights), None)
 
     def _run(self, known: Mapping[str, Tensor], wanted: str) -> Tensor:
         return one_operation.run(self.model, replace(self.at, recorded=known), [wanted])[wanted]
@@ -101,7 +102,7 @@ class Router:
 
 def choices_of(sites: Sequence[Site]) -> list[Site]:
     """The sites where experts are chosen."""
-    return [site for site in sites if site.where == IN_ROUTER[1]]
+    return [site for site in sites if site.where in CHOICES]
 
 
 def router_at(
@@ -119,7 +120,10 @@ def router_at(
         return None
     names = [site.name for site in sites[: sites.index(logits)]]
     before = {name: recorded.get(name, values[name]) for name in names}
-    return Router(model, at, logits, chosen, before, recorded)
+    # A router that gives no experts a choice returns the weights itself.
+    weights = chosen.name.removesuffix(ROUTED[0]) + ROUTED[1]
+    weights = weights if any(site.name == weights for site in sites) else chosen.module
+    return Router(model, at, logits, chosen, weights, before, recorded)
 
 
 def route_of(
@@ -144,7 +148,7 @@ def route_of(
 
 def _recorded_choice(router: Router) -> Tensor | None:
     """The choice (token, expert) as it was recorded, or as the recorded weights tell."""
-    weights = router.recorded.get(router.chosen.name.removesuffix(ROUTED[0]) + ROUTED[1])
+    weights = router.recorded.get(router.weights)
     return router.recorded.get(router.chosen.name, None if weights is None else (weights != 0).float())
 
 

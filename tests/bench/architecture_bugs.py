@@ -20,7 +20,6 @@ SCALES = ("scaling", "scale", "softmax_scale", "inv_norm_factor", "scale_attn")
 ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation_func", "gelu_impl", "activation")
 ROTATED = ("q_rope", "k_rope", "q_rotated", "k_rotated")
 _BRANCH = ("residual-multiplier", "parallel-attention-multiplier", "branch-multiplier-before-norm")
-_ROUTER = ("router", "gate", "moe", "sparse", "mlp", "experts")
 
 
 @dataclass(frozen=True)
@@ -93,13 +92,20 @@ def activation(model: nn.Module) -> Bug | None:
 
 def router_choice(model: nn.Module) -> Bug | None:
     """The last router chooses one expert fewer, or two where it chose one."""
-    # Blocks that have a router of their own may keep a number that nobody reads.
-    for name, module in sorted(_in_layers(model), key=lambda one: "router" not in type(one[1]).__name__.lower()):
-        for attribute in ("top_k", "num_experts_per_tok"):
-            value = getattr(module, attribute, None)
-            if isinstance(value, int) and any(word in type(module).__name__.lower() for word in _ROUTER):
-                setattr(module, attribute, value - 1 if value > 1 else 2)
-                return Bug("router's choice", ("moe-top-k",), name, "inside")
+    for name, module in _in_layers(model):
+        value = next((v for key in ("top_k", "num_experts_per_tok") if (v := getattr(module, key, None))), None)
+        if not isinstance(value, int) or not isinstance(getattr(module, "weight", None), nn.Parameter):
+            continue
+        if "Phimoe" in type(module).__name__:  # whose router does not ask how many
+
+            def best_alone(x: Tensor, own: Callable[..., Any] = module.forward) -> Any:
+                logits, weights, index = own(x)
+                return logits, weights[:, :1], index[:, :1]
+
+            module.forward = best_alone  # type: ignore[method-assign]
+        else:
+            module.top_k = value - 1 if value > 1 else 2  # type: ignore[assignment]
+        return Bug("router's choice", ("moe-top-k",), name, "inside")
     return None
 
 

@@ -32,6 +32,7 @@ from parity.candidates.base import open_candidate
 from parity.compare.pipeline import diff
 from parity.errors import ParityError
 from parity.options import RunOptions
+from parity.reference.build import choose_experts
 from parity.reference.checkpoint import find
 from parity.reference.replay import Reference
 from parity.results import BAD, ROUNDING, Comparison, Measurement
@@ -125,6 +126,7 @@ def _load(run: RunSpec, **more: Any) -> nn.Module:
 
     dtype = getattr(torch, run.dtype)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(run.checkpoint.path, dtype=dtype, **more).eval()
+    choose_experts(model)
     return model
 
 
@@ -157,7 +159,7 @@ def _found(compared: Comparison, bug: Bug, rounding: Mapping[str, float]) -> tup
 
 
 def _may_be_wrong(site: str, first: str, bug: Bug) -> bool:
-    if site == first:
+    if site.partition("#")[0] == first.partition("#")[0]:
         return True
     if bug.spreads == "family":
         return _end(site) == _end(first) or _end(site) in ROTATED

@@ -17,7 +17,7 @@ from parity.reference.pieces import EMBED, HEAD, PiecewiseModel
 from parity.reference.replay import Reference
 from tests.architectures import ARCHITECTURES, make
 from tests.builders import LONG_IDS
-from tests.conftest import in_turn
+from tests.conftest import in_turn, slow_but
 
 # Each has something that the others lack: layers that return tuples, masks of another kind, buffers with learned
 # numbers, weights kept in float32, an attention without registry, operations in place, sizes that do not fit.
@@ -171,10 +171,12 @@ def test_a_buffer_of_a_layer_that_the_model_around_it_fills(architecture: Callab
         assert torch.equal(model.layers[1].mamba.mup_vector, torch.ones_like(model.layers[1].mamba.mup_vector))
 
 
-@pytest.mark.parametrize("name", ["gemma3n", "youtu"])
-def test_transformers_itself_may_take_a_value_again_and_leave_the_padding_empty(
-    architecture: Callable[[str], Path], name: str
-) -> None:
+@pytest.mark.parametrize(
+    "name", slow_but(["gemma3n", "youtu", "diffllama"], ["gemma3n", "youtu", "diffllama", "biogpt", "mixtral_odd"])
+)
+def test_transformers_itself_matches_whatever_is_odd_about_it(architecture: Callable[[str], Path], name: str) -> None:
+    """It takes a value again, leaves the padding empty, attends twice, takes a mask as input, has sizes that no
+    grouped product of experts takes."""
     tokens = " ".join(map(str, LONG_IDS[0].tolist()))
     compared = parity.diff("hf:", model=str(architecture(name)), tokens=tokens, dtype="float32", power=False)
     assert compared.verdict == "match", compared.headline
