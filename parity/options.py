@@ -49,6 +49,7 @@ class RunOptions:
     dtype: str | None = _option(None, HOW, "float32, bfloat16 or float16. [default: the checkpoint's]")
     device: str = _option("cpu", HOW, "cpu, cuda, cuda:1, …")
     attention: str = _option("eager", HOW, "The reference's attention: eager or sdpa.")
+    layers: str | None = _option(None, HOW, "Measure these layers and the ends alone, and call it no match: 0,13,27.")
     inner: bool = _option(False, HOW, "Also scores and probs, in memory of tokens².", "--inner")
     noise: int = _option(0, HOW, "Passes with stochastic rounding that say how far rounding may go.")
     allow_unexamined: bool = _option(
@@ -69,6 +70,8 @@ class RunOptions:
             raise UsageError("--greedy says which tokens are decoded. Say with --decode how many.")
         if self.chunks is not None and not re.fullmatch(r"[1-9][0-9]{0,6}(,[1-9][0-9]{0,6})*", self.chunks):
             raise UsageError(f"--chunks {self.chunks!r}: no list of sizes. Give numbers of tokens, such as 5,5,3.")
+        if self.layers is not None and not re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", self.layers):
+            raise UsageError(f"--layers {self.layers!r}: no list of layers. Give their numbers, such as 0,13,27.")
 
     @property
     def says_what_to_run(self) -> bool:

@@ -13,6 +13,7 @@ GapKind = Literal[
     "reference overflows",
     "inputs not finite",
     "too rough",
+    "left out",
     "unknown",
 ]
 
@@ -28,6 +29,7 @@ class Gap:
     reference overflows  the reference is not finite either, in the working dtype
     inputs not finite    the candidate's own inputs are not finite
     too rough            the reference's own rounding is `share` of the value
+    left out             it was not asked for, or the part of the report that has it is missing, as `detail` says
     unknown              anything else, as `detail` says
     """
 
@@ -82,12 +84,21 @@ class Inconclusive:
     logits off         each operation only rounds, yet the logits are `ratio` times as far off as the reference's
     flips              `count` top tokens differ by more than rounding explains
     unexamined         `count` operations are covered by no measured site
+    left out           `count` sites were not asked for, or parts of the report are missing
     too rough          at `count` sites the reference's own rounding hides anything that could be wrong
     trouble            a stage failed that could have accused or cleared: the first vital one of `Comparison.troubles`
     """
 
     kind: Literal[
-        "check failed", "no site", "logits unmeasured", "logits off", "flips", "unexamined", "too rough", "trouble"
+        "check failed",
+        "no site",
+        "logits unmeasured",
+        "logits off",
+        "flips",
+        "unexamined",
+        "left out",
+        "too rough",
+        "trouble",
     ]
     count: int = 0
     ratio: float = 0.0

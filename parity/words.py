@@ -29,6 +29,7 @@ _GAPS: dict[GapKind, Callable[[Gap], str]] = {
     "reference overflows": lambda _: "overflows; so does the reference in this dtype",
     "inputs not finite": lambda _: "its inputs are not finite",
     "too rough": lambda g: f"the reference's own rounding is {g.share:.0%} of the value",
+    "left out": lambda g: f"left out: {g.detail}",
     "unknown": lambda g: g.detail,
 }
 
@@ -160,6 +161,10 @@ def _inconclusive(why: Inconclusive, c: Comparison) -> str:
         first = next(m for m in c.sites if m.gap is not None and m.gap.kind == "too rough")
         more = f" and {why.count - 1} more" if why.count > 1 else ""
         return f"nothing can be said of {first.site}{more}: {reason(first)}"
+    if why.kind == "left out":
+        first = next(m for m in c.sites if m.gap is not None and m.gap.kind == "left out")
+        wrong = "nothing is wrong in what was measured"
+        return f"{wrong}, but {why.count} of {c.coverage.known} sites were {reason(first)}"
     if why.kind == "trouble":
         return trouble(next(t for t in c.troubles if t.stage in VITAL))
     return f"logits agree; {_not_examined(why.count)}: record more sites, or accept it with --allow-unexamined"

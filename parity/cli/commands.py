@@ -11,6 +11,7 @@ import typer
 
 from parity.cli.console import explain, observed, print_json, writable, write_report
 from parity.cli.run_options import with_run_options
+from parity.cli.scale import diff_on_engine, merge, write_part
 from parity.options import IMPL, WHAT, RunOptions, shell
 from parity.preflight import check_options, check_output
 from parity.reference.checkpoint import EMBEDDED
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 
 _OUT = "What comes out"
+_WHO = "Who computes"
 
 Candidate = Annotated[
     str,
@@ -84,6 +86,13 @@ def diff(
         ),
     ] = None,
     names: Names = None,
+    shard: Annotated[
+        str | None, typer.Option(help="I/N: measure one part of N of a dump, to --out.", rich_help_panel=_WHO)
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="ray[:ADDRESS]: let workers measure a dump.", rich_help_panel=_WHO)
+    ] = None,
+    workers: Annotated[int, typer.Option(help="With --engine: how many.", rich_help_panel=_WHO)] = 2,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the report.", rich_help_panel=_OUT)] = None,
     plots: Annotated[bool, typer.Option("--plots", help="Pictures too, as SVG and PNG.", rich_help_panel=_OUT)] = False,
     json: Json = False,
@@ -93,12 +102,17 @@ def diff(
 
     Exit code 0: match, 1: diverged, 2: trouble or inconclusive.
     """
+    if shard is not None:
+        write_part(run, (dumps or [Path(candidate)])[0], names, shard, out)
+        raise typer.Exit
     folder = out or (None if json else Path("reports") / datetime.now().strftime("%Y%m%d-%H%M%S"))
     if folder is not None:
         writable(folder)
     with observed(quiet=json) as observer:
         if inject is not None:
             comparison = _diff_injected(run, inject, observer)
+        elif engine is not None:
+            comparison = diff_on_engine(run, (dumps or [Path(candidate)])[0], names, engine, workers, observer)
         else:
             comparison = _diff(run, dumps or [], candidate, names, observer)
     write_report(comparison, folder, json=json, verbose=verbose, plots=plots)
@@ -106,7 +120,7 @@ def diff(
 
 
 @app.command()
-@with_run_options("faults", "noise", "power", "allow_unexamined")
+@with_run_options("faults", "noise", "power", "allow_unexamined", "layers")
 def record(
     run: RunOptions,
     out: Annotated[Path, typer.Option("--out", "-o", help="The dump to write: *.h5, or *.safetensors.")],
@@ -210,6 +224,9 @@ def report(
     raise typer.Exit(1 if found.is_worse else 0)
 
 
+app.command()(merge)
+
+
 @app.command()
 def faults(
     word: Annotated[str | None, typer.Argument(help="The id of one to explain, or a word to search for.")] = None,
@@ -238,12 +255,12 @@ def faults(
 
 
 @app.command()
-@with_run_options("noise", "power", "attention", "inner", "allow_unexamined", "decode", "greedy", "chunks")
+@with_run_options("noise", "power", "attention", "inner", "allow_unexamined", "decode", "greedy", "chunks", "layers")
 def power(run: RunOptions, json: Json = False) -> None:
     """Say which known bugs a run on this prompt would reveal, and which not: no candidate is needed."""
     from parity import words
     from parity.compare.inject import power_of
-    from parity.report.json import to_json
+    from parity.json_values import to_json
     from parity.run_spec import run_spec
 
     with observed(quiet=json) as observer:
@@ -258,9 +275,6 @@ def power(run: RunOptions, json: Json = False) -> None:
         print(f"{name:{width}}  seen from a change of about {change:.2g}")
     for item in found.unseen:
         print(f"{item.fault:{width}}  {'; '.join(filter(None, words.unseen(item, found.dtype)))}")
-
-
-# -- what the commands do ------------------------------------------------------------------------------------
 
 
 def _diff(options: RunOptions, dumps: list[Path], candidate: str, names: Path | None, observer: Observer) -> Comparison:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from parity.candidates.base import KINDS, is_dump
+from parity.cli.scale import check_scale
 from parity.errors import UsageError
 from parity.options import RunOptions
 from parity.preflight import check_injection, check_options, check_spec
@@ -51,7 +52,7 @@ def _check_first(
     candidate: str | None = None,
     names: Path | None = None,
     inject: str | None = None,
-    **_: Any,
+    **others: Any,
 ) -> None:
     """Raise for what is wrong without need of torch: a wrong option is not worth seconds of waiting."""
     files = list(dumps or [])
@@ -59,6 +60,7 @@ def _check_first(
         raise UsageError(f"{len(files)} dumps given. Give REFERENCE CANDIDATE, or CANDIDATE alone.")
     if not files and candidate and is_dump(candidate):
         files = [Path(candidate)]
+    check_scale(others.get("shard"), others.get("engine"), others.get("workers", 1), len(files), options.device)
     check_options(options, has_dump=bool(files))
     if names or files:
         from parity.dump import load_names, open_dump

@@ -101,6 +101,8 @@ def _inconclusive(
     logits = logits_of(sites)
     if logits is None:
         return Inconclusive("no site")
+    if left_out := sum(m.gap is not None and m.gap.kind == "left out" for m in sites):
+        return Inconclusive("left out", count=left_out)
     if logits.verdict == "unmeasured":
         return Inconclusive("logits unmeasured")
     if logits.total_ratio is not None and not logits.total_ratio <= limit:

@@ -64,10 +64,10 @@ def judge(sides: Sides, measured: Measured, observer: Observer) -> Judged:
     def judged(cleared: Mapping[str, Local]) -> tuple[Measurement, ...]:
         ours = {site: replace(m, local=cleared.get(site, m.local)) for site, m in measured.sites.items()}
         return tuple(
-            Measurement(site, "unmeasured", "", gap=pair)
-            if isinstance(pair, Gap)
+            Measurement(site, "unmeasured", "", gap=gap)
+            if (gap := sides.gap(site)) is not None
             else _judged(ours[site], mode, lucky[site], sides.regimes.get(site))
-            for site, pair in sides.pairs.items()
+            for site in sides.pairs
         )
 
     cleared: dict[str, Local] = {}

@@ -44,14 +44,15 @@ class Measured:
 
 
 def measure(sides: Sides, observer: Observer) -> Measured:
-    """Measure all sites, with one piece of the model in memory at a time."""
+    """Measure all sites that are not left out, with one piece of the model in memory at a time."""
     model = sides.reference.working
     storage = Storage.of(sides)
     sites: dict[str, MeasuredSite] = {}
     end = Ending()
-    replayed = sides.reference.replay(sides.run.ids, sides.recorded, sides.run.options.noise)
-    for done, piece in enumerate(model.pieces):
-        observer.show(f"replaying {piece_name(piece)}", done, len(model.pieces))
+    wanted = sides.pieces
+    replayed = sides.reference.replay(sides.run.ids, sides.recorded, sides.run.options.noise, wanted=wanted)
+    for done, piece in enumerate(wanted):
+        observer.show(f"replaying {piece_name(piece)}", done, len(wanted))
         with observer.timed("replay"):
             _, values = next(replayed)
         with observer.timed("measure"):
@@ -78,9 +79,9 @@ def _second_look(end: Ending, sides: Sides, observer: Observer) -> Ending:
     if end.next_token is None or not end.next_token.unexplained_flips or sides.run.options.noise >= DRAWS:
         return end
     with observer.timed("flipped tokens"):
-        for _, values in sides.reference.replay(sides.run.ids, sides.recorded, DRAWS):
-            logits = values[-1]
-    return replace(end, next_token=ending(logits, sides.run.checkpoint, observer).next_token)
+        last = sides.reference.working.pieces[-1:]
+        (_, values), *_ = sides.reference.replay(sides.run.ids, sides.recorded, DRAWS, wanted=last)
+    return replace(end, next_token=ending(values[-1], sides.run.checkpoint, observer).next_token)
 
 
 def piece_name(piece: Piece) -> str:

@@ -7,7 +7,8 @@ from there on live and offline are the same way. Memory holds one piece of weigh
 from __future__ import annotations
 
 import tempfile
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,14 +16,14 @@ from parity.candidates.base import Candidate, require_calls
 from parity.compare.conclude import conclude
 from parity.compare.dump_check import name_checks
 from parity.compare.explain import explain, judge
-from parity.compare.measure import measure
+from parity.compare.measure import Measured, measure
 from parity.compare.regimes import in_regimes
-from parity.compare.sides import Sides, pair_up
+from parity.compare.sides import Sides, not_asked_for, pair_up
 from parity.observer import Observer
 from parity.reference.integrity import reference_checks
 from parity.reference.replay import Reference
 from parity.reference.self_check import self_check
-from parity.results import Comparison
+from parity.results import Check, Comparison
 from parity.run_spec import RunSpec
 
 
@@ -34,7 +35,22 @@ def diff(
     Raises ParityError: CandidateError, DumpError, ModelError, UsageError or IncomparableError.
     """
     observer = replace(observer or Observer(), troubles=[])  # one observer may watch many runs
+    with opened(run, candidate, observer, reference) as sides:
+        return compare(sides, observer)
+
+
+@contextmanager
+def opened(
+    run: RunSpec,
+    candidate: Candidate,
+    observer: Observer,
+    reference: Reference | None = None,
+    *,
+    checked: bool = True,
+) -> Iterator[Sides]:
+    """Both sides of a comparison, the candidate recorded and, unless that is left to others, the reference checked."""
     reference = reference or Reference(run.model())
+    left_out = not_asked_for(reference.working, run)
     run = run.continued(reference.working)
     require_calls(candidate, run)
     with tempfile.TemporaryDirectory(prefix="parity-") as folder, closing(candidate):
@@ -43,20 +59,26 @@ def diff(
             dump = candidate.record(run, reference.working.sites, Path(folder) / "candidate.h5")
         with closing(dump):
             pairs = pair_up(dump, candidate, reference.working, run)
-            checks = (
-                *self_check(reference, run.ids),
-                *reference_checks(reference.working, run.ids),
-                *candidate.checks(run.checkpoint),
-                *name_checks(dump, pairs),
-            )
+            checks: tuple[Check, ...] = ()
+            if checked:
+                checks = (
+                    *self_check(reference, run.ids),
+                    *reference_checks(reference.working, run.ids),
+                    *candidate.checks(run.checkpoint),
+                    *name_checks(dump, pairs),
+                )
             # From here on the dump says all there is to say, and the candidate's weights would only take memory.
             candidate.close()
-            return compare(Sides(run, reference, dump, pairs, candidate.name, checks), observer)
+            yield Sides(run, reference, dump, pairs, candidate.name, checks, left_out=left_out)
 
 
 def compare(sides: Sides, observer: Observer) -> Comparison:
     """Measure, judge, accept, explain, conclude."""
-    measured = measure(sides, observer)
+    return finished(sides, measure(sides, observer), observer)
+
+
+def finished(sides: Sides, measured: Measured, observer: Observer) -> Comparison:
+    """All that comes after measuring, wherever that was done."""
     run = in_regimes(sides, measured, judge(sides, measured, observer), observer)
     explained = explain(run.sides, run.judged, observer)
     return conclude(run, explained, observer)

@@ -22,7 +22,8 @@ def judge_routers(sites: Sequence[Measurement], routes: Mapping[str, Route]) -> 
 
 def _has_choice(site: Measurement, routes: Mapping[str, Route]) -> bool:
     # Where only the weights were recorded, they tell the choice.
-    return site.site in routes and routes[site.site].is_told and site.verdict != "nonfinite"
+    left_out = site.gap is not None and site.gap.kind == "left out"
+    return not left_out and site.site in routes and routes[site.site].is_told and site.verdict != "nonfinite"
 
 
 def _judged(site: Measurement, route: Route) -> Measurement:

@@ -11,12 +11,12 @@ from parity.candidates.base import Candidate
 from parity.compare.align import AmbiguousLayoutError, Pair, align
 from parity.diagnose.workbench import acting
 from parity.dump import Dump, give_back
-from parity.errors import IncomparableError
+from parity.errors import IncomparableError, UsageError
 from parity.faults import Fault
 from parity.reasons import Gap
 from parity.record.arrays import to_torch
 from parity.record.discover import with_sizes
-from parity.reference.pieces import PiecewiseModel
+from parity.reference.pieces import Piece, PiecewiseModel
 from parity.reference.replay import Reference
 from parity.results import Check
 from parity.run_spec import RunSpec
@@ -28,7 +28,7 @@ class Sides:
     """The two sides of a comparison, ready to be measured.
 
     `pairs` says for each of the reference's sites how the candidate's array is read, or why there is none; `regimes` in
-    which accepted regime the reference computes at which site.
+    which accepted regime the reference computes at which site; `left_out` why some pieces are not measured.
     """
 
     run: RunSpec
@@ -38,6 +38,19 @@ class Sides:
     name: str
     checks: tuple[Check, ...] = ()
     regimes: Mapping[str, Fault] = field(default_factory=dict)
+    left_out: Mapping[Piece, str] = field(default_factory=dict)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """The pieces of the model that are measured."""
+        return [piece for piece in self.reference.working.pieces if piece not in self.left_out]
+
+    def gap(self, site: str) -> Gap | None:
+        """Why a site has no measurement; None if it has one."""
+        pair, piece = self.pairs[site], self.reference.working.piece_of(site)
+        if isinstance(pair, Gap):
+            return pair
+        return Gap("left out", detail=self.left_out[piece]) if piece in self.left_out else None
 
     def recorded(self, site: Site) -> Tensor | None:
         """The candidate's activation in the reference's layout; (b, t, d) for most; None where it has none."""
@@ -59,6 +72,20 @@ def sized_sites(model: PiecewiseModel, run: RunSpec) -> tuple[Site, ...]:
     """The model's sites with the sizes of a run."""
     batch, token = run.ids.shape
     return with_sizes(model.sites, batch, token)
+
+
+def not_asked_for(model: PiecewiseModel, run: RunSpec) -> dict[Piece, str]:
+    """The pieces that `--layers` leaves out, and why: the ends are always measured. Raises UsageError."""
+    if run.options.layers is None:
+        return {}
+    numbers = {int(number) for number in run.options.layers.split(",")}
+    name, most = model.checkpoint.name, len(model.layers) - 1
+    if not model.is_cut:
+        raise UsageError(f"--layers: {name} cannot be run in pieces. Leave it out.")
+    if max(numbers) > most:
+        raise UsageError(f"--layers: {name} has no layer {max(numbers)}. Give some of 0 … {most}.")
+    others = [piece for piece in model.pieces if isinstance(piece, int) and piece not in numbers]
+    return dict.fromkeys(others, "its layer is not among those of --layers")
 
 
 def pair_up(dump: Dump, candidate: Candidate, model: PiecewiseModel, run: RunSpec) -> dict[str, Pair | Gap]:

@@ -20,7 +20,8 @@ from parity.reference import one_operation
 from parity.reference.floor import Local, local_error
 from parity.reference.legal_ways import WAYS, straying, summing
 from parity.reference.one_operation import LoadedPiece
-from parity.reference.replay import Replayed, mean_square
+from parity.reference.passes import mean_square
+from parity.reference.replay import Replayed
 
 # Passes whose sums, products, tables or values are moved at random; each says of every row how far off it may be.
 _DRAWS = 4

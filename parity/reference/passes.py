@@ -1,15 +1,19 @@
-"""One of the walks through the pieces that a replay makes."""
+"""One of the walks through the pieces that a replay makes, and how far several of them stray."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from parity.record.tap import Tap
 from parity.reference.one_operation import Regime, no_regime
 from parity.reference.pieces import HEAD, Piece, PiecewiseModel
 from parity.reference.products import Product, Values, run_to_product, withholds
+from parity.reference.transfer import row_blocks
 
 
 @dataclass
@@ -58,3 +62,16 @@ class Pass:
         # A replaced input is overwritten in place, so the fresh value must be kept apart.
         self.values[site] = fresh if onward is fresh else fresh.clone()
         return onward
+
+
+def mean_square(truth: Values, others: Sequence[Values]) -> Tensor:
+    """How far other values are off the truth (…, features), row by row: the mean over them of the sums of squares."""
+    if isinstance(truth, Tensor):
+        return _mean_square(truth, others)
+    blocks = row_blocks(truth.flatten(), *(other.flatten(0, -2) for other in others))
+    return torch.cat([_mean_square(exact, rows) for exact, *rows in blocks]).reshape(truth.shape[:-1])
+
+
+def _mean_square(truth: Tensor, others: Sequence[Any]) -> Tensor:
+    squares = [torch.where(truth.isfinite(), other - truth, 0).square().sum(-1) for other in others]
+    return torch.stack(squares).mean(0)

@@ -20,10 +20,9 @@ knows nothing of regimes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,12 +30,11 @@ from torch import Tensor
 from parity.record.tap import Tap
 from parity.reference.legal_ways import straying
 from parity.reference.one_operation import LoadedPiece, Regime, no_regime
-from parity.reference.passes import Pass
+from parity.reference.passes import Pass, mean_square
 from parity.reference.pieces import Piece, PiecewiseModel
 from parity.reference.precision import jittered, stochastically_rounded, truth_dtype
 from parity.reference.products import Values
 from parity.reference.routing import Route, choices_of, route_of, router_at
-from parity.reference.transfer import row_blocks
 from parity.sites import Site
 
 _JITTER_SEED = 20240
@@ -98,7 +96,12 @@ class Reference:
         self.precise.prepare(input_ids)
 
     def replay(
-        self, input_ids: Tensor, candidate: Callable[[Site], Tensor | None], noise: int = 0, ways: int = 0
+        self,
+        input_ids: Tensor,
+        candidate: Callable[[Site], Tensor | None],
+        noise: int = 0,
+        ways: int = 0,
+        wanted: Collection[Piece] | None = None,
     ) -> Iterator[tuple[Piece, list[Replayed]]]:
         """The sites of one piece after another, each piece in order of execution.
 
@@ -106,6 +109,9 @@ class Reference:
         round every site stochastically: what rounding may add up to, in no particular implementation. `ways` more
         replays stray as legal ways may: in float32 those of parity.reference.legal_ways, in narrower dtypes by
         rounding what was not recorded. How far each row strays is in `allowed`.
+
+        Only the `wanted` pieces are given, all if None; the values are the same. Before these, passes on the
+        candidate's own inputs are run only where its record does not say what comes of them.
         """
         recorded: dict[str, Tensor] = {}
         self.routes.clear()
@@ -117,26 +123,50 @@ class Reference:
             for seed in range(ways)
         ]
         device = self.working.device
-        for piece in self.working.pieces:
+        for piece in self._up_to_last(wanted):
             sites = self.working.sites_of(piece)
             recorded.clear()
             recorded.update({s.name: v.to(device) for s in sites if (v := candidate(s)) is not None})
             with self.working.loaded(piece), self.precise.loaded(piece):
-                self._on_inputs(passes, piece, input_ids, recorded)
+                needed = wanted is None or piece in wanted or bool(strayed)
+                if needed or not self._pass_over(passes, piece, recorded):
+                    self._on_inputs(passes, piece, input_ids, recorded)
                 for one in (passes["plain"], passes["ideal"], *noisy):
                     one.run(piece, input_ids)
                 self._run_own(passes, piece, input_ids)
                 for seed, one in enumerate(strayed):
                     with straying(piece, seed)(self.precise) if self._sums_show else nullcontext():
                         one.run(piece, input_ids)
+            if wanted is not None and piece not in wanted:
+                continue
             summands = {s.name: self.working.summands(s, input_ids.shape[-1]) for s in sites}
             gathered = (_gather(s, recorded.get(s.name), passes, summands[s.name], noisy) for s in sites)
-            # Where a regime rounds coarsely, the smallest move may flip it: fusing would excuse anything.
-            gathered = (replace(s, jitter=s.truth) if s.site.name in self.changed else s for s in gathered)
-            yield piece, [self._allowing(s, strayed) if strayed else s for s in gathered]
+            yield piece, [self._given(s, strayed) for s in gathered]
             # What was measured makes room for the next piece.
             for one in (*passes.values(), *noisy, *strayed):
                 one.forget()
+
+    def _up_to_last(self, wanted: Collection[Piece] | None) -> list[Piece]:
+        """The pieces that have to be run for the sake of some."""
+        every = self.working.pieces
+        return every if wanted is None else every[: max((every.index(piece) + 1 for piece in wanted), default=0)]
+
+    def _pass_over(self, passes: dict[str, Pass], piece: Piece, recorded: dict[str, Tensor]) -> bool:
+        """Bring the passes on the candidate's inputs to the end of a piece without running it; False if that needs it.
+
+        What flows on is what was recorded. Where it is moved at random, all draws of the piece are made.
+        """
+        pieces, sites = self.working.pieces, self.working.sites_of(piece)
+        source = None if piece == pieces[-1] else self.working.source_of(pieces[pieces.index(piece) + 1])
+        names = [site.name for site in sites if site.name in recorded]
+        if source not in names or choices_of(sites):
+            return False
+        for one in (passes[name] for name in ("truth", "floor", "jitter")):
+            fresh = torch.empty(0, dtype=one.model.dtype, device=self.working.device)
+            for name in names:
+                value = one.feed(name, fresh)
+                one.hidden = value if name == source else one.hidden
+        return True
 
     def _on_inputs(self, passes: dict[str, Pass], piece: Piece, input_ids: Tensor, recorded: dict[str, Tensor]) -> None:
         """Run the passes on the candidate's own inputs, all of them routed as the candidate was."""
@@ -194,6 +224,11 @@ class Reference:
 
         return rounded
 
+    def _given(self, site: Replayed, strayed: list[Pass]) -> Replayed:
+        # Where a regime rounds coarsely, the smallest move may flip it: fusing would excuse anything.
+        site = replace(site, jitter=site.truth) if site.site.name in self.changed else site
+        return self._allowing(site, strayed) if strayed else site
+
     def _allowing(self, site: Replayed, strayed: list[Pass]) -> Replayed:
         allowed = mean_square(site.truth, [one.at(site.site.name) for one in strayed])
         # The square of a stochastic rounding is twice that of one to nearest.
@@ -230,19 +265,6 @@ class Reference:
             "own": Pass(self.working, self._routed, self.regime, may_withhold=False),
             "ideal": Pass(self.precise, self._routed, self.regime),
         }
-
-
-def mean_square(truth: Values, others: Sequence[Values]) -> Tensor:
-    """How far other values are off the truth (…, features), row by row: the mean over them of the sums of squares."""
-    if isinstance(truth, Tensor):
-        return _mean_square(truth, others)
-    blocks = row_blocks(truth.flatten(), *(other.flatten(0, -2) for other in others))
-    return torch.cat([_mean_square(exact, rows) for exact, *rows in blocks]).reshape(truth.shape[:-1])
-
-
-def _mean_square(truth: Tensor, others: Sequence[Any]) -> Tensor:
-    squares = [torch.where(truth.isfinite(), other - truth, 0).square().sum(-1) for other in others]
-    return torch.stack(squares).mean(0)
 
 
 def _gather(

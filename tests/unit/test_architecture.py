@@ -21,6 +21,8 @@ FLOORS: dict[str, set[str]] = {
     "load_object": {"errors"},
     "sites": set(),
     "columns": set(),
+    "json_values": set(),
+    "shards": {"errors"},
     "settings": {"errors", "columns"},
     "reasons": set(),
     "troubles": {"errors", "reasons"},
@@ -40,6 +42,10 @@ FLOORS: dict[str, set[str]] = {
     "candidates": {"errors", "load_object", "sites", "results", "dump", "record", "reference", "run_spec"},
     "diagnose": {"errors", "observer", "sites", "reasons", "results", "record", "reference", "faults"},
     "compare": {
+        "untrusted",
+        "json_values",
+        "shards",
+        "options",
         "errors",
         "dump_coverage",
         "preflight",
@@ -59,7 +65,9 @@ FLOORS: dict[str, set[str]] = {
         "diagnose",
     },
     "api": {"errors", "observer", "options", "results", "dump", "run_spec", "candidates", "compare"},
+    "scale": {"errors", "observer", "shards", "results", "reference", "run_spec", "candidates", "compare"},
     "report": {
+        "json_values",
         "errors",
         "troubles",
         "untrusted",
@@ -72,6 +80,9 @@ FLOORS: dict[str, set[str]] = {
         "words",
     },
     "cli": {
+        "json_values",
+        "shards",
+        "scale",
         "errors",
         "preflight",
         "reasons",
@@ -189,6 +200,7 @@ def test_an_import_from_above_is_found(package: str, source: str) -> None:
 
 def test_reports_see_nothing_but_results() -> None:
     assert FLOORS["report"] == {
+        "json_values",
         "errors",
         "troubles",
         "untrusted",

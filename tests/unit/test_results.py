@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parity.errors import UsageError
+from parity.json_values import MalformedError, from_json, to_json
 from parity.predictions import NextToken
 from parity.report import json as report_json
-from parity.report.json import from_json, to_json
 from parity.results import EXIT_CODES, SCHEMA, Comparison, Finding, Measurement, Structure
 from tests.report_example import everything, matching
 
@@ -200,7 +200,7 @@ def test_any_damage_is_refused_or_harmless(data: st.DataObject, damage: Any) -> 
         holder = holder[key]
         key = data.draw(st.sampled_from(sorted(holder) if isinstance(holder, dict) else range(len(holder))))
     holder[key] = damage
-    with contextlib.suppress(report_json.MalformedError):
+    with contextlib.suppress(MalformedError):
         assert isinstance(from_json(Comparison, raw), Comparison)
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from parity import words
 from parity.errors import UsageError
+from parity.json_values import to_json
 from parity.reasons import Gap, Inconclusive
 from parity.report import json as report_json
-from parity.report.json import to_json
 from parity.results import Comparison
 from tests.conftest import ROOT
 
