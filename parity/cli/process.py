@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import parity.cli.engine_commands  # noqa: F401 - its commands are added to the app
 from parity.cli.commands import app
 from parity.errors import ParityError, printable
 

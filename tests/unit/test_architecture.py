@@ -30,6 +30,7 @@ FLOORS: dict[str, set[str]] = {
     "showing": {"columns"},
     "predictions": set(),
     "results": {"predictions", "reasons", "showing"},
+    "rollout_report": {"results"},
     "words": {"reasons", "results"},
     "dump_coverage": set(),
     "dump": {"errors", "untrusted"},
@@ -64,6 +65,20 @@ FLOORS: dict[str, set[str]] = {
         "candidates",
         "diagnose",
     },
+    "rollouts": {
+        "errors",
+        "untrusted",
+        "observer",
+        "options",
+        "results",
+        "rollout_report",
+        "dump",
+        "record",
+        "reference",
+        "faults",
+        "run_spec",
+        "diagnose",
+    },
     "api": {"errors", "observer", "options", "results", "dump", "run_spec", "candidates", "compare"},
     "scale": {"errors", "observer", "shards", "results", "reference", "run_spec", "candidates", "compare"},
     "report": {
@@ -77,6 +92,7 @@ FLOORS: dict[str, set[str]] = {
         "predictions",
         "reasons",
         "results",
+        "rollout_report",
         "words",
     },
     "cli": {
@@ -100,6 +116,7 @@ FLOORS: dict[str, set[str]] = {
         "run_spec",
         "candidates",
         "compare",
+        "rollouts",
         "api",
         "report",
     },
@@ -210,6 +227,7 @@ def test_reports_see_nothing_but_results() -> None:
         "predictions",
         "reasons",
         "results",
+        "rollout_report",
         "words",
     }
     assert forbidden("report", "from parity.dump import open_dump") == {"dump"}
