@@ -53,7 +53,7 @@ def logprobs(
         raise UsageError(f"--temperature {temperature:g}: log-probabilities need one above 0.")
     from rich.console import Console
 
-    from parity.report.json import to_json
+    from parity.json_values import to_json
     from parity.report.rollouts import show_rollouts
     from parity.rollouts.compare import RolloutOptions, compare_rollouts
 
