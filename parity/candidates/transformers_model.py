@@ -14,7 +14,7 @@ from parity.candidates.torch_module import TorchModule
 from parity.dump import NameMap, RunInfo
 from parity.errors import CandidateError
 from parity.load_object import describe
-from parity.reference.build import choose_experts
+from parity.reference.build import auto_class, choose_experts
 from parity.reference.checkpoint import find
 from parity.reference.weights import no_progress_bar
 from parity.run_spec import DTYPES, RunSpec
@@ -42,13 +42,14 @@ class TransformersModel(TorchModule):
         return RunInfo(model=self._model or None, dtype=self._options.get("dtype"))
 
     def _from_pretrained(self, run: RunSpec) -> nn.Module:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
         trusts = run.checkpoint.trust_remote_code
         path = find(self._model, trust_remote_code=trusts).path if self._model else run.checkpoint.path
         try:
             with redirect_stdout(sys.stderr), no_progress_bar():
-                model, info = AutoModelForCausalLM.from_pretrained(
+                config = AutoConfig.from_pretrained(path, trust_remote_code=trusts)
+                model, info = auto_class(config).from_pretrained(
                     path,
                     dtype=DTYPES[self._options.get("dtype", run.dtype)],
                     attn_implementation=self._options.get("attn", run.options.attention),

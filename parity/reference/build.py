@@ -10,6 +10,7 @@ from torch import nn
 
 from parity.errors import ModelError
 from parity.record.attention import register
+from parity.record.chain import find_layers
 from parity.reference.checkpoint import Checkpoint, first_sentence, foreign_code
 
 
@@ -18,7 +19,7 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> Any:
 
     Raises ModelError if transformers cannot build it, UsageError if it has no such attention.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     names = [register(attention), attention]
     trust = checkpoint.trust_remote_code
@@ -26,7 +27,7 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> Any:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust)
         with torch.device("meta"):
             model = _first(
-                lambda name: AutoModelForCausalLM.from_config(
+                lambda name: auto_class(config).from_config(
                     config, dtype=dtype, attn_implementation=name, trust_remote_code=trust
                 ),
                 names,
@@ -38,8 +39,39 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> Any:
             f"model {checkpoint.name!r}: transformers cannot build it from {checkpoint.path / 'config.json'}: {reason}"
         ) from error
     choose_experts(model)
+    _leave_towers_out(model)
     _to_meta(model)
     return model.eval()
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes a decoder of a config, or a model of images and text around one."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    is_around = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and hasattr(config, "text_config")
+    return (
+        AutoModelForImageTextToText
+        if is_around and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        else AutoModelForCausalLM
+    )
+
+
+def _leave_towers_out(model: Any) -> None:
+    """What sees or hears beside the decoder gets no text: its layers are not the decoder's, its weights not needed."""
+    from transformers import PreTrainedModel
+
+    if model.config.get_text_config() is model.config:
+        return
+    layers = find_layers(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PreTrainedModel) and layers and layers[0] not in set(module.modules()):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, nn.Module())
 
 
 def _to_meta(model: nn.Module) -> None:

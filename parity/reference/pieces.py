@@ -149,7 +149,7 @@ class PiecewiseModel:
                 self.dtype,
                 lambda key: not self.is_cut or layer_of_key(key, self._container) in numbers,
             )
-            check_complete(self.model, self.checkpoint, modules, bool(self.config.tie_word_embeddings))
+            check_complete(self.model, self.checkpoint, modules)
             fill_buffers(self.model, modules)
         else:
             copies: dict[Tensor, Tensor] = {}

@@ -22,6 +22,7 @@ from parity.record.chain import find_layers
 from parity.record.discover import kind_of
 from parity.record.scans import SCAN
 from parity.record.tap import Tap, quiet_torch, tapping
+from parity.reference.build import auto_class
 from parity.reference.pieces import HEAD, Piece, PiecewiseModel
 from parity.reference.precision import unit_roundoff
 from parity.reference.replay import Reference
@@ -123,7 +124,7 @@ def _stock(working: PiecewiseModel, layers: int) -> Any:
 
     None if even these are too large, or would not be the same layers without the others.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     trust, path = working.checkpoint.trust_remote_code, working.checkpoint.path
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
@@ -133,12 +134,12 @@ def _stock(working: PiecewiseModel, layers: int) -> Any:
     if layers < len(working.layers):
         _shorten(config.get_text_config(), layers)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, **chosen).eval()
+            model = auto_class(config).from_config(config, **chosen).eval()
         alike = [kind_of(layer) for layer in find_layers(model)] == [kind_of(x) for x in working.layers[:layers]]
         if not alike or sum(p.nbytes for p in model.parameters()) > _LARGEST:
             return None
     with quiet_torch(), _silent():
-        return AutoModelForCausalLM.from_pretrained(path, config=config, **chosen).to(working.device).eval()
+        return auto_class(config).from_pretrained(path, config=config, **chosen).to(working.device).eval()
 
 
 def _shorten(config: Any, layers: int) -> None:

@@ -61,9 +61,10 @@ def read(model: Any, checkpoint: Checkpoint, dtype: torch.dtype, wanted: Callabl
         )
 
 
-def check_complete(model: Any, checkpoint: Checkpoint, modules: Iterable[nn.Module], tied: bool) -> None:
-    """Raise ModelError if the checkpoint left a parameter of the modules without numbers; `tied` ones may wait."""
-    waiting = model.all_tied_weights_keys if tied else {}
+def check_complete(model: Any, checkpoint: Checkpoint, modules: Iterable[nn.Module]) -> None:
+    """Raise ModelError if the checkpoint left a parameter of the modules without numbers; tied ones may wait."""
+    configs = (model.config, model.config.get_text_config())
+    waiting = model.all_tied_weights_keys if any(getattr(c, "tie_word_embeddings", False) for c in configs) else {}
     for module in modules:
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta and (full := _full_name(model, module, name)) not in waiting:
