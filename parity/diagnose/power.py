@@ -10,8 +10,8 @@ called visible is found. The numbers of tokens of the head, of sites and of laye
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from parity.faults import Fault
 from parity.observer import Observer
 from parity.reasons import Invisible, NotTried
 from parity.record.discover import kind_of
+from parity.reference.floor import Yardstick
 from parity.reference.one_operation import LoadedPiece
 from parity.reference.pieces import EMBED, HEAD, Piece
 from parity.results import Power
@@ -120,6 +121,7 @@ def _look(faults: Sequence[Fault], at: LoadedPiece, bench: Workbench) -> Iterabl
         return
     truth = bench.compute(at, names, bench.reference.precise)
     floor = bench.compute(at, names, bench.reference.working)
+    scales = {name: _Scale(at, name, truth[name], floor[name]) for name in names}
     for fault in faults:
         sites = [name for name in names if bench.shows(fault, name)][:_SITES_TRIED]
         if not sites:
@@ -128,7 +130,7 @@ def _look(faults: Sequence[Fault], at: LoadedPiece, bench: Workbench) -> Iterabl
             if not bench.applies(fault, at.piece):
                 continue
             change, value = _change(fault, at, bench)
-            ratio = _predicted(_Case(fault, value, sites, at), bench, truth, floor)
+            ratio = _predicted(_Case(fault, value, sites, at), bench, scales)
         except Exception as error:  # a fault is a program that others may write, and no verdict hangs on it
             yield fault, _Trial(0.0, failure=f"{type(error).__name__}: {' '.join(str(error).split())[:120]}")
         else:
@@ -154,7 +156,29 @@ class _Case:
     at: LoadedPiece
 
 
-def _predicted(case: _Case, bench: Workbench, truth: dict[str, Tensor], floor: dict[str, Tensor]) -> float:
+@dataclass
+class _Scale:
+    """A site's truth and floor, and the yardstick that is made of them when a fault first needs it."""
+
+    at: LoadedPiece
+    site: str
+    truth: Tensor
+    floor: Tensor
+    yardstick: Yardstick | None = None
+    is_made: bool = False
+
+    def ratio(self, faulty: Tensor, bench: Workbench) -> float:
+        """The ratio of a candidate with this value (b, t, d); infinite if it is not finite where it should be."""
+        if not self.is_made:
+            self.yardstick, self.is_made = bench.yardstick(self.site, self.truth, self.floor), True
+        quick = None if self.yardstick is None else self.yardstick.ratio(faulty)
+        if quick is not None:
+            return quick
+        local = bench.local(replace(self.at, recorded={self.site: faulty}), self.site, self.truth, self.floor)
+        return math.inf if local.nonfinite else local.ratio
+
+
+def _predicted(case: _Case, bench: Workbench, scales: Mapping[str, _Scale]) -> float:
     """The ratio that a candidate with this fault would have had, at the site where it is largest."""
     at, fault = case.at, case.fault
     # What only rounds differently equals the reference in the precision of the truth.
@@ -162,8 +186,7 @@ def _predicted(case: _Case, bench: Workbench, truth: dict[str, Tensor], floor: d
     faulty = bench.compute(at, case.sites, model, fault, case.value)
     largest = 0.0
     for site in case.sites:
-        local = bench.local(LoadedPiece(at.piece, at.input_ids, at.hidden, faulty), site, truth[site], floor[site])
-        largest = max(largest, math.inf if local.nonfinite else local.ratio)
+        largest = max(largest, scales[site].ratio(faulty[site], bench))
         if largest >= VISIBLE and fault.number is None:
             break
     return largest

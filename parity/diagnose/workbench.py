@@ -11,7 +11,7 @@ from torch import Tensor
 from parity.faults import Fault, Scope, shows_at
 from parity.faults.roles import roles_of
 from parity.reference import one_operation
-from parity.reference.floor import Local, local_error
+from parity.reference.floor import Local, Yardstick, local_error
 from parity.reference.one_operation import LoadedPiece, Regime
 from parity.reference.pieces import HEAD, Piece, PiecewiseModel
 from parity.reference.replay import Reference, Replayed
@@ -94,10 +94,21 @@ class Workbench:
         `truth` and `floor` have one shape, (b, t, d) for most sites.
         """
         working = self.reference.working
-        one = self.sites[site]
-        summands = working.summands(one, self.input_ids.shape[-1])
-        replayed = Replayed(one, truth, truth, at.recorded[site], truth, floor, truth, summands)
+        replayed = self._replayed(site, at.recorded[site], truth, floor)
         return local_error(replayed, working.dtype, working.dtype, working.head_dim)
+
+    def yardstick(self, site: str, truth: Tensor, floor: Tensor) -> Yardstick | None:
+        """What many values at a site are measured by; None where they have to be measured one by one.
+
+        `truth` and `floor` have one shape, (b, t, d) for most sites.
+        """
+        working = self.reference.working
+        return Yardstick.of(self._replayed(site, floor, truth, floor), working.dtype, working.head_dim)
+
+    def _replayed(self, site: str, candidate: Tensor, truth: Tensor, floor: Tensor) -> Replayed:
+        one = self.sites[site]
+        summands = self.reference.working.summands(one, self.input_ids.shape[-1])
+        return Replayed(one, truth, truth, candidate, truth, floor, truth, summands)
 
 
 def scope_of(model: PiecewiseModel, piece: Piece, sites: frozenset[str] | None = None) -> Scope:

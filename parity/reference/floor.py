@@ -21,14 +21,15 @@ than the limit allows for; rows that repeat each other, as those of a repeated t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from parity.reference import chance
 from parity.reference.replay import Replayed
-from parity.reference.row_sums import measuring_rows
+from parity.reference.row_sums import MASKED, measuring_rows
 from parity.reference.rows import (
     Floats,
     Rows,
@@ -40,7 +41,7 @@ from parity.reference.rows import (
     structure,
     tokens_of,
 )
-from parity.reference.transfer import Task, run_together
+from parity.reference.transfer import Task, row_blocks, run_together
 from parity.results import Structure
 
 
@@ -95,10 +96,52 @@ def measuring_local(site: Replayed, working: torch.dtype, storage: torch.dtype, 
         return _local(site, rows, allowed, working)
 
 
+@dataclass(frozen=True)
+class Yardstick:
+    """What many values at one site are measured by: the floor of each row is the same for all of them.
+
+    `site` is the replayed site, whoever its candidate is, and `rows` its sums.
+    """
+
+    site: Replayed
+    rows: Rows
+
+    @classmethod
+    def of(cls, site: Replayed, working: torch.dtype, head_dim: int | None) -> Yardstick | None:
+        """None where numbers are masked or not finite, so that which of them count depends on the value."""
+        truth = site.truth
+        if not (isinstance(truth, Tensor) and truth.numel() and bool((truth.isfinite() & (truth > MASKED)).all())):
+            return None
+        return cls(site, run_together([measuring_rows(site, working, working, head_dim)])[0])
+
+    def ratio(self, value: Tensor) -> float | None:
+        """`local_error(…).ratio` of a value (b, t, d) in place of the candidate's; None if it is not finite."""
+        truth = self.site.truth
+        if not isinstance(truth, Tensor) or value.shape != truth.shape:
+            return None
+        flat = (x.reshape(-1, truth.shape[-1]) for x in (value.to(truth.device), truth))
+        errors = (x.to(exact.dtype) - exact for x, exact in row_blocks(*flat))
+        rr = torch.cat([torch.linalg.vecdot(error, error) for error in errors]).double().cpu().numpy()
+        if not np.isfinite(rr).all():
+            return None
+        freedom = chance.in_row(truth.shape[-1])
+        with np.errstate(all="ignore"):
+            rows = replace(self.rows, rr=rr)
+            return statistic(rows, _strict(rows), lambda count: chance.of_sample(freedom * count))
+
+
+def _strict(rows: Rows) -> Floats:
+    """The floor of each row; none where nothing is rounded."""
+    return np.zeros_like(rows.yy) if _must_be_exact(rows) else rows.floor
+
+
+def _must_be_exact(rows: Rows) -> bool:
+    return not (rows.ee.any() or rows.ss.any() or rows.qq.any())
+
+
 def _local(site: Replayed, rows: Rows, allowed: Floats | None, working: torch.dtype) -> Local:
     shape, dims = tuple(site.truth.shape), site.site.dims
-    must_be_exact = not (rows.ee.any() or rows.ss.any() or rows.qq.any())
-    strict = np.zeros_like(rows.yy) if must_be_exact else rows.floor
+    strict = _strict(rows)
     if allowed is not None:
         strict = np.maximum(strict, allowed.reshape(-1))
     fused = strict + rows.qq
@@ -128,7 +171,7 @@ def _local(site: Replayed, rows: Rows, allowed: Floats | None, working: torch.dt
         inherited_rel=relative(rows.inherited, rows.yy),
         total_ratio=relative(rows.total, rows.own_total),
         bit_equal=rows.counts["different"] == 0,
-        must_be_exact=must_be_exact,
+        must_be_exact=_must_be_exact(rows),
         all_zero=rows.counts["candidate nonzero"] == 0 and rows.counts["truth nonzero"] > 0,
         nonfinite=rows.counts["candidate nonfinite"],
         nonfinite_inputs=rows.counts["truth nonfinite"] > 0,

@@ -26,7 +26,7 @@ from parity.sites import FLATTENED
 _LEAST_SHARE = 0.3
 # What rounds a number that a whole row shares, in unit roundoffs of float32: a mean, its root, and their product.
 _SHARED = 1.5
-_MASKED = -1e30
+MASKED = -1e30
 _HIDDEN = -1e3
 # Cosines with random directions, which are about 1, are told apart to this part.
 _STEPS = 64
@@ -50,7 +50,7 @@ def measuring_rows(site: Replayed, working: torch.dtype, storage: torch.dtype, h
     flat = [value.flatten() if isinstance(value, Product) else value.reshape(-1, width) for value in values]
     least = _least(site, working)
     answer = yield _all_blocks(flat, storage, least, careful=False)
-    if not np.isfinite(answer).all() or answer[-1] <= _MASKED:
+    if not np.isfinite(answer).all() or answer[-1] <= MASKED:
         answer = yield _all_blocks(flat, storage, least, careful=True)
     heads = width // head_dim if site.site.dims[-1] == _HEADS and head_dim and width % head_dim == 0 else 1
     return _as_rows(answer, width, heads)
@@ -145,8 +145,8 @@ def _compared(errors: _Errors, c: Tensor, truth: Tensor) -> tuple[_Errors, Tenso
 
     A masked score has no error if the candidate hides it too, by whatever large negative number.
     """
-    keep = (c.isfinite() & truth.isfinite() & (truth > _MASKED)).to(truth.dtype)
-    shown = ((truth <= _MASKED) & (c > _HIDDEN)).to(truth.dtype)
+    keep = (c.isfinite() & truth.isfinite() & (truth > MASKED)).to(truth.dtype)
+    shown = ((truth <= MASKED) & (c > _HIDDEN)).to(truth.dtype)
     others = (x.nan_to_num_(0, 0, 0).mul_(keep) for x in errors[1:])
     r = errors.r.nan_to_num_(0).mul_(keep).add_(shown, alpha=-_HIDDEN)
     return _Errors(r, *others), truth.nan_to_num(0, 0, 0).mul_(keep)
@@ -164,7 +164,7 @@ def _quick_counts(c: Tensor, truth: Tensor, floor: Tensor) -> tuple[Tensor, Tens
 def _counts(c: Tensor, truth: Tensor, floor: Tensor) -> Tensor:
     finite = truth.isfinite()
     # A port may well hide a masked score by an infinity.
-    spoilt = ~c.isfinite() & finite & ((truth > _MASKED) | c.isnan())
+    spoilt = ~c.isfinite() & finite & ((truth > MASKED) | c.isnan())
     counted = (c != floor, c != 0, truth != 0, spoilt, ~finite, ~floor.isfinite() & finite)
     return torch.stack([mask.sum() for mask in counted])
 

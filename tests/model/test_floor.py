@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from parity.reference import transfer
-from parity.reference.floor import Local, local_error
+from parity.reference.floor import Local, Yardstick, local_error
 from parity.reference.replay import Replayed
 from parity.sites import Dims
 from tests.builders import B16, F16, F32, Case, draw, linear, silu
@@ -557,3 +557,34 @@ def test_a_larger_error_has_a_larger_ratio(seed: int, size: float, negative: boo
     noise = draw(1, 24, 40, seed=seed) * (-1 if negative else 1)
     small, large = (case.measure(case.at(F32) + noise * s, storage=F32).ratio for s in (size, 2 * size))
     assert large > 1.7 * small
+
+
+# -- many values at one site ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("working", WORKING, ids=str)
+@pytest.mark.parametrize("make", [linear, silu, moved])
+def test_a_yardstick_measures_as_each_value_is_measured_alone(make: Callable[..., Case], working: torch.dtype) -> None:
+    case = make(working=working)
+    own, wide = case.at(working), case.site(case.at(working)).truth
+    assert isinstance(wide, Tensor)
+    # What a power trial has: the truth is its own jitter.
+    site = replace(case.site(own), jitter=wide)
+    yardstick = Yardstick.of(site, working, case.head_dim)
+    assert yardstick is not None
+    late = wide.clone()
+    late[:, -2:] *= 1.7
+    for value in (own, wide, wide * 1.01, wide.flip(1), late, own * 0, wide + draw(*wide.shape, seed=4).to(wide)):
+        alone = local_error(replace(site, candidate=value), working, working, case.head_dim)
+        assert yardstick.ratio(value) == alone.ratio
+    assert yardstick.ratio(wide.masked_fill(wide == wide.max(), math.nan)) is None
+    assert yardstick.ratio(wide[:, 1:]) is None
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -3e38])
+def test_no_yardstick_is_made_of_what_is_masked_or_not_finite(odd: float) -> None:
+    site = linear().site(linear().at(B16))
+    assert isinstance(site.truth, Tensor)
+    truth = site.truth.clone()
+    truth[0, 0, 0] = odd
+    assert Yardstick.of(replace(site, truth=truth), B16, None) is None

@@ -88,7 +88,7 @@ def adds_to_residual(module: nn.Module) -> bool:
 
 def makes_tables(module: nn.Module) -> bool:
     """Whether a module makes RoPE's tables."""
-    return hasattr(module, "compute_default_rope_parameters")
+    return hasattr(type(module), "compute_default_rope_parameters")  # a module itself is slow to ask
 
 
 def linears_of(scope: Scope) -> dict[str, nn.Linear]:
