@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from parity.compare.findings import finding_of, findings, in_calls, spanning
+from parity.compare.findings import finding_of, findings, in_calls, placed, spanning
 from parity.compare.judge import RoundingMode, judge_site, luck, rounding_mode
 from parity.compare.measure import Measured, MeasuredSite
 from parity.compare.routing import judge_routers
@@ -85,8 +85,9 @@ def explain(sides: Sides, judged: Judged, observer: Observer) -> Explained:
     run, model = sides.run, sides.reference.working
     sites, found = judged.sites, judged.findings
     if not model.is_cut:
-        found = tuple(in_calls(finding, run.calls) for finding in found)
-        return Explained(sites, found, untried(run.faults, run.dtype) if run.options.power else None)
+        return Explained(
+            sites, _where(found, sides, sites), untried(run.faults, run.dtype) if run.options.power else None
+        )
     bench = Workbench(sides.reference, run.ids, sides.recorded)
     with observer.surviving("own faults"):
         refuse_idle(run.faults, bench)
@@ -111,7 +112,15 @@ def explain(sides: Sides, judged: Judged, observer: Observer) -> Explained:
         with observer.timed("power"), observer.surviving("power"):
             named = {finding.fault.id for finding in found if finding.fault}
             could_see = power(bench, run.faults, observer, named)
-    return Explained(sites, tuple(in_calls(finding, run.calls) for finding in found), could_see)
+    return Explained(sites, _where(found, sides, sites), could_see)
+
+
+def _where(found: Sequence[Finding], sides: Sides, sites: Sequence[Measurement]) -> tuple[Finding, ...]:
+    """The findings with the call in which each begins, and what is special about its first token."""
+    config = sides.reference.working.config
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    given = [window for window in windows if isinstance(window, int) and window > 1]
+    return tuple(placed(in_calls(finding, sides.run.calls), sites, given) for finding in found)
 
 
 def _on_top_of_regimes(

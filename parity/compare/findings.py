@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from statistics import median
@@ -52,6 +52,31 @@ def in_calls(finding: Finding, calls: Sequence[int]) -> Finding:
         return finding
     chunks = max([i + 1 for i, size in enumerate(calls) if size > 1], default=1)
     return replace(finding, first_call=FirstCall(number, max(number - chunks + 1, 0)))
+
+
+# Tokens that kernels, caches and prefills take together.
+_BLOCKS = (128, 64, 32, 16)
+
+
+def placed(finding: Finding, sites: Sequence[Measurement], windows: Collection[int]) -> Finding:
+    """The finding with what is special about its first token, where all of its sites begin to be wrong there.
+
+    `windows` are the numbers of tokens that some layers see.
+    """
+    wrong = set(finding.sites)
+    firsts = {_first_token(m) for m in sites if m.site in wrong}
+    first = firsts.pop() if len(firsts) == 1 else None
+    if not first:
+        return finding
+    window = next((window for window in sorted(windows) if abs(first - window) <= 1), None)
+    block = next((block for block in _BLOCKS if first % block == 0), None)
+    if window is not None:
+        said = f"it begins at the edge of the window of {window} tokens"
+    elif block is not None:
+        said = f"it begins at token {first}, a multiple of {block}: where a block or chunk of so many tokens does"
+    else:
+        return finding
+    return replace(finding, evidence=(*finding.evidence, said))
 
 
 def _first_token(m: Measurement) -> int | None:

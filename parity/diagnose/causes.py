@@ -66,7 +66,8 @@ def preference(trial: Trial) -> tuple[float, bool, bool, float]:
     """Small remainders first; where they are alike, a fault without a number to fit, then one with a usual number."""
     number = trial.fault.number
     usual = number is None or any(_is_near(trial.value, seen, trial.unsure.total) for seen in number.typical)
-    return (round(trial.ratio, 1), not usual, number is not None, trial.ratio)
+    # Below the floor nothing is told apart.
+    return (round(max(trial.ratio, 1.0), 1), not usual, number is not None, trial.ratio)
 
 
 def _is_near(value: float, seen: float, stderr: float) -> bool:

@@ -23,7 +23,7 @@ from parity.results import Finding
 # So many sites of a finding are tried with the whole catalogue, the others with what fits there; if nothing fits at
 # the first of them, it is not tried at all of so many.
 _WHOLE, _IN_VAIN = 4, 2
-# A fault that leaves more than this is no reason not to read: its number may only come near.
+# A number that leaves more than this is no reason not to read: it may only come near.
 _CLOSE = 1.1
 
 
@@ -81,7 +81,7 @@ def _tried(
                 whole += 1
                 new = [f for f in catalogue if f.id not in known and (numbers or f.number is None)]
                 fits[site] = dict(_fitting(case, new, {}))
-            if all(trial.ratio > _CLOSE for trial in fits[site].values()):
+            if all(trial.fault.number is not None and trial.ratio > _CLOSE for trial in fits[site].values()):
                 fits[site] |= _read(case, seen)
     return Tried(finding, fits, frozenset(clean))
 

@@ -10,81 +10,43 @@ The thresholds, all on the slope (1 is the whole fault), and what holds them:
 
 | value | what it bounds | unit | where | held by |
 |---|---|---|---|---|
-| 8 | distance from what is legal | standard errors | _SIGMAS | tests.bench.localization: constants read |
-| 1 | the same | slopes of the null | _TIMES_NULL | .localization: legal variants of the norm |
-| 0.05 | the least slope | share of the fault | _LEAST_SLOPE | chosen |
+| 8 | distance from what is legal | standard errors | lean.SIGMAS | tests.bench.localization: constants read |
+| 1 | the same | slopes of the null | lean._TIMES_NULL | .localization: legal variants of the norm |
+| 0.05 | the least slope | share of the fault | lean._LEAST_SLOPE | chosen |
+| 0.1 | distance from 1 of the slope of a fault without a number | share of the fault | _WHOLE_FAULT | chosen |
 | 0.3 | spread of the slopes of layers that agree | share of the slope | _AGREE | chosen |
-| 16 | rows of a fit | number | _LEAST_ROWS | chosen |
+| 16 | rows of a fit | number | lean._LEAST_ROWS | chosen |
 | 0.95 | evidence from which a fault is a rival | share of the best's | _TIED | chosen |
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from parity.diagnose.readings import LEAST_EFFECT
+from parity.diagnose.lean import SIGMAS, Sums, evidence, is_coherent, reading, slope_of, sums_of
+from parity.diagnose.spans import span_before
 from parity.diagnose.workbench import Workbench
 from parity.faults import Fault
 from parity.reference.one_operation import LoadedPiece
-from parity.reference.precision import unit_roundoff
-from parity.reference.row_sums import alike
 from parity.results import FaultMatch, Finding, Measurement, Reading
 from parity.sites import family, layer_of
 
-# The slope must be this many standard errors from what is legal, errors being clustered in rows …
-_SIGMAS = 8.0
-# … and from what is legal by this many times the slope of the reference's own rounding: legal variants of the norm
-# stray by up to 0.2.
-_TIMES_NULL = 1.0
-# A slope fitted to fewer rows than this fits by chance.
-_LEAST_ROWS = 16
-# Slopes below this share of the step are too small for any real fault.
-_LEAST_SLOPE = 0.05
 # Of two faults that lean the same way neither is named without the other.
 _TIED = 0.95
+# A fault without a number goes all its way: slopes within this of 1 are of it.
+_WHOLE_FAULT = 0.1
 # Layers where the constant is right disagree with those where it is not by more than this share.
 _AGREE = 0.3
-
-
-@dataclass(frozen=True)
-class _Sums:
-    """What a regression needs of one site: Σ w r g, the same of the reference's error e, Σ w g g, and its noise.
-
-    shared and own are Σ w r e and Σ w e e, size is Σ w y y of the truth y; rows of one kind (alike) count as one.
-    """
-
-    site: str
-    candidate: float
-    reference: float
-    response: float
-    noise: float
-    shared: float
-    own: float
-    size: float
-    rows: int
-
-    @property
-    def slope(self) -> float:
-        """The candidate's slope at this site alone."""
-        return self.candidate / self.response if self.response else 0.0
-
-    @property
-    def sigmas(self) -> float:
-        """The slope in its own standard errors."""
-        return abs(self.candidate) / math.sqrt(self.noise) if self.noise else 0.0
 
 
 def weak_constants(sites: Sequence[Measurement], bench: Workbench, catalogue: Iterable[Fault]) -> list[Finding]:
     """Findings of wrong constants at sites whose error looks like rounding, one by one."""
     suspects = {m.site: m for m in sites if m.verdict == "rounding" and layer_of(m.site) is not None}
     faults = [fault for fault in catalogue if fault.number is not None and not fault.number.discrete]
-    sums: dict[tuple[str, str], list[_Sums]] = {}
+    sums: dict[tuple[str, str], list[Sums]] = {}
     steps: dict[tuple[str, str], tuple[float, float]] = {}
     for layer in sorted({layer for site in suspects if (layer := layer_of(site)) is not None}):
         with bench.piece(layer) as at:
@@ -97,48 +59,123 @@ def weak_constants(sites: Sequence[Measurement], bench: Workbench, catalogue: It
     accused = {
         key: guilty
         for key, found in sums.items()
-        if (guilty := _guilty(found)) and _is_possible(by_id[key[0]], _reading(guilty)[0], *steps[key])
+        if (guilty := _guilty(found)) and _is_possible(by_id[key[0]], reading(guilty)[0], *steps[key])
     }
     best: dict[str, tuple[str, str]] = {}
     for key, guilty in accused.items():
         rival = best.get(key[1])
-        if rival is None or _evidence(guilty) > _evidence(accused[rival]):
+        if rival is None or evidence(guilty) > evidence(accused[rival]):
             best[key[1]] = key
+    plain = [fault for fault in catalogue if fault.number is None and not fault.only_rounds]
     return [
-        _with_rivals(_finding(by_id[key[0]], accused[key], *steps[key], suspects, bench), key, accused)
+        _outdone(
+            _with_rivals(_finding(by_id[key[0]], accused[key], *steps[key], suspects, bench), key, accused),
+            accused[key],
+            suspects,
+            plain,
+            bench,
+        )
         for key in best.values()
     ]
 
 
-def _with_rivals(finding: Finding, key: tuple[str, str], accused: Mapping[tuple[str, str], list[_Sums]]) -> Finding:
+def _outdone(
+    finding: Finding,
+    guilty: Sequence[Sums],
+    suspects: dict[str, Measurement],
+    faults: Sequence[Fault],
+    bench: Workbench,
+) -> Finding:
+    """The finding by the name of a fault without a number, where the candidate leans as far its way as the fault goes.
+
+    A forgotten cap moves numbers as another scale would, only more surely: no number has been fitted.
+    """
+    sums: dict[str, list[Sums]] = {}
+    for name in finding.sites:
+        with bench.piece(bench.reference.working.piece_of(name)) as at:
+            if at is not None:
+                behind = _behind(at, suspects, bench)[name]
+                for fault, found in _whole(name, behind, at, faults, bench):
+                    sums.setdefault(fault.id, []).append(found)
+    full = {
+        id: found
+        for id, found in sums.items()
+        if len(found) == len(guilty) and abs(slope_of(found) - 1) <= _WHOLE_FAULT
+    }
+    best = max(full, key=lambda id: evidence(full[id]), default=None)
+    if best is None or evidence(full[best]) < _TIED * evidence(guilty) or finding.fault is None:
+        return finding
+    fault = next(fault for fault in faults if fault.id == best)
+    rivals = (finding.fault.id, *finding.fault.rivals)
+    match = replace(finding.fault, id=fault.id, title=fault.title, fix=fault.fix, rivals=rivals, reads={})
+    return replace(finding, fault=match)
+
+
+def _whole(
+    name: str, behind: Sequence[str], at: LoadedPiece, faults: Sequence[Fault], bench: Workbench
+) -> Iterator[tuple[Fault, Sums]]:
+    """The sums of each fault without a number that acts behind a site and does something there."""
+    working, precise = bench.reference.working, bench.reference.precise
+    truth, floor = (bench.compute(at, [name], model)[name] for model in (precise, working))
+    for fault in faults:
+        if not any(bench.shows(fault, site) for site in behind) or not bench.applies(fault, at.piece):
+            continue
+        try:
+            moved = bench.compute(at, [name], precise, fault)[name]
+        except Exception:  # a fault that cannot be had here is not what happened
+            continue
+        if moved.shape == truth.shape:
+            found = sums_of(name, at.recorded[name], truth, floor, moved, working.dtype)
+            if found.response:
+                yield fault, found
+
+
+def _with_rivals(finding: Finding, key: tuple[str, str], accused: Mapping[tuple[str, str], list[Sums]]) -> Finding:
     """The finding with all faults of its family that the same lean speaks for."""
-    least = _TIED * _evidence(accused[key])
-    rivals = tuple(k[0] for k, sums in accused.items() if k[1] == key[1] and k != key and _evidence(sums) > least)
+    least = _TIED * evidence(accused[key])
+    rivals = tuple(k[0] for k, sums in accused.items() if k[1] == key[1] and k != key and evidence(sums) > least)
     return replace(finding, fault=finding.fault and replace(finding.fault, rivals=rivals))
 
 
 def _regress(
     at: LoadedPiece, suspects: dict[str, Measurement], faults: Sequence[Fault], bench: Workbench
-) -> Iterator[tuple[Fault, float, float, _Sums]]:
-    """The sums of every fault at every suspect site of a loaded layer."""
-    model = bench.reference.working
-    cheap = {s.name for s in model.sites_of(at.piece) if not isinstance(model.model.get_submodule(s.module), nn.Linear)}
-    names = [n for n in at.recorded if n in suspects and n in cheap and any(bench.shows(f, n) for f in faults)]
+) -> Iterator[tuple[Fault, float, float, Sums]]:
+    """The sums of every fault at every suspect site of a loaded layer, and at those behind what was not recorded."""
+    model, precise = bench.reference.working, bench.reference.precise
+    behind = _behind(at, suspects, bench)
+    shown = {(f.id, n): next((s for s in behind[n] if bench.shows(f, s)), None) for f in faults for n in behind}
+    names = [name for name in behind if any(shown[fault.id, name] for fault in faults)]
     if not names:
         return
-    truth = bench.compute(at, names, bench.reference.precise)
-    floor = bench.compute(at, names, model)
+    truth, floor = bench.compute(at, names, precise), bench.compute(at, names, model)
     for fault in faults:
-        wanted = [name for name in names if bench.shows(fault, name)]
-        if not wanted or not bench.applies(fault, at.piece):
+        first = {name: site for name in names if (site := shown[fault.id, name])}
+        if not first or not bench.applies(fault, at.piece):
             continue
-        right = {name: bench.expected(fault, at.piece, name) for name in wanted}
+        right = {name: bench.expected(fault, at.piece, site) for name, site in first.items()}
         for expected in dict.fromkeys(right.values()):
-            step, these = _step(fault, expected), [name for name in wanted if right[name] == expected]
-            moved = bench.compute(at, these, bench.reference.precise, fault, expected + step)
+            step, these = _step(fault, expected), [name for name in first if right[name] == expected]
+            moved = bench.compute(at, these, precise, fault, expected + step)
             for name in these:
-                found = _sums(name, at.recorded[name], truth[name], floor[name], moved[name], model.dtype)
+                found = sums_of(name, at.recorded[name], truth[name], floor[name], moved[name], model.dtype)
                 yield fault, expected, step, found
+
+
+def _behind(at: LoadedPiece, suspects: dict[str, Measurement], bench: Workbench) -> dict[str, tuple[str, ...]]:
+    """For each suspect site the sites whose operations it shows: its own, and those before it that were not recorded.
+
+    The product of a linear module alone has no constant; it is worth its time only where it hides something.
+    """
+    model = bench.reference.working
+    sites = model.sites_of(at.piece)
+    names = [site.name for site in sites]
+    found = {}
+    for position, site in enumerate(sites):
+        if site.name in suspects and site.name in at.recorded:
+            span = span_before(names, position, at.recorded.__contains__)
+            own = () if isinstance(model.model.get_submodule(site.module), nn.Linear) else (site.name,)
+            found[site.name] = (*own, *span)
+    return found
 
 
 def _step(fault: Fault, expected: float) -> float:
@@ -149,29 +186,14 @@ def _step(fault: Fault, expected: float) -> float:
     return expected * 0.01 if expected else 0.01
 
 
-def _sums(site: str, candidate: Tensor, truth: Tensor, floor: Tensor, moved: Tensor, working: torch.dtype) -> _Sums:
-    r, e, g = candidate.to(truth) - truth, floor.to(truth) - truth, moved - truth
-    visible = truth > torch.finfo(torch.float16).min
-    r, e, g = (torch.where(visible & x.isfinite(), x, 0).double() for x in (r, e, g))
-    least = (0.3 * unit_roundoff(working)) ** 2 * torch.where(visible, truth, 0).double().square().sum(-1)
-    weight = 1 / torch.maximum(e.square().sum(-1), least).clamp_min(1e-300)
-    kinds = alike(truth.flatten(0, -2))
-    rg, eg, gg = (np.bincount(kinds, ((x * g).sum(-1) * weight).flatten().cpu().numpy()) for x in (r, e, g))
-    shared, own = (float(((x * e).sum(-1) * weight).sum()) for x in (r, e))
-    size = float((torch.where(visible, truth, 0).double().square().sum(-1) * weight).sum())
-    slope = float(rg.sum() / gg.sum()) if gg.sum() else 0.0
-    noise = float(np.maximum(np.square(rg - slope * gg), np.square(eg)).sum())
-    return _Sums(site, float(rg.sum()), float(eg.sum()), float(gg.sum()), noise, shared, own, size, len(rg))
-
-
-def _guilty(found: list[_Sums]) -> list[_Sums]:
+def _guilty(found: list[Sums]) -> list[Sums]:
     """The sites of a family at which the constant is wrong: all of them together, or those that show it alone."""
-    if _is_coherent(found):
-        slope = _slope(found)
-        agreeing = [s for s in found if s.sigmas < _SIGMAS or abs(s.slope - slope) <= _AGREE * abs(slope)]
+    if is_coherent(found):
+        slope = slope_of(found)
+        agreeing = [s for s in found if s.sigmas < SIGMAS or abs(s.slope - slope) <= _AGREE * abs(slope)]
         if len(agreeing) == len(found):
             return found
-    alone = [one for one in found if _is_coherent([one])]
+    alone = [one for one in found if is_coherent([one])]
     # A wrong constant moves the numbers of all its sites one way; rounding leans this way here and that way there.
     return alone if len({one.slope > 0 for one in alone}) == 1 else []
 
@@ -182,45 +204,8 @@ def _is_possible(fault: Fault, slope: float, expected: float, step: float) -> bo
     return not (fault.number.log and expected > 0) or expected + slope * step > 0
 
 
-def _is_coherent(found: Sequence[_Sums]) -> bool:
-    response, noise = sum(s.response for s in found), sum(s.noise for s in found)
-    if not response or not noise or sum(s.rows for s in found) < _LEAST_ROWS:
-        return False
-    slope, null = _slope(found), _null(found)
-    beyond = max(slope - max(null, 0.0), min(null, 0.0) - slope)
-    sigmas = beyond * response / math.sqrt(noise)
-    effect = abs(slope) * math.sqrt(response / max(sum(s.size for s in found), 1e-300))
-    return effect > LEAST_EFFECT and beyond > _LEAST_SLOPE and sigmas > _SIGMAS and beyond > _TIMES_NULL * abs(null)
-
-
-def _slope(found: Sequence[_Sums]) -> float:
-    return sum(s.candidate for s in found) / sum(s.response for s in found)
-
-
-def _null(found: Sequence[_Sums]) -> float:
-    return sum(s.reference for s in found) / sum(s.response for s in found)
-
-
-def _kinship(found: Sequence[_Sums]) -> float:
-    """How far the candidate rounds as the reference does, and so shares its bias: 0 not at all, 1 the same bits."""
-    own = sum(s.own for s in found)
-    return min(1.0, max(0.0, sum(s.shared for s in found) / own)) if own else 0.0
-
-
-def _reading(found: Sequence[_Sums]) -> tuple[float, float]:
-    """The slope without the bias that the rounding shares with the reference's, and its standard error."""
-    response, null, kinship = sum(s.response for s in found), _null(found), _kinship(found)
-    noise = math.sqrt(sum(s.noise for s in found)) / response
-    return _slope(found) - kinship * null, math.hypot(noise, (1 - kinship) * null)
-
-
-def _evidence(found: Sequence[_Sums]) -> float:
-    """How much of the error a fault accounts for, to choose between faults that lean the same way."""
-    return sum(s.candidate for s in found) ** 2 / sum(s.response for s in found)
-
-
 def _read_again(
-    fault: Fault, guilty: Sequence[_Sums], value: float, step: float, bench: Workbench
+    fault: Fault, guilty: Sequence[Sums], value: float, step: float, bench: Workbench
 ) -> tuple[float, float]:
     """The number and its standard error, regressed once more from a first reading of it.
 
@@ -233,21 +218,21 @@ def _read_again(
             assert at is not None, "unreachable because the site has been regressed before"
             truth, moved = (bench.compute(at, [name], precise, fault, v)[name] for v in (value, value + step))
             floor = bench.compute(at, [name], working, fault, value)[name]
-            found.append(_sums(name, at.recorded[name], truth, floor, moved, working.dtype))
-    slope, stderr = _reading(found)
+            found.append(sums_of(name, at.recorded[name], truth, floor, moved, working.dtype))
+    slope, stderr = reading(found)
     return value + slope * step, abs(stderr * step)
 
 
 def _finding(
     fault: Fault,
-    guilty: Sequence[_Sums],
+    guilty: Sequence[Sums],
     expected: float,
     step: float,
     suspects: dict[str, Measurement],
     bench: Workbench,
 ) -> Finding:
     assert fault.number is not None, "unreachable because only faults with a number are regressed"
-    slope, stderr = _reading(guilty)
+    slope, stderr = reading(guilty)
     ratio = max(suspects[s.site].ratio or 0.0 for s in guilty)
     first = expected + slope * step
     value = Reading(*_read_again(fault, guilty, first, first - expected, bench), expected)

@@ -11,6 +11,7 @@ from parity.errors import UsageError
 from parity.faults import (
     architecture,
     attention,
+    bounds,
     cache,
     embedding_and_head,
     experts,
@@ -60,6 +61,7 @@ CATALOGUE: tuple[Fault, ...] = (
     *norm_precision.FAULTS,
     *attention.FAULTS,
     *softmax.FAULTS,
+    *bounds.FAULTS,
     *cache.FAULTS,
     *mask.FAULTS,
     *mlp.FAULTS,

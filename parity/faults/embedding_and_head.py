@@ -185,9 +185,11 @@ _SCALINGS = {"logit_scale": 1, "logits_scaling": -1}
     number=Number(name="factor", expected=lambda _s: 1.0, typical=(0.5, 2.0)),
 )
 def logits_scale(scope: Scope, gain: float) -> Change:
-    for name, way in _SCALINGS.items():
-        if getattr(scope.config, name, None):
-            return attribute(scope.config, name, getattr(scope.config, name) * gain**way)
+    # A model may keep its own copy of what the config says.
+    for owner in (scope.model, scope.config):
+        for name, way in _SCALINGS.items():
+            if getattr(owner, name, None):
+                return attribute(owner, name, getattr(owner, name) * gain**way)
     return _after(_head(scope), lambda y: y * gain)
 
 

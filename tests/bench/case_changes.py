@@ -170,3 +170,35 @@ def ids(make: Callable[[Tensor], Tensor]) -> Callable[[Any], None]:
         embedding.forward = lambda given: own(embedding, make(given))
 
     return change
+
+
+def scale_of_one(model: Any) -> None:
+    """The scores of one layer are 1 % too large."""
+    layers(model)[1].self_attn.scaling *= 1.01
+
+
+def capped(cap: float | None) -> Callable[[Any], None]:
+    """Scores are capped by another number, or not at all."""
+
+    def change(model: Any) -> None:
+        for attention in attentions(model):
+            attention.attn_logit_softcapping = cap
+
+    return change
+
+
+def without_sinks(model: Any) -> None:
+    """The sinks were never loaded."""
+    for attention in attentions(model):
+        attention.sinks.data.zero_()
+
+
+def experts(**numbers: float) -> Callable[[Any], None]:
+    """The experts have other numbers than the config says."""
+
+    def change(model: Any) -> None:
+        for layer in layers(model):
+            for name, value in numbers.items():
+                setattr(layer.mlp.experts, name, value)
+
+    return change

@@ -62,7 +62,22 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"rotary_pct": 0.5},
     "mistral": {"head_dim": 16, "sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 2e4}},
     "qwen2": {},
-    "granite": {"logits_scaling": 6.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
+    "cohere2": {"head_dim": 16, "sliding_window": 24, "layer_types": [SLIDING, FULL, SLIDING], "logit_scale": 0.25},
+    "gpt_oss": {
+        "head_dim": 16,
+        "swiglu_limit": 1.5,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "sliding_window": 24,
+        "intermediate_size": 40,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 6.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.2,
+    },
 }
 
 
@@ -141,4 +156,13 @@ CASES = (
           change=changes.columns("self_attn.o_proj", lambda i: i.reshape(5, -1).T.flatten())),
     _case("ids-of-64-bits-halved", "mistral", "embedding-other-ids",
           change=changes.ids(lambda x: torch.stack([x, x * 0], -1).flatten(-2)[..., : x.shape[-1]])),
+    _case("scale-of-one-layer", "mistral", "attention-scale", change=changes.scale_of_one),
+    _case("softcap-dropped", "gemma2", "softcap-dropped", change=changes.capped(None)),
+    _case("softcap-other", "gemma2", "softcap-other", change=changes.capped(5.0)),
+    _case("logits-capped-lower", "gemma2", "logits-softcap-other", final_logit_softcapping=3.0),
+    _case("logit-scale", "cohere2", "logits-scale", logit_scale=1.0),
+    _case("embedding-multiplier", "granite", "embedding-multiplier", embedding_multiplier=1.0),
+    _case("sinks-zero", "gpt_oss", "sinks-zero", change=changes.without_sinks),
+    _case("swiglu-alpha", "gpt_oss", "swiglu-alpha", change=changes.experts(alpha=1.0)),
+    _case("swiglu-limit", "gpt_oss", "swiglu-limit", change=changes.experts(limit=1.2)),
 )  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parity import words
 from parity.compare.conclude import TOTAL, covered, judge_run, total_limit
-from parity.compare.findings import evidence, findings, spanning
+from parity.compare.findings import evidence, findings, placed, spanning
 from parity.compare.judge import IMPRECISE, RoundingMode, judge_site, luck, rounding_mode, structure_of
 from parity.predictions import NextToken, Token
 from parity.reasons import Gap
@@ -340,6 +340,27 @@ def test_a_finding_is_as_bad_as_its_worst_site() -> None:
     (found,) = findings(sites)
     assert (found.verdict, found.ratio, found.first_token) == ("nonfinite", 80.0, 4)
     assert found.evidence[0] == "r80"
+
+
+@pytest.mark.parametrize(
+    ("firsts", "said"),
+    [
+        ((48, 48), "it begins at token 48, a multiple of 16: where a block or chunk of so many tokens does"),
+        ((256, 256), "it begins at token 256, a multiple of 128: where a block or chunk of so many tokens does"),
+        ((40, 40), "it begins at the edge of the window of 40 tokens"),
+        ((39, 39), "it begins at the edge of the window of 40 tokens"),
+        ((48, 50), None),
+        ((43, 43), None),
+        ((0, 0), None),
+        ((None, None), None),
+    ],
+)
+def test_a_first_token_that_is_special_is_said_so(firsts: tuple[int | None, ...], said: str | None) -> None:
+    sites = run_of(layer(0, q="wrong"), layer(1, q="wrong"))
+    for place, first in zip([i for i, m in enumerate(sites) if m.site.endswith(".q")], firsts, strict=True):
+        sites[place] = replace(sites[place], reason="far off", structure=noise(first_token=first))
+    (found,) = findings(sites)
+    assert placed(found, sites, {40}).evidence == (*found.evidence, *([said] if said else []))
 
 
 def test_the_span_is_what_was_unmeasured_right_before() -> None:

@@ -11,7 +11,8 @@ import pytest
 from parity.candidates.base import open_candidate
 from parity.compare.inject import Injected
 from parity.compare.pipeline import diff
-from parity.diagnose.weak_constants import _guilty, _Sums
+from parity.diagnose.lean import Sums
+from parity.diagnose.weak_constants import _guilty
 from parity.faults import CATALOGUE, parse
 from parity.observer import Observer
 from parity.reference.checkpoint import find
@@ -19,6 +20,8 @@ from parity.reference.replay import Reference
 from parity.results import Comparison
 from parity.run_spec import RunSpec
 from tests import checkpoints
+from tests.bench.case_list import CASES
+from tests.bench.cases import compare, make, port
 from tests.planted import CLEAN, build
 from tests.planted.base import norms
 
@@ -85,9 +88,9 @@ def test_a_legal_variant_is_not_accused(model: Path, variant: str, tokens: int) 
     assert found.verdict == "match"
 
 
-def leaner(site: str, slope: float) -> _Sums:
+def leaner(site: str, slope: float) -> Sums:
     """A site that leans by itself, at 50 of its standard errors."""
-    return _Sums(site, slope, 0.0, 1.0, (slope / 50) ** 2, 0.0, 1.0, 1.0, 64)
+    return Sums(site, slope, 0.0, 1.0, (slope / 50) ** 2, 0.0, 1.0, 1.0, 64)
 
 
 def test_sites_that_lean_against_each_other_are_no_constant() -> None:
@@ -112,3 +115,34 @@ def test_float32_norms_that_sum_in_an_order_of_their_own_hide_no_eps(
     found = diff(run, open_candidate(module), reference=Reference(run.model()))
     assert found.verdict == ("diverged" if guilty else "match")
     assert bool(leaning(found)) is guilty
+
+
+def plain(folder: Path, case: str) -> Comparison:
+    """A bug of the cases in a port that records what its modules return, and nothing inside attention."""
+    found = next(c for c in CASES if c.id == case)
+    path = make(found.architecture, folder)
+    return compare(path, port(path, "bfloat16", found), "bfloat16", False, folder)
+
+
+@pytest.mark.slow
+def test_a_scale_is_read_across_what_was_not_recorded(tmp_path: Path) -> None:
+    (found,) = plain(tmp_path, "scale-of-one-layer").findings
+    assert (found.families, found.layers) == (("model.layers.*.self_attn.o_proj",), (1,))
+    assert found.fault is not None
+    assert found.fault.id == "attention-scale"
+    scale = found.fault.reads["scale"]
+    assert abs(scale.value - 0.2525) < 2 * scale.stderr < 0.002
+
+
+@pytest.mark.slow
+def test_a_cap_that_is_forgotten_is_not_read_as_another_number(tmp_path: Path) -> None:
+    faults = [f.fault for f in plain(tmp_path, "softcap-dropped").findings]
+    assert [fault and fault.id for fault in faults] == ["softcap-dropped"]
+    assert all(fault and not fault.reads for fault in faults)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mistral", "gemma2"])
+def test_a_right_port_that_records_little_leans_nowhere(name: str, tmp_path: Path) -> None:
+    path = make(name, tmp_path)
+    assert not compare(path, port(path, "bfloat16"), "bfloat16", False, tmp_path).findings

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from impl.qwen3 import Config
-from parity.faults import experts, rope_scaling, rope_tables, router
+from parity.faults import bounds, experts, rope_scaling, rope_tables, router
 
 # The wrong number of a bug, on a checkpoint and a prompt of so many tokens.
 Truth = Callable[[Config, int], float]
@@ -151,6 +151,6 @@ UNPLANTED: dict[str, str] = {
     ),
     **{fault.id: _FOREIGN for fault in (*router.FAULTS, *experts.FAULTS)},
     **dict.fromkeys(("embedding-scale-missing", "embedding-scale-rounded"), _FOREIGN),
-    **{fault.id: _FOREIGN for fault in (*rope_tables.FAULTS, *rope_scaling.FAULTS)},
+    **{fault.id: _FOREIGN for fault in (*rope_tables.FAULTS, *rope_scaling.FAULTS, *bounds.FAULTS)},
     **dict.fromkeys(("clip-qkv-missing", "temperature-missing", "qkv-in-blocks", "norm-one-twice"), _FOREIGN),
 }
