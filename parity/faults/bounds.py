@@ -72,7 +72,7 @@ def swiglu_alpha(scope: Scope, alpha: float) -> Change:
     fix="read swiglu_limit from config.json",
     needs="gates or ups beyond the limit",
     applies=_has("limit"),
-    number=Number(name="limit", expected=lambda s: float(_experts(s).limit), typical=(7.0,)),
+    number=Number(name="limit", expected=lambda s: float(_experts(s).limit), typical=(7.0, 10.0)),
 )
 def swiglu_limit(scope: Scope, limit: float) -> Change:
     return attribute(_experts(scope), "limit", limit)
