@@ -43,6 +43,7 @@ def compared(
     from parity.compare.pipeline import diff as compare
     from parity.run_spec import run_spec
 
+    options = replace(options, weights=options.weights or opened.weights)
     run = run_spec(options, opened.said(), command)
     return compare(run, opened, observer)
 

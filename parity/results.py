@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from parity.predictions import NextToken
+from parity.quantization import WeightError
 from parity.reasons import Gap, Inconclusive, Invisible, NotTried, Trouble
 from parity.showing import Showing
 
@@ -262,6 +263,7 @@ class Comparison(Showing):
     noise_ratio  distance of the candidate's logits from the exact ones, in standard deviations of the noise that
                  stochastic rounding estimates; None where it was not asked for
     troubles     stages that failed, without which the verdict came out
+    weights      the error of each tensor, where the reference computed with the candidate's own weights
     accepted     what would be findings, but for precision regimes that the user accepts and that were proved there
     """
 
@@ -279,6 +281,7 @@ class Comparison(Showing):
     inconclusive: Inconclusive | None = None
     troubles: tuple[Trouble, ...] = ()
     accepted: tuple[Finding, ...] = ()
+    weights: tuple[WeightError, ...] = ()
     schema: int = SCHEMA
 
     @property

@@ -14,7 +14,8 @@ from parity.dump import RunInfo
 from parity.errors import UsageError
 from parity.faults import CATALOGUE, Fault, load_user_faults, regimes
 from parity.options import RunOptions
-from parity.reference.checkpoint import EMBEDDED, Checkpoint, default_dtype, find
+from parity.preflight import OWN, check_weights
+from parity.reference.checkpoint import EMBEDDED, Checkpoint, Weights, default_dtype, find
 from parity.reference.pieces import PiecewiseModel
 from parity.reference.tokenizer import tokenize
 
@@ -118,6 +119,7 @@ def run_spec(options: RunOptions, said: RunInfo | None = None, command: str = ""
     """
     said = said or RunInfo()
     checkpoint = find(options.model or said.model or EMBEDDED, trust_remote_code=options.trust_remote_code)
+    checkpoint = replace(checkpoint, weights=_weights(options))
     text = options.text
     known = None if options.says_what_to_run else said.token_ids
     _check_device(options.device)
@@ -132,8 +134,18 @@ def run_spec(options: RunOptions, said: RunInfo | None = None, command: str = ""
         faults=CATALOGUE + (load_user_faults(options.faults) if options.faults else ()),
         command=command,
     )
+    if checkpoint.weights is not None and run.dtype != "float32":
+        raise UsageError(f"--weights are kept in float32, but the run is in {run.dtype}. Give --dtype float32.")
     _ = run.accepted  # what is no regime is said before anything runs
     return run
+
+
+def _weights(options: RunOptions) -> Weights | None:
+    if options.weights in (None, OWN):
+        return None
+    from parity.reference.gguf_weights import GgufWeights
+
+    return GgufWeights(check_weights(str(options.weights)))
 
 
 def _calls(options: RunOptions, tokens: int, said: RunInfo) -> tuple[int, ...]:

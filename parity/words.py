@@ -133,9 +133,10 @@ def headline(c: Comparison) -> str:
 
 
 def in_regimes(c: Comparison) -> str:
-    """The precision regimes in which the verdict holds: `, in the accepted regime kv-cache-fp16`; empty for none."""
+    """On whose weights and in which precision regimes the verdict holds: `, in the accepted regime kv-cache-fp16`."""
+    own = ", on the candidate's own weights" if c.weights else ""
     ids = list(dict.fromkeys(finding.fault.id for finding in c.accepted if finding.fault))
-    return f", in the accepted regime{'s' * (len(ids) > 1)} {', '.join(ids)}" if ids else ""
+    return f"{own}, in the accepted regime{'s' * (len(ids) > 1)} {', '.join(ids)}" if ids else own
 
 
 def _operations(c: Comparison) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from parity import words
 from parity.predictions import LogitSample, NextToken, Token
+from parity.quantization import WeightError
 from parity.reasons import Gap, Invisible, NotTried, Trouble
 from parity.results import (
     Check,
@@ -205,6 +206,12 @@ def in_regime() -> Comparison:
     return words.spoken(dataclasses.replace(run, sites=sites, accepted=(found,)))
 
 
+def on_own_weights() -> Comparison:
+    """A match of a quantized port."""
+    errors = WeightError("lm_head.weight", "Q4_K", 0.0625, 0.4), WeightError("model.norm.weight", "F32", 0.0, 0.0)
+    return words.spoken(dataclasses.replace(matching(), weights=errors))
+
+
 EVIL = (
     "<script>alert(1)</script></script><!-- ]]> & \"'` | **b** [x](http://evil.example) @all #1 {{ 7*7 }} "
     "\x1b[31m\u202e\u2028\n# h"
@@ -245,6 +252,7 @@ def hostile() -> Comparison:
         ),
         next_token=dataclasses.replace(run.next_token, reference=(token, token), candidate=(token, token)),
         accepted=(dataclasses.replace(run.findings[0], families=(EVIL,), fault=fault),),
+        weights=(WeightError(EVIL, EVIL, 1.0, 2.0, EVIL),),
         checks=(Check(EVIL, False, EVIL), Check(EVIL, True, EVIL)),
         troubles=(Trouble("causes", EVIL, EVIL),),
         environment=dataclasses.replace(run.environment, **env, versions={EVIL: EVIL}, seconds={EVIL: 1.0}),

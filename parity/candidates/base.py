@@ -38,6 +38,8 @@ class Candidate(Protocol):
     name: str
     in_calls: bool = False
     """Whether it can be run in several calls, as `RunSpec.calls` says."""
+    weights: str | None = None
+    """A SPEC of `--weights` for the candidate's own, where these are quantized."""
     # Families that the candidate's runtime never has as a value of its own.
     not_observable: frozenset[str] = frozenset()
 

@@ -119,9 +119,24 @@ class Gguf(Foreign):
     options = {"kv": ("f32", "f16", "q8_0"), "fa": ("off", "on")}  # noqa: RUF012 - nobody writes to it
     not_observable = frozenset({"model.layers.*.mlp.act_fn"})
 
+    def __init__(self, rest: str, options: Mapping[str, str], names: NameMap) -> None:
+        super().__init__(rest, options, names)
+        self.weights = f"gguf:{self._file}" if _is_quantized(self._file) else None
+
     def said(self) -> RunInfo:
         """float32, in which llama.cpp keeps activations whatever its weights are."""
         return RunInfo(dtype="float32")
+
+
+def _is_quantized(file: Path) -> bool:
+    """Whether a GGUF keeps a tensor in blocks, as far as can be told: what llama.cpp refuses is said by it."""
+    try:
+        from gguf import GGUFReader
+
+        kinds = {tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
+    except Exception:  # without the package, or of any kind, for the file may hold anything
+        return False
+    return bool(kinds - {"F32", "F16", "BF16"})
 
 
 class Onnx(Foreign):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import torch
@@ -14,13 +15,24 @@ from parity.compare.findings import unexamined
 from parity.compare.measure import Measured
 from parity.compare.regimes import InRegimes
 from parity.compare.sides import Sides
+from parity.compare.weights import accusing, weight_check
 from parity.diagnose.second_look import FARTHEST
 from parity.observer import Observer
 from parity.predictions import NextToken
+from parity.quantization import WeightError
 from parity.reasons import VITAL, Inconclusive, Trouble
 from parity.reference import chance
 from parity.reference.floor import Local
-from parity.results import Check, Comparison, Coverage, Environment, Finding, Measurement, RunVerdict, logits_of
+from parity.results import (
+    Check,
+    Comparison,
+    Coverage,
+    Environment,
+    Finding,
+    Measurement,
+    RunVerdict,
+    logits_of,
+)
 from parity.run_spec import versions
 
 # The reference's own error is exceeded this many times at the logits only if something is wrong, provided that both
@@ -28,9 +40,11 @@ from parity.run_spec import versions
 TOTAL = 4.0
 
 
-def conclude(run: InRegimes, explained: Explained, observer: Observer) -> Comparison:
+def conclude(run: InRegimes, explained: Explained, errors: Sequence[WeightError], observer: Observer) -> Comparison:
     """The Comparison of a run."""
-    sides, measured = run.sides, run.measured
+    checks = (*run.sides.checks, *weight_check(explained, errors))
+    explained = accusing(explained, errors)
+    sides, measured = replace(run.sides, checks=checks), run.measured
     sites, end = explained.sites, measured.ending
     limit = total_limit(sites, {name: site.local for name, site in measured.sites.items()})
     troubles = tuple(observer.troubles)
@@ -52,6 +66,7 @@ def conclude(run: InRegimes, explained: Explained, observer: Observer) -> Compar
         inconclusive=why,
         troubles=troubles,
         accepted=run.accepted,
+        weights=tuple(errors),
     )
     return words.spoken(comparison)
 

@@ -23,6 +23,7 @@ from parity.observer import Observer
 from parity.reference.integrity import reference_checks
 from parity.reference.replay import Reference
 from parity.reference.self_check import self_check
+from parity.reference.weight_error import weight_errors
 from parity.results import Check, Comparison
 from parity.run_spec import RunSpec
 
@@ -81,4 +82,6 @@ def finished(sides: Sides, measured: Measured, observer: Observer) -> Comparison
     """All that comes after measuring, wherever that was done."""
     run = in_regimes(sides, measured, judge(sides, measured, observer), observer)
     explained = explain(run.sides, run.judged, observer)
-    return conclude(run, explained, observer)
+    with observer.timed("weights"):
+        errors = weight_errors(sides.run.checkpoint)
+    return conclude(run, explained, errors, observer)

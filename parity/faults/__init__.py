@@ -15,6 +15,7 @@ from parity.faults import (
     cache,
     embedding_and_head,
     experts,
+    input_blocks,
     mask,
     mlp,
     norm,
@@ -73,6 +74,7 @@ CATALOGUE: tuple[Fault, ...] = (
     *weights.FAULTS,
     *weight_numbers.FAULTS,
     *precision.FAULTS,
+    *input_blocks.FAULTS,
 )
 
 _USERS = Kind("faults", "tuple", "my_faults.py:FAULTS", UsageError)

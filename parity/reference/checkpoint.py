@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from parity.errors import ModelError
 from parity.untrusted import parse_json, what_is_no_file
@@ -19,17 +19,33 @@ _EMBEDDED_DIR = Path(__file__).parent.parent / "models" / EMBEDDED
 _LONGEST_JSON = 1 << 27  # bytes: the index of the largest models has a tenth
 
 
+class Weights(Protocol):
+    """Numbers for a model from elsewhere: a quantized file, read back to float32 one tensor at a time."""
+
+    name: str
+
+    def tensor(self, name: str) -> Any:
+        """A tensor by its name in transformers, in float32; None if there is none."""
+        ...
+
+    def format(self, name: str) -> str:
+        """The format in which it is kept; empty if there is none."""
+        ...
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model on disk: `name` as the user gave it, `path` the directory, `files` its safetensors.
 
-    `trust_remote_code` lets transformers run Python that the checkpoint brings along.
+    `trust_remote_code` lets transformers run Python that the checkpoint brings along. Numbers that `weights` have take
+    the place of its own.
     """
 
     name: str
     path: Path
     files: tuple[Path, ...]
     trust_remote_code: bool = False
+    weights: Weights | None = None
 
     @property
     def size(self) -> int:
@@ -58,7 +74,10 @@ class Checkpoint:
         return shards
 
     def tensor(self, name: str) -> Any:
-        """One tensor of the checkpoint by name. Raises KeyError if it has none of that name."""
+        """One tensor by name, of the `weights` where they have it. Raises KeyError if there is none of that name."""
+        other = None if self.weights is None else self.weights.tensor(name)
+        if other is not None:
+            return other
         with ExitStack() as stack:
             for shard in self.open(stack, lambda key: key == name):
                 if name in shard.keys():  # noqa: SIM118

@@ -23,7 +23,7 @@ from parity.record.tap import Tap, first_tensor, quiet_torch, tapping
 from parity.reference.build import build
 from parity.reference.checkpoint import Checkpoint
 from parity.reference.precision import promoted
-from parity.reference.weights import cast, check_complete, fill_buffers, layer_of_key, move, read
+from parity.reference.weights import cast, check_complete, fill_buffers, layer_of_key, move, read, replace_numbers
 from parity.sites import Site, without_call
 
 EMBED, HEAD = "embed", "head"
@@ -151,6 +151,7 @@ class PiecewiseModel:
             )
             check_complete(self.model, self.checkpoint, modules)
             fill_buffers(self.model, modules)
+            replace_numbers(self.model, self.checkpoint, modules)  # what is filled is what was not read
         else:
             copies: dict[Tensor, Tensor] = {}
             theirs = [module for piece in pieces for module in self._original._modules(piece)]

@@ -26,6 +26,7 @@ from parity.reference.build import auto_class
 from parity.reference.pieces import HEAD, Piece, PiecewiseModel
 from parity.reference.precision import unit_roundoff
 from parity.reference.replay import Reference
+from parity.reference.weights import replace_numbers
 from parity.results import Check
 
 _ROWS, _TOKENS = 2, 64
@@ -45,7 +46,8 @@ def self_check(reference: Reference, input_ids: Tensor) -> list[Check]:
     """Check a reference on the first of the token ids (b, t), once in a process for a checkpoint run in one way."""
     working = reference.working
     changed = tuple(file.stat().st_mtime_ns for file in working.checkpoint.files)
-    way = (working.dtype, str(working.device), working.attention, len(working.sites))
+    weights = working.checkpoint.weights and working.checkpoint.weights.name
+    way = (working.dtype, str(working.device), working.attention, len(working.sites), weights)
     key = (working.checkpoint.path, working.checkpoint.fingerprint(), changed, *way)
     if key not in _done:
         _done[key] = checked(reference, input_ids[:_ROWS, :_TOKENS])
@@ -139,7 +141,11 @@ def _stock(working: PiecewiseModel, layers: int) -> Any:
         if not alike or sum(p.nbytes for p in model.parameters()) > _LARGEST:
             return None
     with quiet_torch(), _silent():
-        return auto_class(config).from_pretrained(path, config=config, **chosen).to(working.device).eval()
+        model = auto_class(config).from_pretrained(path, config=config, **chosen).to(working.device).eval()
+    if working.checkpoint.weights is not None:
+        replace_numbers(model, working.checkpoint, model.modules())
+        model.tie_weights()
+    return model
 
 
 def _shorten(config: Any, layers: int) -> None:

@@ -61,6 +61,29 @@ def read(model: Any, checkpoint: Checkpoint, dtype: torch.dtype, wanted: Callabl
         )
 
 
+@torch.no_grad()
+def replace_numbers(model: nn.Module, checkpoint: Checkpoint, modules: Iterable[nn.Module]) -> None:
+    """Give the modules of a model the numbers of `checkpoint.weights` in the dtype that they have.
+
+    Raises ModelError for a tensor of another shape, and for a parameter that is in neither of two tied places.
+    """
+    weights = checkpoint.weights
+    if weights is None:
+        return
+    wanted, tied = set(modules), getattr(model, "all_tied_weights_keys", {})
+    for owner, module in model.named_modules():
+        for own, parameter in module._parameters.items() if module in wanted else ():
+            name = f"{owner}.{own}"
+            other = weights.tensor(name)
+            if parameter is None or (other is None and name in tied):
+                continue
+            if other is None or other.shape != parameter.shape:
+                found = "has no" if other is None else f"has another shape, {tuple(other.shape)}, of"
+                raise ModelError(f"weights {weights.name}: {found} {name}. Give the file that was made of the model.")
+            numbers = other.to(parameter.device if not parameter.is_meta else "cpu", parameter.dtype)
+            module._parameters[own] = nn.Parameter(numbers, requires_grad=False)
+
+
 def check_complete(model: Any, checkpoint: Checkpoint, modules: Iterable[nn.Module]) -> None:
     """Raise ModelError if the checkpoint left a parameter of the modules without numbers; tied ones may wait."""
     configs = (model.config, model.config.get_text_config())

@@ -89,6 +89,7 @@ def _templates() -> Templates:
         plain=_keep_newlines,
         trouble=words.trouble,
         accepted=text.accepted,
+        weights=text.weights,
     )
     return templates
 

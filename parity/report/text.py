@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from parity.predictions import NextToken
+from parity.quantization import WeightError
 from parity.results import ULP_BINS, Comparison, FaultMatch, Finding, Reading
 from parity.sites import layer_of
 
@@ -173,8 +175,22 @@ def ending(comparison: Comparison, *, token: Callable[[str], str], prose: Callab
             yield flips(said)
     if comparison.answer:
         yield prose(comparison.answer)
+    if comparison.weights:
+        yield prose(weights(comparison.weights))
     layers = count_layers(comparison)
     yield from (prose(accepted(finding, layers)) for finding in comparison.accepted)
+
+
+def weights(errors: Sequence[WeightError]) -> str:
+    """How far the candidate's own weights are off the checkpoint's: `weights: 15 in Q8_0, 10 in F32; …`."""
+    kinds = Counter(error.format for error in errors)
+    worst = max(errors, key=lambda error: error.relative)
+    against = max((error.ratio for error in errors if error.ratio is not None), default=None)
+    formats = ", ".join(f"{count} in {kind}" for kind, count in kinds.most_common())
+    return (
+        f"weights: {formats}; off the checkpoint by up to "
+        f"{percent(worst.relative)} ({worst.tensor}), the worst block {times(against)} what its format allows"
+    )
 
 
 def accepted(finding: Finding, layers: int) -> str:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import parity
@@ -169,3 +170,57 @@ def test_a_run_that_taps_change_is_no_match() -> None:
     assert tapping_check(0.0, 2.0**-24, 39).ok
     assert tapping_check(7e-7, 2.0**-24, 39).ok
     assert not tapping_check(1.1e-2, 2.0**-24, 39).ok
+
+
+# -- quantized files, judged on their own weights ------------------------------------------------------------------
+
+both = pytest.mark.skipif(
+    find_spec("xllamacpp") is None or find_spec("gguf") is None, reason="xllamacpp and gguf are not both installed"
+)
+WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64}
+BLOCKS = {"Q8_0": "products-q8-0-inputs", "Q4_0": "products-q8-0-inputs", "Q4_K": "products-q8-k-inputs"}
+
+
+def quantized(checkpoint: Any) -> Path:
+    return Path(checkpoint("qwen3", layers=2, dtype="float32", num_key_value_heads=2, **WIDE))
+
+
+def accepting(file: Path, model: Path, regime: str, query: str = "") -> Comparison:
+    ids = " ".join(str(random.Random(3).randrange(301)) for _ in range(12))
+    return parity.diff(f"gguf:{file}{query}", model=str(model), tokens=ids, power=False, accept=regime)
+
+
+@both
+@pytest.mark.parametrize("kind", slow_but(["Q8_0"], BLOCKS))
+def test_a_quantized_file_matches_on_its_own_weights(kind: str, checkpoint: Any, tmp_path: Path) -> None:
+    model = quantized(checkpoint)
+    found = accepting(write_gguf(model, tmp_path / "model.gguf", kind), model, BLOCKS[kind])
+    assert (found.verdict, found.findings) == ("match", ())
+    assert [finding.fault.id for finding in found.accepted if finding.fault] == [BLOCKS[kind]]
+    assert {error.format for error in found.weights} == {kind, "F32"}
+    assert max(error.ratio or 0 for error in found.weights) <= 1
+    assert f", on the candidate's own weights, in the accepted regime {BLOCKS[kind]}" in found.headline
+
+
+@both
+@pytest.mark.slow
+def test_a_wrong_eps_is_the_one_finding_of_a_quantized_file(checkpoint: Any, tmp_path: Path) -> None:
+    model = quantized(checkpoint)
+    file = write_gguf(model, tmp_path / "model.gguf", "Q8_0", qwen3__attention__layer_norm_rms_epsilon=1e-5)
+    found = accepting(file, model, BLOCKS["Q8_0"])
+    assert found.verdict == "diverged"
+    assert [finding.fault.id for finding in found.findings if finding.fault] == ["norm-eps"] * len(found.findings)
+
+
+@both
+@pytest.mark.slow
+def test_a_damaged_block_is_bad_quantization_of_one_tensor(checkpoint: Any, tmp_path: Path) -> None:
+    def doubled(blocks: Any) -> None:
+        blocks[3, 1, :2] = np.frombuffer((blocks[3, 1, :2].view(np.float16) * 2).tobytes(), np.uint8)
+
+    model = quantized(checkpoint)
+    file = write_gguf(model, tmp_path / "model.gguf", "Q8_0", {"blk.1.attn_output.weight": doubled})
+    found = accepting(file, model, BLOCKS["Q8_0"])
+    assert found.verdict == "diverged"
+    assert [finding.sites for finding in found.findings] == [("model.layers.1.self_attn.o_proj",)]
+    assert "the scale of block 1 of row 3 is 2 times too large" in found.findings[0].evidence[0]

@@ -110,6 +110,20 @@ def tf32_product(self: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(in_tf32(x), in_tf32(self.weight), self.bias)
 
 
+def fp16_inputs(self: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x.half().to(x.dtype), self.weight, self.bias)
+
+
+def blocked_inputs(self: nn.Linear, x: Tensor) -> Tensor:
+    """Inputs as llama.cpp hands them to an 8-bit kernel: 32 at a time, integers by one step that float16 holds."""
+    parts = []
+    for part in x.split(32, -1):
+        largest = part.abs().amax(-1, keepdim=True)
+        whole = torch.round(part * (127 / largest.clamp_min(1e-30)))
+        parts.append(whole * (largest / 127).half().to(x.dtype))
+    return F.linear(torch.cat(parts, -1), self.weight, self.bias)
+
+
 def bf16_inputs(self: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x.bfloat16().to(x.dtype), self.weight.bfloat16().to(x.dtype), self.bias)
 
@@ -244,12 +258,22 @@ _LAYERS = (
         kind="precision",
         dtypes=("float32",),
     ),
+    Variant(
+        "products-q8-0-inputs",
+        "inputs of matrix products rounded to 8-bit blocks of 32",
+        LINEARS,
+        _linear(blocked_inputs),
+        kind="precision",
+        dtypes=("float32",),
+        needs="wide",
+    ),
     Variant("bias-twice", "the bias of q_proj added twice", (Q,), replaced(Q, bias_twice), needs="wide"),
     *(
         Variant(id, about, LINEARS, _linear(forward), kind="precision", dtypes=("float32",))
         for id, about, forward in (
             ("products-tf32", "inputs and weights of matrix products rounded to 11 bits", tf32_product),
             ("products-bf16-inputs", "inputs of matrix products rounded to bfloat16", bf16_inputs),
+            ("products-fp16-inputs", "inputs of matrix products rounded to float16", fp16_inputs),
             ("products-bf16", "matrix products in bfloat16", in_autocast(torch.bfloat16)),
             ("products-fp16", "matrix products in float16", in_autocast(torch.float16)),
         )

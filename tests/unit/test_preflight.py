@@ -18,7 +18,7 @@ from parity.preflight import (
     read_text,
 )
 
-_MORE = {"attention": "eager", "faults": None, "accept": None, "noise": 0, "chat": False}
+_MORE = {"attention": "eager", "faults": None, "accept": None, "weights": None, "noise": 0, "chat": False}
 
 
 def options(**given: Any) -> SimpleNamespace:
@@ -49,6 +49,8 @@ def options(**given: Any) -> SimpleNamespace:
         ({"faults": "mine"}, r"^faults 'mine': write module:function"),
         ({"accept": "kv-cache-fp61"}, r"^--accept 'kv-cache-fp61': no precision regime\. Did you mean kv-cache-fp16\?"),
         ({"accept": "kv-cache-fp16,norm-eps"}, r"^--accept 'norm-eps': no precision regime\. .*products-tf32"),
+        ({"weights": "mlx:DIR"}, r"^--weights 'mlx:DIR': write gguf:FILE, or checkpoint"),
+        ({"weights": "gguf:nowhere.gguf"}, r"^weights gguf:nowhere.gguf: no such file"),
         ({"model": "./nowhere"}, r"^model './nowhere': no such directory"),
     ],
 )

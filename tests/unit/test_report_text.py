@@ -15,7 +15,7 @@ from rich.console import Console
 from parity.report import html, markdown, text
 from parity.report.terminal import show
 from parity.results import Comparison, Finding, Reading
-from tests.report_example import in_regime, matching
+from tests.report_example import in_regime, matching, on_own_weights
 
 
 def shown(comparison: Comparison) -> str:
@@ -123,6 +123,16 @@ def test_every_report_says_what_was_accepted(render: Callable[[Comparison], str]
     said = "accepted: kv-cache-fp16 at model.layers.*.self_attn.q_rope, layer 0 only: 4147x the floor without it, 0.41x"
     assert said in " ".join(render(in_regime()).replace("\\", "").split())
     assert "accepted:" not in render(matching())
+
+
+@pytest.mark.parametrize("render", [markdown.render, html.render, shown], ids=["markdown", "page", "terminal"])
+def test_every_report_says_how_far_weights_are_off(render: Callable[[Comparison], str]) -> None:
+    said = (
+        "weights: 1 in Q4_K, 1 in F32; off the checkpoint by up to 6.2 % (lm_head.weight), "
+        "the worst block 0.40x what its format allows"
+    )
+    assert said in " ".join(render(on_own_weights()).replace("\\", "").split())
+    assert "weights: 1" not in render(matching())
 
 
 def test_families_of_one_finding_share_their_path() -> None:

@@ -11,7 +11,7 @@ import pytest
 from parity import words
 from parity.reasons import VITAL, Gap, GapKind, Inconclusive, Invisible, NotTried, Stage, Trouble
 from parity.results import Check, Comparison
-from tests.report_example import ROPE, everything, in_regime, matching, measurement
+from tests.report_example import ROPE, everything, in_regime, matching, measurement, on_own_weights
 
 
 @pytest.mark.parametrize("kind", typing.get_args(GapKind))
@@ -42,6 +42,10 @@ def test_a_verdict_says_in_which_regimes_it_holds() -> None:
     assert "against the reference outside of regimes" in words.answer(run)
     several = replace(run, accepted=(*run.accepted, replace(run.accepted[0], fault=ROPE)))
     assert words.in_regimes(several) == ", in the accepted regimes kv-cache-fp16, rope-theta"
+
+
+def test_a_verdict_says_on_whose_weights_it_holds() -> None:
+    assert words.headline(on_own_weights()).endswith("own rounding, on the candidate's own weights")
 
 
 def inconclusive(why: Inconclusive, **more: Any) -> Comparison:
