@@ -2,15 +2,15 @@
 
 In float32 first the nearest of the known orders of summation, then whatever order there may be, within what it may be
 off by. In narrower dtypes no order shows, but operations between two recorded sites round one after another, and what
-their errors add up to is no sample of many: one score that is rounded the other way moves a whole row. How far each row
-strays is measured by rounding at random, again and again.
+their errors add up to is no sample of many: one score that is rounded the other way moves a whole row. Nor is the one
+draw of jitter a sample where a row has a massive channel: its inputs may have been rounded when they were recorded. How
+far each row strays is measured by rounding or jitter at random, again and again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from parity.reference.floor import Local, local_error
 from parity.reference.legal_ways import WAYS, straying, summing
 from parity.reference.one_operation import LoadedPiece
 from parity.reference.passes import mean_square
-from parity.reference.replay import Replayed
 
 # Passes whose sums, products, tables or values are moved at random; each says of every row how far off it may be.
 _DRAWS = 4
@@ -29,6 +28,7 @@ _DRAWS = 4
 # floor is at least 0.3 of one.
 FARTHEST = 256.0
 ANY = "sums in an order of its own"
+RECORDED = "within what the rounding of its recorded inputs makes of single rows"
 ADDED_UP = "within what the roundings of operations that were not recorded add up to"
 
 InDoubt = Callable[[str, Local], bool]
@@ -39,14 +39,14 @@ def second_look(
 ) -> dict[str, Local]:
     """The sites in doubt for which a legal way leaves no doubt, measured against that way.
 
-    `spanning` are those behind which operations lie that were not recorded: of dtypes narrower than float32, nothing
-    is asked of the others.
+    `spanning` are those behind which operations lie that were not recorded: in dtypes narrower than float32, only of
+    them is more asked anew than single rows.
     """
     model = bench.reference.working
     doubtful = [n for n, local in measured.items() if in_doubt(n, local) and local.ratio <= FARTHEST]
     if model.dtype is not torch.float32:
-        doubtful = [name for name in doubtful if name in spanning]
-        return _across_pieces(doubtful, ADDED_UP, in_doubt, bench) if doubtful else {}
+        rows = _single_rows([name for name in doubtful if name not in spanning], measured, in_doubt, bench)
+        return rows | _across_pieces([name for name in doubtful if name in spanning], ADDED_UP, in_doubt, bench)
     if not model.is_cut or not doubtful:
         return {}
     cleared: dict[str, Local] = {}
@@ -58,21 +58,42 @@ def second_look(
                 across += names
             else:
                 cleared |= _cleared(at, names, measured, in_doubt, bench)
-    return cleared | (_across_pieces(across, ANY, in_doubt, bench) if across else {})
+    return cleared | _across_pieces(across, ANY, in_doubt, bench)
+
+
+def _single_rows(
+    names: Sequence[str], measured: Mapping[str, Local], in_doubt: InDoubt, bench: Workbench
+) -> dict[str, Local]:
+    """The sites that only single rows speak against, and that none does where jitter is drawn anew."""
+    names = [name for name in names if not in_doubt(name, replace(measured[name], row_ratio=0.0))]
+    # Where a regime rounds coarsely, the smallest move may flip it, and jitter would excuse anything.
+    names = [name for name in names if name not in bench.reference.changed]
+    cleared: dict[str, Local] = {}
+    for name, found in _strayed(names, bench, jitter=True):
+        anew = replace(measured[name], row_ratio=found.row_ratio, worst_tokens=found.worst_tokens, way=RECORDED)
+        if not in_doubt(name, anew):
+            cleared[name] = anew
+    return cleared
 
 
 def _across_pieces(names: Collection[str], about: str, in_doubt: InDoubt, bench: Workbench) -> dict[str, Local]:
-    """The sites that leave no doubt where a way of their own is tried all along: all of the replay once more."""
-    working, cleared = bench.reference.working, dict[str, Local]()
-    last = max(working.pieces.index(working.piece_of(name)) for name in names)
-    replayed = bench.reference.replay(bench.input_ids, bench.recorded, ways=_DRAWS)
-    for _, sites in islice(replayed, last + 1):
+    """The sites that leave no doubt where a way of their own is tried all along."""
+    ways = ((name, replace(found, way=about)) for name, found in _strayed(names, bench))
+    return {name: found for name, found in ways if not in_doubt(name, found)}
+
+
+def _strayed(names: Collection[str], bench: Workbench, *, jitter: bool = False) -> Iterator[tuple[str, Local]]:
+    """The sites, each row allowed what it strays by: all of the replay once more, up to the last of them."""
+    if not names:
+        return
+    reference, working = bench.reference, bench.reference.working
+    routes, wanted = dict(reference.routes), {working.piece_of(name) for name in names}
+    for _, sites in reference.replay(bench.input_ids, bench.recorded, ways=_DRAWS, wanted=wanted, jitter=jitter):
         for site in sites:
             if site.site.name in names:
-                found = replace(local_error(site, working.dtype, working.dtype, working.head_dim), way=about)
-                if not in_doubt(site.site.name, found):
-                    cleared[site.site.name] = found
-    return cleared
+                yield site.site.name, local_error(site, working.dtype, working.dtype, working.head_dim)
+    # The routers of the pieces that were left out are judged by the replay before.
+    reference.routes.update(routes)
 
 
 def _cleared(
@@ -83,8 +104,9 @@ def _cleared(
     cleared: dict[str, Local] = {}
     for about, ways in _attempts(at, names, truth, bench):
         for name in ways.keys() - (cleared if about == ANY else {}):
-            old = measured[name]
-            found = _against(at, name, ways[name], floor[name].to(truth[name]) - truth[name], bench)
+            old, (other, allowed) = measured[name], ways[name]
+            own_error = floor[name].to(truth[name]) - truth[name]
+            found = bench.local(at, name, other, other + own_error, allowed)
             found = replace(found, way=about, inherited_rel=old.inherited_rel, total_ratio=old.total_ratio)
             nearest = name not in cleared or found.local_rel < cleared[name].local_rel
             if nearest and not in_doubt(name, found):
@@ -107,12 +129,3 @@ def _attempts(
         yield way.about, {n: (v, None) for n, v in values.items() if not torch.equal(v, truth[n])}
     strayed = [one_operation.run(precise, at, names, straying(at.piece, seed)) for seed in range(_DRAWS)]
     yield ANY, {name: (truth[name], mean_square(truth[name], [one[name] for one in strayed])) for name in names}
-
-
-def _against(at: LoadedPiece, name: str, other: Other, error: Tensor, bench: Workbench) -> Local:
-    """The candidate measured against the truth in another way; `error` is the reference's own."""
-    working, site, (truth, allowed) = bench.reference.working, bench.sites[name], other
-    candidate, floor = at.recorded[name], truth + error
-    summands = working.summands(site, bench.input_ids.shape[-1])
-    replayed = Replayed(site, truth, truth, candidate, truth, floor, truth, summands, allowed=allowed)
-    return local_error(replayed, working.dtype, working.dtype, working.head_dim)

@@ -88,13 +88,13 @@ class Workbench:
 
         return one_operation.run(model, at, sites, patch) if fault else one_operation.run(model, at, sites)
 
-    def local(self, at: LoadedPiece, site: str, truth: Tensor, floor: Tensor) -> Local:
+    def local(self, at: LoadedPiece, site: str, truth: Tensor, floor: Tensor, allowed: Tensor | None = None) -> Local:
         """The candidate's error at a site against any truth and floor.
 
-        `truth` and `floor` have one shape, (b, t, d) for most sites.
+        `truth` and `floor` have one shape, (b, t, d) for most sites; `allowed` (b, t) is as in Replayed.
         """
         working = self.reference.working
-        replayed = self._replayed(site, at.recorded[site], truth, floor)
+        replayed = self._replayed(site, at.recorded[site], truth, floor, allowed)
         return local_error(replayed, working.dtype, working.dtype, working.head_dim)
 
     def yardstick(self, site: str, truth: Tensor, floor: Tensor) -> Yardstick | None:
@@ -105,10 +105,12 @@ class Workbench:
         working = self.reference.working
         return Yardstick.of(self._replayed(site, floor, truth, floor), working.dtype, working.head_dim)
 
-    def _replayed(self, site: str, candidate: Tensor, truth: Tensor, floor: Tensor) -> Replayed:
+    def _replayed(
+        self, site: str, candidate: Tensor, truth: Tensor, floor: Tensor, allowed: Tensor | None = None
+    ) -> Replayed:
         one = self.sites[site]
         summands = self.reference.working.summands(one, self.input_ids.shape[-1])
-        return Replayed(one, truth, truth, candidate, truth, floor, truth, summands)
+        return Replayed.on_its_own(one, candidate, truth, floor, summands, allowed)
 
 
 def scope_of(model: PiecewiseModel, piece: Piece, sites: frozenset[str] | None = None) -> Scope:

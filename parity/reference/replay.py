@@ -64,6 +64,13 @@ class Replayed:
     allowed: Tensor | None = None
     apart: Tensor | None = None
 
+    @classmethod
+    def on_its_own(
+        cls, site: Site, candidate: Tensor, truth: Tensor, floor: Tensor, summands: int, allowed: Tensor | None = None
+    ) -> Replayed:
+        """A site computed on the candidate's inputs, all values (…, features), with no plain run beside it."""
+        return cls(site, truth, truth, candidate, truth, floor, truth, summands, allowed=allowed)
+
     @property
     def plain(self) -> Tensor:
         """The reference's own run, routed as it routes itself: (b, t, d) at most sites."""
@@ -102,13 +109,15 @@ class Reference:
         noise: int = 0,
         ways: int = 0,
         wanted: Collection[Piece] | None = None,
+        *,
+        jitter: bool = False,
     ) -> Iterator[tuple[Piece, list[Replayed]]]:
         """The sites of one piece after another, each piece in order of execution.
 
         `candidate(site)` gives the recorded activation in the reference's layout, or None. `noise` more passes
         round every site stochastically: what rounding may add up to, in no particular implementation. `ways` more
         replays stray as legal ways may: in float32 those of parity.reference.legal_ways, in narrower dtypes by
-        rounding what was not recorded. How far each row strays is in `allowed`.
+        rounding what was not recorded, or with `jitter` by moving what was. How far each row strays is in `allowed`.
 
         Only the `wanted` pieces are given, all if None; the values are the same. Before these, passes on the
         candidate's own inputs are run only where its record does not say what comes of them.
@@ -117,9 +126,10 @@ class Reference:
         self.routes.clear()
         passes = self._passes(recorded)
         noisy = [Pass(self.precise, self._noisy(seed), self.regime) for seed in range(noise)]
+        feed = self._jittering if jitter else self._straying
         # An order of summation of its own is one of the last product too.
         strayed = [
-            Pass(self.precise, self._straying(recorded, seed), self.regime, may_withhold=not self._sums_show)
+            Pass(self.precise, feed(recorded, seed), self.regime, may_withhold=not self._sums_show)
             for seed in range(ways)
         ]
         device = self.working.device
@@ -141,7 +151,7 @@ class Reference:
                 continue
             summands = {s.name: self.working.summands(s, input_ids.shape[-1]) for s in sites}
             gathered = (_gather(s, recorded.get(s.name), passes, summands[s.name], noisy) for s in sites)
-            yield piece, [self._given(s, strayed) for s in gathered]
+            yield piece, [self._given(s, strayed, jitter) for s in gathered]
             # What was measured makes room for the next piece.
             for one in (*passes.values(), *noisy, *strayed):
                 one.forget()
@@ -224,15 +234,15 @@ class Reference:
 
         return rounded
 
-    def _given(self, site: Replayed, strayed: list[Pass]) -> Replayed:
+    def _given(self, site: Replayed, strayed: list[Pass], jitter: bool) -> Replayed:
         # Where a regime rounds coarsely, the smallest move may flip it: fusing would excuse anything.
         site = replace(site, jitter=site.truth) if site.site.name in self.changed else site
-        return self._allowing(site, strayed) if strayed else site
+        return self._allowing(site, strayed, jitter) if strayed else site
 
-    def _allowing(self, site: Replayed, strayed: list[Pass]) -> Replayed:
+    def _allowing(self, site: Replayed, strayed: list[Pass], jitter: bool) -> Replayed:
         allowed = mean_square(site.truth, [one.at(site.site.name) for one in strayed])
         # The square of a stochastic rounding is twice that of one to nearest.
-        return replace(site, allowed=allowed if self._sums_show else allowed / 2)
+        return replace(site, allowed=allowed if self._sums_show or jitter else allowed / 2)
 
     def _replacing(self, recorded: dict[str, Tensor]) -> Tap:
         """What the candidate recorded flows on, and its tokens go to the experts that it chose."""
@@ -244,23 +254,27 @@ class Reference:
 
         return replaced
 
-    def _passes(self, recorded: dict[str, Tensor]) -> dict[str, Pass]:
-        generator = torch.Generator(self.working.device).manual_seed(_JITTER_SEED)
-        working = self.working.dtype
+    def _jittering(self, recorded: dict[str, Tensor], seed: int) -> Tap:
+        """What the candidate recorded flows on, moved by less than its rounding."""
+        generator = torch.Generator(self.working.device).manual_seed(seed)
+        replaced = self._replacing(recorded)
 
+        def moved(site: str, fresh: Tensor) -> Tensor:
+            value = replaced(site, fresh)
+            kept = site in self.routes or site not in recorded
+            return value if kept else jittered(value, self.working.dtype, generator)
+
+        return moved
+
+    def _passes(self, recorded: dict[str, Tensor]) -> dict[str, Pass]:
         def as_computed(_site: str, fresh: Tensor) -> Tensor:
             return fresh
 
         as_recorded = self._replacing(recorded)
-
-        def moved(site: str, fresh: Tensor) -> Tensor:
-            value = as_recorded(site, fresh)
-            return value if site in self.routes or site not in recorded else jittered(value, working, generator)
-
         return {
             "truth": Pass(self.precise, as_recorded, self.regime),
             "floor": Pass(self.working, as_recorded, self.regime, may_withhold=False),
-            "jitter": Pass(self.precise, moved, self.regime),
+            "jitter": Pass(self.precise, self._jittering(recorded, _JITTER_SEED), self.regime),
             "plain": Pass(self.working, as_computed, may_withhold=False),
             "own": Pass(self.working, self._routed, self.regime, may_withhold=False),
             "ideal": Pass(self.precise, self._routed, self.regime),

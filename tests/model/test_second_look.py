@@ -24,8 +24,8 @@ pytestmark = pytest.mark.slow
 TOKENS = tuple((97 * i * i + 31 * i + 7) % 200 for i in range(48))
 
 
-# Logits alone, with a massive token; layers alone; half of the sites.
-@pytest.mark.parametrize("seed", [383, 21024, 977])
+# Logits alone, with a massive token; layers alone; half of the sites; computed in float32 and only dumped in bfloat16.
+@pytest.mark.parametrize("seed", [383, 21024, 977, 50584])
 def test_one_row_may_stray_where_operations_in_between_are_not_recorded(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,3 +71,14 @@ def test_a_row_that_is_wrong_is_not_explained(checkpoint: Callable[..., Path], t
     assert [s.site for s in found.sites if s.verdict == "wrong"] == ["model.layers.1"]
     right = compared(path, tmp_path, kept, lambda _: None)
     assert (right.verdict, right.findings) == ("match", ())
+
+
+@pytest.mark.parametrize("factor", [1.02, 1.1])
+def test_a_row_that_is_wrong_on_recorded_inputs_is_not_explained(
+    checkpoint: Callable[..., Path], tmp_path: Path, factor: float
+) -> None:
+    def row_off(values: np.ndarray) -> None:
+        values[:, 20] *= np.float16(factor)
+
+    found = compared(checkpoint("qwen3", layers=2, dtype="float16"), tmp_path, lambda _: True, row_off)
+    assert [s.site for s in found.sites if s.verdict == "wrong"] == ["model.layers.1"]
