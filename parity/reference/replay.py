@@ -126,12 +126,9 @@ class Reference:
         self.routes.clear()
         passes = self._passes(recorded)
         noisy = [Pass(self.precise, self._noisy(seed), self.regime) for seed in range(noise)]
-        feed = self._jittering if jitter else self._straying
+        feed, withhold = (self._jittering if jitter else self._straying), not self._sums_show
         # An order of summation of its own is one of the last product too.
-        strayed = [
-            Pass(self.precise, feed(recorded, seed), self.regime, may_withhold=not self._sums_show)
-            for seed in range(ways)
-        ]
+        strayed = [Pass(self.precise, feed(recorded, n), self.regime, may_withhold=withhold) for n in range(ways)]
         device = self.working.device
         for piece in self._up_to_last(wanted):
             sites = self.working.sites_of(piece)
