@@ -15,6 +15,7 @@ from parity.observer import Observer
 from parity.options import IMPL, RunOptions, run_options, shell
 
 if TYPE_CHECKING:
+    from parity.engine_report import Contrast
     from parity.results import Comparison
 
 
@@ -54,30 +55,32 @@ def diff_dumps(
     options: RunOptions,
     command: str,
     observer: Observer | None = None,
-) -> Comparison:
-    """Compare a candidate's dump, the second, with the run that the reference's recording, the first, holds.
+) -> Comparison | Contrast:
+    """Compare two dumps.
 
-    Raises UsageError if the first dump is not the reference's.
+    Where the first is the reference's recording, the second is compared with the reference's run, and a check says
+    whether the recording's arrays are that. Otherwise both are engines, each judged on its own inputs.
     """
     from parity.candidates.tokens import require_same_model, require_same_tokens
     from parity.compare.pipeline import diff as compare
+    from parity.engines.contrast import contrast
+    from parity.engines.own_runs import checked_reference
     from parity.run_spec import run_spec
 
     first, second = dumps
     candidate = dump_file(second, names)
+    said = candidate.said()
     with open_dump(first) as recording:
         asked = recording.info
-        if not (asked.producer or "").startswith("transformers "):
-            raise UsageError(
-                f"{first}: recorded by {asked.producer or 'an unknown program'}, not by the reference, so its arrays "
-                f"would not be used. Give the candidate alone: parity diff {second} --model DIR."
-            )
-        said = candidate.said()
+        other_weights = None not in (asked.fingerprint, said.fingerprint) and asked.fingerprint != said.fingerprint
+        if not (asked.producer or "").startswith("transformers ") or other_weights:
+            return contrast(dumps, names, options, command, observer or Observer())
         said = replace(said, token_ids=asked.token_ids or said.token_ids, model=asked.model)
         run = run_spec(options, said, command)
         require_same_model(recording, run.checkpoint)
         require_same_tokens(recording, run.token_ids)
-    return compare(run, candidate, observer)
+        reference, check = checked_reference(recording, run)
+    return compare(run, candidate, observer, reference, (check,))
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parity.cli.console import explain, observed, print_json, writable, write_report
+from parity.cli.comparing import diff_candidate, diff_injected
+from parity.cli.console import explain, observed, print_json, writable, write_engines, write_report
 from parity.cli.run_options import with_run_options
 from parity.cli.scale import diff_on_engine, merge, write_part
-from parity.options import IMPL, WHAT, RunOptions, shell
+from parity.options import IMPL, WHAT, RunOptions
 from parity.preflight import check_options, check_output
 from parity.reference.checkpoint import EMBEDDED
+from parity.results import Comparison
 
 if TYPE_CHECKING:
-    from parity.observer import Observer
-    from parity.results import Comparison
+    from parity.engine_report import Contrast
 
 app = typer.Typer(
     add_completion=False,
@@ -77,7 +77,9 @@ def options(
 @with_run_options()
 def diff(
     run: RunOptions,
-    dumps: Annotated[list[Path] | None, typer.Argument(help="Dumps: REFERENCE CANDIDATE, or CANDIDATE alone.")] = None,
+    dumps: Annotated[
+        list[Path] | None, typer.Argument(help="Dumps: REFERENCE CANDIDATE, CANDIDATE alone, or two engines.")
+    ] = None,
     candidate: Candidate = IMPL,
     inject: Annotated[
         str | None,
@@ -108,13 +110,17 @@ def diff(
     folder = out or (None if json else Path("reports") / datetime.now().strftime("%Y%m%d-%H%M%S"))
     if folder is not None:
         writable(folder)
+    comparison: Comparison | Contrast
     with observed(quiet=json) as observer:
         if inject is not None:
-            comparison = _diff_injected(run, inject, observer)
+            comparison = diff_injected(run, inject, observer)
         elif engine is not None:
             comparison = diff_on_engine(run, (dumps or [Path(candidate)])[0], names, engine, workers, observer)
         else:
-            comparison = _diff(run, dumps or [], candidate, names, observer)
+            comparison = diff_candidate(run, dumps or [], candidate, names, observer)
+    if not isinstance(comparison, Comparison):
+        write_engines(comparison, folder, json=json)
+        raise typer.Exit(comparison.exit_code)
     write_report(comparison, folder, json=json, verbose=verbose, plots=plots)
     raise typer.Exit(comparison.exit_code)
 
@@ -275,25 +281,3 @@ def power(run: RunOptions, json: Json = False) -> None:
         print(f"{name:{width}}  seen from a change of about {change:.2g}")
     for item in found.unseen:
         print(f"{item.fault:{width}}  {'; '.join(filter(None, words.unseen(item, found.dtype)))}")
-
-
-def _diff(options: RunOptions, dumps: list[Path], candidate: str, names: Path | None, observer: Observer) -> Comparison:
-    from parity.api import compared, diff_dumps
-    from parity.candidates.base import dump_file
-
-    command = shell(["parity", *sys.argv[1:]])
-    if len(dumps) == 2:
-        return diff_dumps((dumps[0], dumps[1]), names, options, command, observer)
-    return compared(dump_file(dumps[0], names) if dumps else candidate, names, options, command, observer)
-
-
-def _diff_injected(options: RunOptions, inject: str, observer: Observer) -> Comparison:
-    from parity.compare.inject import Injected
-    from parity.compare.pipeline import diff as compare
-    from parity.faults import parse
-    from parity.reference.replay import Reference
-    from parity.run_spec import run_spec
-
-    run = run_spec(options, command=shell(["parity", *sys.argv[1:]]))
-    reference = Reference(run.model())
-    return compare(run, Injected(parse(inject, run.faults), reference, observer), observer, reference)

@@ -15,6 +15,7 @@ from parity.observer import Observer
 from parity.troubles import surviving
 
 if TYPE_CHECKING:
+    from parity.engine_report import Contrast
     from parity.faults import Fault
     from parity.reasons import Trouble
     from parity.results import Comparison
@@ -67,6 +68,22 @@ def write_report(comparison: Comparison, folder: Path | None, *, json: bool, ver
             print(f"report: {paths.get('index.html', paths['report.json'])}")
     if mistake is not None:
         raise mistake
+
+
+def write_engines(contrast: Contrast, folder: Path | None, *, json: bool) -> None:
+    """Write the report of two engines, if it has a folder, and print it: as JSON alone, or as text."""
+    from rich.console import Console
+
+    from parity.report.contrast import as_json, show_contrast, write_contrast
+
+    if json:
+        print_json(as_json(contrast))
+    else:
+        show_contrast(contrast, Console(highlight=False))
+    if folder is not None:
+        page = write_contrast(contrast, folder)
+        if not json:
+            print(f"report: {page}")
 
 
 def print_json(value: Any) -> None:

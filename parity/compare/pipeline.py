@@ -29,15 +29,19 @@ from parity.run_spec import RunSpec
 
 
 def diff(
-    run: RunSpec, candidate: Candidate, observer: Observer | None = None, reference: Reference | None = None
+    run: RunSpec,
+    candidate: Candidate,
+    observer: Observer | None = None,
+    reference: Reference | None = None,
+    checks: tuple[Check, ...] = (),
 ) -> Comparison:
-    """Record the candidate and compare it with the reference; `reference` may serve many runs.
+    """Record the candidate and compare it with the reference; `reference` may serve many runs, `checks` were made.
 
     Raises ParityError: CandidateError, DumpError, ModelError, UsageError or IncomparableError.
     """
     observer = replace(observer or Observer(), troubles=[])  # one observer may watch many runs
     with opened(run, candidate, observer, reference) as sides:
-        return compare(sides, observer)
+        return compare(replace(sides, checks=(*sides.checks, *checks)), observer)
 
 
 @contextmanager
