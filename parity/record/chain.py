@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -89,3 +90,10 @@ def watch_chain(layers: list[nn.Module], name_of: Callable[[Tensor], str | None]
 def taken(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """The hidden states among a module's arguments: the first tensor. They are (b, t, d)."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+def by_name(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a layer is called with beside the hidden states (b, t, d), all of it by name where its names are known."""
+    parameters = list(inspect.signature(type(layer).forward).parameters.values())[2:]
+    named = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    return (args, kwargs) if len(args) > len(named) else ((), dict(zip(named, args, strict=False)) | kwargs)

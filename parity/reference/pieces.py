@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parity.record.chain import container_of, find_layers
+from parity.record.chain import by_name, container_of, find_layers
 from parity.record.discover import Discovery, discover
 from parity.record.experts import IN_ROUTER
 from parity.record.tap import Tap, first_tensor, quiet_torch, tapping
@@ -285,7 +285,7 @@ class PiecewiseModel:
             more = (None,) * (self._found.chain.links[index].returned - 1)
 
             def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-                answer = stub(index, hidden, _Call(args, kwargs))
+                answer = stub(index, hidden, _Call(*by_name(self.layers[index], args, kwargs)))
                 return (answer, *more) if self._found.chain.links[index].returned else answer
 
             return forward

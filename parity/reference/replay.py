@@ -198,6 +198,7 @@ class Reference:
         same = own.hidden is plain.start and self.regime is no_regime
         if same and all(torch.equal(self._routed(name, v), v) for name, v in fresh.items()):
             own.values, own.hidden = plain.values, plain.hidden
+            own.shared = {name: dict(given) for name, given in plain.shared.items()}
         else:
             own.run(piece, input_ids)
 
@@ -269,8 +270,8 @@ class Reference:
 
         as_recorded = self._replacing(recorded)
         return {
-            "truth": Pass(self.precise, as_recorded, self.regime),
-            "floor": Pass(self.working, as_recorded, self.regime, may_withhold=False),
+            "truth": Pass(self.precise, as_recorded, self.regime, is_recorded=True),
+            "floor": Pass(self.working, as_recorded, self.regime, may_withhold=False, is_recorded=True),
             "jitter": Pass(self.precise, self._jittering(recorded, _JITTER_SEED), self.regime),
             "plain": Pass(self.working, as_computed, may_withhold=False),
             "own": Pass(self.working, self._routed, self.regime, may_withhold=False),

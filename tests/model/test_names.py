@@ -20,7 +20,7 @@ from parity.options import RunOptions
 from parity.record.tap import quiet_torch
 from parity.reference.checkpoint import find
 from parity.reference.replay import Reference
-from parity.results import Comparison
+from parity.results import BAD, Comparison
 from parity.run_spec import RunSpec
 from tests.architectures import make
 from tests.bench.architecture_bugs import activation, attention_scale, layers_of, norm_eps, other_theta, residual_branch
@@ -114,6 +114,16 @@ def test_a_bug_bears_its_name_whatever_the_modules_are_called(case: Case, archit
     if case.number is not None:
         (read,) = finding.fault.reads.values()
         assert read.value == pytest.approx(case.number, rel=0.02 if case.rivals else 1e-4)
+
+
+@pytest.mark.slow
+def test_keys_that_layers_share_are_the_candidates_own(architecture: Callable[[str], Path]) -> None:
+    """Layers that attend to keys of an earlier layer, turned by a wrong theta there, are not wrong themselves."""
+    result = compared(architecture("gemma3n"), other_theta)
+    bad = [site.site for site in result.sites if site.verdict in BAD]
+    assert {site.rpartition(".")[2] for site in bad} == {"q_rope", "k_rope"}
+    read = {finding.fault.reads["theta"].value for finding in result.findings if finding.fault}
+    assert sorted(read) == pytest.approx([3e4, 3e6], rel=1e-4), "each kind of layer has a theta of its own"
 
 
 def norms_by_hand(model: nn.Module) -> None:
