@@ -11,7 +11,7 @@ tokens, for all of a small model or the first layer of each kind:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -67,7 +67,7 @@ def checked(reference: Reference, ids: Tensor) -> list[Check]:
         mine: Values = {}
         with working.loaded(piece), reference.precise.loaded(piece):
             # Running may change a table to suit the tokens, so numbers are looked at first, and once.
-            copied = _copied(reference) | copied
+            copied |= _copied(reference, copied)
             before, hidden = hidden, working.run(piece, ids, hidden, _into(mine))
             differing += [
                 site for site, value in mine.items() if site in expected and not _equal(value, expected[site])
@@ -179,13 +179,16 @@ def _equal(mine: Tensor, other: Tensor) -> bool:
     return same and bool(((mine == other) | (mine.isnan() & other.isnan())).all())
 
 
-def _copied(reference: Reference) -> dict[str, bool]:
-    """Which parameters and buffers in memory are the reference's own numbers, in the precision of the truth."""
+def _copied(reference: Reference, known: Collection[str]) -> dict[str, bool]:
+    """Which parameters and buffers in memory are the reference's own numbers, in the precision of the truth.
+
+    Those that are known already are not looked at again.
+    """
     precise, theirs = reference.precise, _numbers(reference.working.model)
     return {
         name: mine.dtype is precise.dtype and name in theirs and torch.equal(mine, theirs[name].to(mine.dtype))
         for name, mine in _numbers(precise.model).items()
-        if mine.is_floating_point()
+        if name not in known and mine.is_floating_point()
     }
 
 
