@@ -193,43 +193,110 @@ def reversed_halves(original: Callable[..., Any]) -> Callable[..., Any]:
     return rotate
 
 
-def unplussed(block: nn.Module) -> None:
-    """The time step as the projection gives it, without softplus; negative ones are cut, which would explode."""
+def answering(operation: str, answer: Callable[[Tensor], Tensor]) -> Callable[[nn.Module], None]:
+    """In the block, a function of torch is replaced by one that answers so."""
     from torch.overrides import TorchFunctionMode
 
-    class Plain(TorchFunctionMode):
+    class Other(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            return args[0].relu() if func is torch.nn.functional.softplus else func(*args, **(kwargs or {}))
+            return answer(args[0]) if func.__name__ == operation else func(*args, **(kwargs or {}))
 
-    forward = block.forward
+    def plant(block: nn.Module) -> None:
+        forward = block.forward
 
-    def other(*args: Any, **kwargs: Any) -> Any:
-        with Plain():
-            return forward(*args, **kwargs)
+        def other(*args: Any, **kwargs: Any) -> Any:
+            with Other():
+                return forward(*args, **kwargs)
 
-    block.forward = other
+        block.forward = other
+
+    return plant
 
 
+# Negative time steps are cut where they would explode.
+unplussed = answering("softplus", torch.relu)
 _RULE = "torch_chunk_gated_delta_rule"
 _CONV = "causal_conv1d_fn"
-PLANTS: dict[str, tuple[str, Callable[[nn.Module], None], set[str]]] = {
-    "decay missing": ("qwen3_5", calling(_RULE, with_(g=torch.zeros_like)), {"decay"}),
-    "decay without softplus": ("qwen3_next", unplussed, {"decay"}),
-    "beta without sigmoid": ("qwen3_5", calling(_RULE, with_(beta=torch.logit)), {"beta"}),
+_CHUNKS = "mamba2_chunk_scan"
+
+
+def backwards(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A convolution that meets the token itself with its first tap."""
+    return lambda x, taps, *args, **kwargs: original(x, taps.flip(-1), *args, **kwargs)
+
+
+def biasless(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A convolution without its bias."""
+    return lambda x, taps, _bias, *args, **kwargs: original(x, taps, None, *args, **kwargs)
+
+
+def unexponential(block: nn.Module) -> None:
+    """The decay rate is the logarithm that the checkpoint holds."""
+    raw: Any = block.A_log
+    calling(_RULE, with_(g=lambda g: g / raw.float().exp() * raw.float()))(block)
+
+
+def reordered(block: nn.Module) -> None:
+    """The gate is multiplied before the norm where it comes after it, and after where it comes before."""
+    norm: Any = block.norm
+    size = getattr(norm, "group_size", norm.weight.numel())
+
+    def rms(x: Tensor) -> Tensor:
+        groups = x.reshape(*x.shape[:-1], -1, size)
+        normalized = groups / (groups.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+        return normalized.reshape(x.shape) * norm.weight.float()
+
+    def forward(x: Tensor, gate: Tensor) -> Tensor:
+        opened = nn.functional.silu(gate.float())
+        result = rms(x.float()) * opened if hasattr(norm, "group_size") else rms(x.float() * opened)
+        return result.to(x.dtype)
+
+    norm.forward = forward
+
+
+# Name: the architecture, the bug, where it shows, and what it is called; None if the catalogue has no name for it.
+PLANTS: dict[str, tuple[str, Callable[[nn.Module], None], set[str], str | None]] = {
+    "decay missing": ("qwen3_5", calling(_RULE, with_(g=torch.zeros_like)), {"decay"}, "scan-decay-missing"),
+    "decay without softplus": ("qwen3_next", unplussed, {"decay"}, None),  # negative ones are cut
+    "beta without sigmoid": ("qwen3_5", answering("sigmoid", lambda x: x), {"beta"}, "delta-beta-unbounded"),
     "queries not normalized": (
         "qwen3_5",
         calling(_RULE, with_(use_qk_l2norm_in_kernel=lambda _: False)),
         {"state_output"},
+        "delta-qk-not-normalized",
     ),
-    "time step without softplus": ("mamba2", unplussed, {"dt"}),
-    "time step of jamba without softplus": ("jamba", unplussed, {"dt"}),
-    "skip dropped": ("bamba", calling("mamba2_chunk_scan", with_(D=lambda _: None)), {"state_output"}),
-    "skip of jamba dropped": ("jamba", calling("mamba_selective_scan", with_(D=lambda _: None)), {"state_output"}),
-    "convolution one token late": ("lfm2", calling(_CONV, late), {"conv_output"}),
+    "gate before norm": ("qwen3_next", reordered, {"norm", "output"}, "gated-norm-order"),
+    "gate behind norm": ("mamba2", reordered, {"norm"}, "gated-norm-order"),
+    "time step without softplus": ("mamba2", answering("softplus", lambda x: x), {"dt"}, "scan-softplus-missing"),
+    "time step of jamba without softplus": ("jamba", unplussed, {"dt"}, None),
+    "time step without bias": (
+        "falcon_h1",
+        calling(_CHUNKS, with_(dt_bias=torch.zeros_like)),
+        {"dt"},
+        "scan-step-bias-missing",
+    ),
+    "decay rate as its logarithm": ("qwen3_5", unexponential, {"decay"}, "scan-a-log-as-it-is"),
+    "skip dropped": ("bamba", calling(_CHUNKS, with_(D=lambda _: None)), {"state_output"}, "scan-skip-missing"),
+    "skip of jamba dropped": (
+        "jamba",
+        calling("mamba_selective_scan", with_(D=lambda _: None)),
+        {"state_output"},
+        "scan-skip-missing",
+    ),
+    "convolution one token late": ("lfm2", calling(_CONV, late), {"conv_output"}, "conv-one-late"),
+    "convolution backwards": ("qwen3_5", calling(_CONV, backwards), {"conv_output"}, "conv-taps-reversed"),
+    "convolution without bias": ("jamba", calling(_CONV, biasless), {"conv_output"}, "conv-bias-missing"),
+    "convolution without activation": (
+        "falcon_h1",
+        calling(_CONV, with_(activation=lambda _: None)),
+        {"conv_output"},
+        "conv-activation-missing",
+    ),
     "rotated halves": (
         "deepseek_v3",
         calling("apply_rotary_pos_emb_interleave", reversed_halves),
         {"q_rotated", "k_rotated"},
+        None,
     ),
 }
 
@@ -238,8 +305,8 @@ PLANTS: dict[str, tuple[str, Callable[[nn.Module], None], set[str]]] = {
     ("bug", "dtype"),
     in_turn(["beta without sigmoid", "time step without softplus"], PLANTS, ["bfloat16", "float32"]),
 )
-def test_a_bug_inside_is_seen_inside(architecture: Callable[[str], Path], bug: str, dtype: str) -> None:
-    name, plant, where = PLANTS[bug]
+def test_a_bug_inside_is_seen_inside_and_named(architecture: Callable[[str], Path], bug: str, dtype: str) -> None:
+    name, plant, where, called = PLANTS[bug]
     path = architecture(name)
     model = stock(path, dtype)
     for part, module in model.named_modules():
@@ -249,7 +316,9 @@ def test_a_bug_inside_is_seen_inside(architecture: Callable[[str], Path], bug: s
     assert found.verdict == "diverged", found.headline
     blamed = {site.rsplit(".", 1)[-1] for finding in found.findings for site in finding.sites}
     assert blamed <= where, found.findings
-    assert blamed & where & VALUES
+    assert blamed & where & (VALUES | {"norm"})
+    said = {finding.fault.id for finding in found.findings if finding.fault}
+    assert said == {called} if called else said <= {"rope-halves", "rope-interleaved"}, found.findings
 
 
 def _has_inside(path: Path, block: str) -> bool:

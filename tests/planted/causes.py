@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from impl.qwen3 import Config
-from parity.faults import bounds, experts, rope_scaling, rope_tables, router
+from parity.faults import bounds, experts, rope_scaling, rope_tables, router, scans
 
 # The wrong number of a bug, on a checkpoint and a prompt of so many tokens.
 Truth = Callable[[Config, int], float]
@@ -150,7 +150,7 @@ UNPLANTED: dict[str, str] = {
     **dict.fromkeys(
         ("parallel-attention-multiplier", "parallel-mlp-multiplier", "branch-multiplier-before-norm"), _FOREIGN
     ),
-    **{fault.id: _FOREIGN for fault in (*router.FAULTS, *experts.FAULTS)},
+    **{fault.id: _FOREIGN for fault in (*router.FAULTS, *experts.FAULTS, *scans.FAULTS)},
     **dict.fromkeys(("embedding-scale-missing", "embedding-scale-rounded"), _FOREIGN),
     **{fault.id: _FOREIGN for fault in (*rope_tables.FAULTS, *rope_scaling.FAULTS, *bounds.FAULTS)},
     **dict.fromkeys(("clip-qkv-missing", "temperature-missing", "qkv-in-blocks", "norm-one-twice"), _FOREIGN),
