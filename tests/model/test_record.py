@@ -233,11 +233,16 @@ def test_a_site_that_does_not_exist_leaves_nothing_behind(small: Path) -> None:
 
 
 def test_taps_nest_and_the_inner_one_ends_first() -> None:
+    def active() -> dict[nn.Module, dict[str, str]]:
+        reach = attention._active.get()
+        assert reach is not None
+        return reach.sites
+
     module = nn.Identity()
     with attention_taps({module: {"q_rope": "outer"}}, unchanged):
         with attention_taps({module: {"q_rope": "inner"}}, unchanged):
-            assert attention._active.get()[0] == {module: {"q_rope": "inner"}}  # type: ignore[index]
-        assert attention._active.get()[0] == {module: {"q_rope": "outer"}}  # type: ignore[index]
+            assert active() == {module: {"q_rope": "inner"}}
+        assert active() == {module: {"q_rope": "outer"}}
     assert attention._active.get() is None
 
 
