@@ -30,6 +30,7 @@ from parity.run_spec import RunSpec
 from parity.sites import Dims, Site
 
 Build = Callable[[RunSpec], nn.Module]
+Feed = Callable[[str, int, int, Tensor], Tensor]
 _ROUTING = tuple(zip(ROUTED, GIVEN, strict=True))
 
 
@@ -86,6 +87,22 @@ class TorchModule(Candidate):
             moved = float((logits.double() - untapped.double()).norm() / untapped.double().norm())
             self._tapping = tapping_check(moved, unit_roundoff(untapped.dtype), len(own))
         return rename(open_dump(path), self._names)
+
+    def fed(self, run: RunSpec, sites: Sequence[Site], feed: Feed) -> None:
+        """Run the module in `run.calls`; what flows on from a site is `feed(site, tokens before, tokens, value)`.
+
+        Values have any shape. Raises CandidateError.
+        """
+        module, own = self._loaded(run), self._own(run, sites)
+        parts = torch.split(run.ids.to(_device(module, run)), list(run.calls), dim=1)
+        step, start = calling(module, parts), 0
+        for ids in parts:
+
+            def tap(site: str, value: Tensor, start: int = start, tokens: int = ids.shape[1]) -> Tensor:
+                return feed(next(iter(sites_of(self._names, site)), site), start, tokens, value)
+
+            _run(module, ids, own, tap, step)
+            start += ids.shape[1]
 
     def checks(self, checkpoint: Checkpoint) -> list[Check]:
         """Whether the module's parameters are the checkpoint's, and a compiled module's run was not changed by taps."""

@@ -1,4 +1,4 @@
-"""The commands about engines: what a rollout's log-probabilities say."""
+"""The commands about engines: what a rollout's log-probabilities say, and which operations vary."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
-from parity.cli.commands import Json, Model, TrustRemoteCode, app
+from parity.cli.commands import Candidate, Json, Model, Names, TrustRemoteCode, app
 from parity.cli.console import observed, print_json
+from parity.cli.run_options import with_run_options
 from parity.errors import UsageError
-from parity.options import HOW, RunOptions, shell
+from parity.options import HOW, IMPL, RunOptions, shell
 from parity.preflight import check_options
 from parity.reference.checkpoint import EMBEDDED
 
@@ -67,3 +68,54 @@ def logprobs(
     else:
         show_rollouts(report, Console(highlight=False))
     raise typer.Exit(report.exit_code)
+
+
+@app.command()
+@with_run_options("chunks", "decode", "greedy", "noise", "power", "allow_unexamined", "faults", "layers", "accept")
+def invariance(
+    run: RunOptions,
+    candidate: Candidate = IMPL,
+    names: Names = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another candidate, each operation of which is asked on the first one's inputs.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="The same row so many times: 3,8.")] = "3",
+    chunks: Annotated[str, typer.Option(help="The prompt in chunks of so many tokens: 16,64.")] = "",
+    decode: Annotated[int, typer.Option(help="The last K tokens one by one.")] = 0,
+    threads: Annotated[str, typer.Option(help="With so many threads of torch: 1,2.")] = "",
+    exact: Annotated[bool, typer.Option("--exact", help="Exit code 1 where any bit differs.")] = False,
+    json: Json = False,
+) -> None:
+    """Say which operations give other bits when the same row runs in a batch, in chunks, decoded, with other threads.
+
+    Every operation is asked on the same inputs, and the reference itself is asked too. Exit code 0: the same, or
+    without --exact within rounding; 1: not; 2: trouble.
+    """
+    settings = [_sizes("--batch", batch), _sizes("--chunks", chunks), _sizes("--threads", threads)]
+    from rich.console import Console
+
+    from parity.candidates.base import open_candidate
+    from parity.engines.invariance import Settings, as_module
+    from parity.engines.invariance import invariance as ask
+    from parity.json_values import to_json
+    from parity.report.invariance import show_invariance
+    from parity.run_spec import run_spec
+
+    opened = as_module(open_candidate(candidate, names))
+    other = as_module(open_candidate(against, names)) if against else None
+    spec = run_spec(run, opened.said(), shell(["parity", *sys.argv[1:]]))
+    varied = Settings(settings[0], settings[1], decode, settings[2])
+    with observed(quiet=json) as observer:
+        found = ask(spec, opened, varied, observer, against=other, exact=exact)
+    if json:
+        print_json({"verdict": found.verdict, **to_json(found)})
+    else:
+        show_invariance(found, Console(highlight=False))
+    raise typer.Exit(found.exit_code)
+
+
+def _sizes(name: str, text: str) -> tuple[int, ...]:
+    words = text.replace(",", " ").split()
+    if not all(word.isascii() and word.isdecimal() and 0 < int(word) < 1 << 20 for word in words):
+        raise UsageError(f"{name} {text!r}: no list of sizes. Give numbers such as 1,4.")
+    return tuple(map(int, words))

@@ -33,6 +33,7 @@ FLOORS: dict[str, set[str]] = {
     "results": {"quantization", "predictions", "reasons", "showing"},
     "rollout_report": {"results"},
     "engine_report": {"results"},
+    "invariance_report": {"results"},
     "words": {"reasons", "results"},
     "dump_coverage": set(),
     "dump": {"errors", "untrusted"},
@@ -88,6 +89,7 @@ FLOORS: dict[str, set[str]] = {
         "options",
         "results",
         "engine_report",
+        "invariance_report",
         "dump",
         "record",
         "reference",
@@ -98,6 +100,7 @@ FLOORS: dict[str, set[str]] = {
     "api": {
         "engines",
         "engine_report",
+        "invariance_report",
         "errors",
         "observer",
         "options",
@@ -122,6 +125,7 @@ FLOORS: dict[str, set[str]] = {
         "results",
         "rollout_report",
         "engine_report",
+        "invariance_report",
         "words",
     },
     "cli": {
@@ -146,7 +150,9 @@ FLOORS: dict[str, set[str]] = {
         "candidates",
         "compare",
         "rollouts",
+        "engines",
         "engine_report",
+        "invariance_report",
         "api",
         "report",
     },
@@ -260,6 +266,7 @@ def test_reports_see_nothing_but_results() -> None:
         "results",
         "rollout_report",
         "engine_report",
+        "invariance_report",
         "words",
     }
     assert forbidden("report", "from parity.dump import open_dump") == {"dump"}
