@@ -18,7 +18,10 @@ from parity.faults.patches.router import (
     given_otherwise,
     has_gate_and_up,
     is_interleaved,
+    takes_choice,
     weighed_before,
+    weighed_behind,
+    weighs_before,
 )
 from parity.record.experts import experts_in
 
@@ -28,7 +31,7 @@ from parity.record.experts import experts_in
     title="the outputs of the chosen experts are added without their weights",
     sites=BLOCK,
     fix="multiply each expert's output by its weight",
-    applies=lambda s: experts_of(s) is not None,
+    applies=takes_choice,
 )
 def moe_weights_ignored(scope: Scope) -> Change:
     return given_otherwise(scope, lambda index, weights: (index, torch.ones_like(weights)))
@@ -40,7 +43,7 @@ def moe_weights_ignored(scope: Scope) -> Change:
     sites=BLOCK,
     fix="multiply each expert's output by its weight once",
     source="MaxText 014fc4985",
-    applies=lambda s: experts_of(s) is not None,
+    applies=takes_choice,
 )
 def moe_weighted_twice(scope: Scope) -> Change:
     return given_otherwise(scope, lambda index, weights: (index, weights * weights))
@@ -52,10 +55,21 @@ def moe_weighted_twice(scope: Scope) -> Change:
     sites=BLOCK,
     fix="multiply what the expert returns",
     source="llm-compressor#1907",
-    applies=lambda s: experts_of(s) is not None,
+    applies=takes_choice,
 )
 def moe_weighted_input(scope: Scope) -> Change:
     return weighed_before(scope)
+
+
+@fault(
+    id="moe-weighted-output",
+    title="the output of each expert is multiplied by its weight; in the reference the input",
+    sites=("experts.act_fn.input", "experts.act_fn", *BLOCK),
+    fix="multiply what goes into the expert",
+    applies=weighs_before,
+)
+def moe_weighted_output(scope: Scope) -> Change:
+    return weighed_behind(scope)
 
 
 @fault(
@@ -63,7 +77,7 @@ def moe_weighted_input(scope: Scope) -> Change:
     title="experts are stacked in the order of their names as text (0, 1, 10, 11, 2, …), not of their numbers",
     sites=BLOCK,
     fix="sort experts by their numbers when stacking their weights",
-    applies=lambda s: experts_of(s) is not None and (experts_in(experts_of(s)) or 0) > 10,
+    applies=lambda s: takes_choice(s) and (experts_in(experts_of(s)) or 0) > 10,
 )
 def moe_experts_as_text(scope: Scope) -> Change:
     order = sorted(range(experts_in(experts_of(scope)) or 0), key=str)
@@ -164,6 +178,7 @@ FAULTS: tuple[Fault, ...] = (
     moe_weights_ignored,
     moe_weighted_twice,
     moe_weighted_input,
+    moe_weighted_output,
     moe_experts_as_text,
     moe_gate_up_halves,
     moe_gate_up_alternating,

@@ -18,16 +18,18 @@ from parity.faults.patches.router import (
     finished,
     has_bias,
     has_groups,
+    is_sparse_mixer,
     renormalizes,
     reweighted,
     router_of,
     scores_of,
+    weighs_before,
     with_other,
 )
 from parity.record.experts import experts_in
 
 # Where a fault shows if the router recorded nothing, too.
-_WEIGHTS = ("experts.weights", *BLOCK)
+_WEIGHTS = ("experts.weights", "router", *BLOCK)
 _CHOICE = ("experts.chosen", *BLOCK)
 
 
@@ -97,7 +99,7 @@ def moe_bias_in_weights(scope: Scope) -> Change:
     title="experts are weighed by the sigmoid of their logits; in the reference by the softmax",
     sites=_WEIGHTS,
     fix="take the softmax over all experts",
-    applies=lambda s: router_of(s) is not None and not has_bias(s),
+    applies=lambda s: router_of(s) is not None and not has_bias(s) and not weighs_before(s),
 )
 def moe_sigmoid(scope: Scope) -> Change:
     finish = finished(scope)
@@ -109,10 +111,23 @@ def moe_sigmoid(scope: Scope) -> Change:
     title="experts are scored by the softmax of their logits; in the reference by the sigmoid",
     sites=("experts.chosen", *_WEIGHTS),
     fix="take the sigmoid of each logit",
-    applies=has_bias,
+    applies=lambda s: has_bias(s) or weighs_before(s),
 )
 def moe_softmax(scope: Scope) -> Change:
+    if weighs_before(scope):
+        return reweighted(scope, lambda logits, index, _weights: logits.softmax(-1).gather(1, index))
     return with_other(scope, "sigmoid", lambda _func, args, _kwargs: args[0].softmax(-1))
+
+
+@fault(
+    id="moe-plain-softmax",
+    title="experts are weighed by the softmax over all; in the reference over those that come near the chosen one",
+    sites=_WEIGHTS,
+    fix="mask logits that are further than 2 * router_jitter_noise below the maximum, for each of the two in turn",
+    applies=is_sparse_mixer,
+)
+def moe_plain_softmax(scope: Scope) -> Change:
+    return reweighted(scope, lambda logits, index, _weights: logits.softmax(-1).gather(1, index))
 
 
 # -- choice --------------------------------------------------------------------------------------------------
@@ -123,7 +138,7 @@ def moe_softmax(scope: Scope) -> Change:
     title="another number of experts is chosen for each token",
     sites=("experts.chosen", *_WEIGHTS),
     fix="choose num_experts_per_tok of config.json",
-    applies=lambda s: isinstance(getattr(router_of(s), "top_k", None), int),
+    applies=lambda s: isinstance(getattr(router_of(s), "top_k", None), int) and not is_sparse_mixer(s),
     number=Number(
         "num_experts_per_tok", lambda s: float(router_of(s).top_k), (1.0, 2.0, 3.0, 4.0, 6.0, 8.0), discrete=True
     ),
@@ -198,6 +213,7 @@ FAULTS: tuple[Fault, ...] = (
     moe_bias_in_weights,
     moe_sigmoid,
     moe_softmax,
+    moe_plain_softmax,
     moe_top_k,
     moe_bias_ignored,
     moe_bias_rounded,

@@ -147,6 +147,65 @@ def test_a_wrong_choice_is_found_at_the_router(
     assert all(site.startswith(BLOCKS[name]) for site in wrong)
 
 
+def weighed_by(weigh: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any], None]:
+    """The router's weights (token, choice) are made anew of its logits and choice."""
+
+    def plant(model: Any) -> None:
+        block = next(
+            b
+            for layer in model.model.layers
+            if hasattr(b := getattr(layer, "feed_forward", None) or layer.mlp, "router")
+        )
+        own = block.router.forward
+
+        def forward(x: Tensor) -> tuple[Tensor, ...]:
+            returned = own(x)
+            if len(returned) == 3:
+                logits, weights, index = returned
+                return logits, weigh(logits.float(), index).to(weights.dtype), index
+            scores, logits = returned
+            index = logits.argmax(-1, keepdim=True)
+            return torch.zeros_like(scores).scatter(1, index, weigh(logits.float(), index).to(scores.dtype)), logits
+
+        block.router.forward = forward
+
+    return plant
+
+
+def weighed_behind(model: Any) -> None:
+    """Llama 4 with its weights at what experts return."""
+    block = model.model.layers[1].feed_forward
+    experts = block.experts
+
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        flat = x.reshape(-1, x.shape[-1])
+        scores, logits = block.router(flat)
+        each = experts(torch.cat([flat * (weights != 0)[:, None] for weights in scores.T])).chunk(scores.shape[1])
+        routed = sum(out * weights[:, None] for out, weights in zip(each, scores.T, strict=True))
+        return block.shared_expert(flat) + routed, logits
+
+    block.forward = forward
+
+
+NAMED = {
+    "moe-weighted-output": ("llama4", weighed_behind),
+    "moe-softmax": ("llama4", weighed_by(lambda logits, index: logits.softmax(-1).gather(1, index))),
+    "moe-scaling-factor": ("llama4", weighed_by(lambda logits, index: 2.5 * logits.sigmoid().gather(1, index))),
+    "moe-plain-softmax": ("phimoe", weighed_by(lambda logits, index: logits.softmax(-1).gather(1, index))),
+}
+
+
+@pytest.mark.parametrize("fault", slow_but(["moe-softmax", "moe-plain-softmax"], NAMED))
+def test_a_wrong_weight_is_named(architecture: Callable[[str], Path], fault: str) -> None:
+    name, plant = NAMED[fault]
+    path = architecture(name)
+    model = stock(path, "bfloat16")
+    plant(model)
+    found = compared(path, "bfloat16", model)
+    assert [finding.fault.id for finding in found.findings if finding.fault] == [fault], found.findings
+    assert len(found.findings) == 1
+
+
 def test_a_router_may_return_its_choice_first(
     architecture: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

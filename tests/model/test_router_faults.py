@@ -259,7 +259,11 @@ def planted(path: Path, dtype: str, plant: Callable[[Any], None]) -> Any:
 
 
 def test_every_fault_has_a_plant() -> None:
-    assert set(PLANTS) == {fault.id for fault in (*router.FAULTS, *experts.FAULTS)}
+    elsewhere = {
+        "moe-plain-softmax",
+        "moe-weighted-output",
+    }  # in tests/model/test_mixtures.py: no mixture here has them
+    assert set(PLANTS) | elsewhere == {fault.id for fault in (*router.FAULTS, *experts.FAULTS)}
 
 
 @pytest.mark.parametrize(("fault", "dtype"), in_turn(FAST, PLANTS, ["bfloat16", "float32"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,6 +37,22 @@ def router_of(scope: Scope) -> Any:
     return next((m for m in mlp_of(scope).modules() if makes_logits(m, count)), None) if count else None
 
 
+def weighs_before(scope: Scope) -> bool:
+    """Whether what goes into experts is weighed, so that they get no choice and no weights (Llama 4)."""
+    experts = experts_of(scope)
+    return experts is not None and len(inspect.signature(type(experts).forward).parameters) == 2
+
+
+def takes_choice(scope: Scope) -> bool:
+    """Whether there are experts that are given a choice and weights."""
+    return experts_of(scope) is not None and not weighs_before(scope)
+
+
+def is_sparse_mixer(scope: Scope) -> bool:
+    """Whether the router takes two maxima in turn, each weighed among the experts that come near it (Phi-MoE)."""
+    return isinstance(getattr(router_of(scope), "router_jitter_noise", None), float)
+
+
 def has_bias(scope: Scope) -> bool:
     """Whether a correction bias decides with the scores which experts are chosen."""
     return isinstance(getattr(router_of(scope), "e_score_correction_bias", None), Tensor)
@@ -49,7 +66,7 @@ def has_groups(scope: Scope) -> bool:
 
 def scores_of(scope: Scope, logits: Tensor) -> Tensor:
     """What the weights are taken from, for logits (token, expert): their sigmoid or softmax."""
-    return logits.sigmoid() if has_bias(scope) else logits.softmax(-1)
+    return logits.sigmoid() if has_bias(scope) or weighs_before(scope) else logits.softmax(-1)
 
 
 def factor_of(scope: Scope) -> float:
@@ -70,8 +87,22 @@ def renormalizes(scope: Scope) -> bool | None:
         return switch
     hidden = torch.randn(_TOKENS, router.weight.shape[1], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        weights = router.forward(hidden.to(router.weight))[1]
+        _, weights, _ = _read(router.forward(hidden.to(router.weight)))
     return bool(((weights.float().sum(-1) / factor_of(scope) - 1).abs() < _ONE).all())
+
+
+def _read(returned: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (token, expert), weights and indices (token, choice) in what a router returned, in whatever order.
+
+    One that returns no indices has a weight for every expert, 0 for those that were not chosen.
+    """
+    index = next((value for value in returned if value.dtype is torch.int64), None)
+    if index is None:
+        scores, logits = returned
+        values, index = scores.topk(int((scores != 0).sum(-1).max()), dim=-1)
+        return logits, values, index
+    first, second = (value for value in returned if value is not index)
+    return (second, first, index) if returned[0] is index else (first, second, index)
 
 
 def reweighted(scope: Scope, change: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Change:
@@ -79,10 +110,13 @@ def reweighted(scope: Scope, change: Callable[[Tensor, Tensor, Tensor], Tensor])
     router = router_of(scope)
     plain = router.forward
 
-    def compute(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        logits, weights, index = plain(*args, **kwargs)
-        new = change(logits.to(wide(logits.dtype)), index, weights)
-        return logits, new.to(weights.dtype), index
+    def compute(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        returned = plain(*args, **kwargs)
+        logits, weights, index = _read(returned)
+        new = change(logits.to(wide(logits.dtype)), index, weights).to(weights.dtype)
+        if all(value is not index for value in returned):
+            return torch.zeros_like(returned[0]).scatter(1, index, new), logits
+        return tuple(new if value is weights else value for value in returned)
 
     return forward(router, compute)
 
@@ -129,6 +163,20 @@ def given_otherwise(scope: Scope, change: Callable[[Tensor, Tensor], tuple[Tenso
     return forward(experts, lambda hidden, index, weights: plain(hidden, *change(index, weights)))
 
 
+def weighed_behind(scope: Scope) -> Change:
+    """Each expert's output, not its input, is multiplied with its weight, in a block that weighs before."""
+    block = mlp_of(scope)
+
+    def compute(x: Tensor) -> tuple[Tensor, Tensor]:
+        flat = x.reshape(-1, x.shape[-1])
+        scores, logits = block.router(flat)
+        rows = scores.T.reshape(-1, 1)
+        routed = block.experts(flat.repeat(scores.shape[1], 1) * (rows != 0)) * rows
+        return block.shared_expert(flat) + routed.view(scores.shape[1], *flat.shape).sum(0), logits
+
+    return forward(block, compute)
+
+
 def weighed_before(scope: Scope) -> Change:
     """Each expert's input, not its output, is multiplied with its weight."""
     experts = experts_of(scope)
@@ -149,7 +197,8 @@ def weighed_before(scope: Scope) -> Change:
 def gate_and_up(scope: Scope, read: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Change:
     """Gate and up are `read` out of the fused rows (…, 2 i) of every expert's first weight, and of its bias."""
     experts = experts_of(scope)
-    interleaved, transposed = is_interleaved(scope), bool(getattr(experts, "is_transposed", False))
+    interleaved = is_interleaved(scope)
+    transposed = experts.gate_up_proj.shape[-1] == 2 * experts.down_proj.shape[1]  # rows of inputs, not of outputs
 
     def reordered(both: Tensor) -> Tensor:
         gate, up = read(both)
