@@ -16,10 +16,13 @@ if TYPE_CHECKING:
     from parity.api import diff, record
     from parity.dump import open_dump
     from parity.results import Comparison
+    from parity.taps import recording, tap, with_taps
 
-__all__ = ["Comparison", "diff", "open_dump", "record"]
+__all__ = ["Comparison", "diff", "open_dump", "record", "recording", "tap", "with_taps"]
 
-_HOMES = {"diff": "api", "record": "api", "open_dump": "dump", "Comparison": "results"}
+_HOMES = {"diff": "api", "record": "api", "open_dump": "dump", "Comparison": "results"} | dict.fromkeys(
+    ("recording", "tap", "with_taps"), "taps"
+)
 
 
 def __getattr__(name: str) -> Any:

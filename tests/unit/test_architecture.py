@@ -38,6 +38,7 @@ FLOORS: dict[str, set[str]] = {
     "dump_coverage": set(),
     "dump": {"errors", "untrusted"},
     "record": {"errors", "sites"},
+    "taps": {"errors", "dump", "record"},
     "reference": {"errors", "untrusted", "sites", "quantization", "results", "record"},
     "preflight": {"errors", "untrusted", "reference"},
     "faults": {"errors", "load_object", "sites", "results", "record", "reference"},

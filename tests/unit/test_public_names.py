@@ -18,7 +18,7 @@ def test_record_is_the_function(first: str) -> None:
 
 
 def test_all_that_is_offered_is_there() -> None:
-    assert set(parity.__all__) == {"Comparison", "diff", "open_dump", "record"}
+    assert set(parity.__all__) == {"Comparison", "diff", "open_dump", "record", "recording", "tap", "with_taps"}
     assert parity.__version__.count(".") == 2
     assert parity.Comparison.__name__ == "Comparison"
     assert callable(parity.open_dump)
