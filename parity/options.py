@@ -52,6 +52,7 @@ class RunOptions:
     layers: str | None = _option(None, HOW, "Measure these layers and the ends alone, and call it no match: 0,13,27.")
     inner: bool = _option(False, HOW, "Also scores and probs, in memory of tokens².", "--inner")
     noise: int = _option(0, HOW, "Passes with stochastic rounding that say how far rounding may go.")
+    exact: bool = _option(False, HOW, "Only the same bits are a match, on the same inputs at every site.", "--exact")
     allow_unexamined: bool = _option(
         False, HOW, "Call it a match although some operations were not recorded.", "--allow-unexamined"
     )

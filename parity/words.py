@@ -125,11 +125,23 @@ def headline(c: Comparison) -> str:
     unmeasured = c.coverage.known - c.coverage.measured
     if c.verdict == "match" and c.coverage.unexamined:
         return f"logits agree{in_regimes(c)}; {_not_examined(c.coverage.unexamined)}, as was allowed"
+    if c.verdict == "diverged" and not c.findings:
+        return _other_bits(c)
     if c.verdict == "diverged":
         rest = "the rest of what was measured is rounding" if unmeasured else "everything else is rounding"
         return f"{_operations(c)}; {rest}{in_regimes(c)}"
     tail = f"; {unmeasured} sites unmeasured, judged through the next measured one" if unmeasured else ""
     return f"every operation is within the reference's own rounding{in_regimes(c)}{tail}"
+
+
+def _other_bits(c: Comparison) -> str:
+    """Where a run that only rounds has other bits first, and how many: all that --exact finds fault with."""
+    other = [m for m in c.sites if m.bit_equal is False]
+    first = other[0]
+    differing, numbers = sum((first.ulps or ())[1:]), sum(first.ulps or ())
+    how = f": {differing} of {numbers} numbers, {reason(first)}" if numbers else f": {reason(first)}"
+    count = f"{len(other)} of {c.coverage.measured} sites"
+    return f"other bits at {count}, all of it rounding; first at {first.site}{how}"
 
 
 def in_regimes(c: Comparison) -> str:
@@ -180,17 +192,18 @@ def answer(c: Comparison) -> str:
     logits = c.logits
     if logits is None or logits.verdict == "unmeasured" or logits.mse is None or logits.total_ratio is None:
         return "the logits were not measured"
+    is_wrong = c.verdict == "diverged" and bool(c.findings)
     noise = "" if c.noise_ratio is None else f"; {c.noise_ratio:.2g} standard deviations of stochastic rounding"
     if logits.max_abs == 0:
-        hidden = ", although not every operation is right: see the findings" if c.verdict == "diverged" else ""
+        hidden = ", although not every operation is right: see the findings" if is_wrong else ""
         return f"logits MSE 0: the same values as in the reference's own run{hidden}{noise}"
     size = f"logits MSE {logits.mse:.2g}, cosine {logits.cosine:.6f}"
     if logits.total_ratio <= ROUNDING:
         explained = "rounding explains all of it"
-        if c.verdict == "diverged":
+        if is_wrong:
             explained = "as large as rounding makes, although not all of it is rounding: see the findings"
     else:
-        explained = "rounding does not explain it" if c.verdict == "diverged" else "more than rounding usually makes"
+        explained = "rounding does not explain it" if is_wrong else "more than rounding usually makes"
     whose = "the reference's own rounding error"
     if c.accepted:
         size = f"{size} against the reference outside of regimes"

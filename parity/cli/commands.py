@@ -126,7 +126,7 @@ def diff(
 
 
 @app.command()
-@with_run_options("faults", "noise", "power", "allow_unexamined", "layers")
+@with_run_options("faults", "noise", "power", "allow_unexamined", "layers", "exact")
 def record(
     run: RunOptions,
     out: Annotated[Path, typer.Option("--out", "-o", help="The dump to write: *.h5, or *.safetensors.")],
@@ -261,7 +261,9 @@ def faults(
 
 
 @app.command()
-@with_run_options("noise", "power", "attention", "inner", "allow_unexamined", "decode", "greedy", "chunks", "layers")
+@with_run_options(
+    "noise", "power", "attention", "inner", "allow_unexamined", "decode", "greedy", "chunks", "layers", "exact"
+)
 def power(run: RunOptions, json: Json = False) -> None:
     """Say which known bugs a run on this prompt would reveal, and which not: no candidate is needed."""
     from parity import words

@@ -71,7 +71,9 @@ def logprobs(
 
 
 @app.command()
-@with_run_options("chunks", "decode", "greedy", "noise", "power", "allow_unexamined", "faults", "layers", "accept")
+@with_run_options(
+    "chunks", "decode", "greedy", "noise", "power", "allow_unexamined", "faults", "layers", "accept", "exact"
+)
 def invariance(
     run: RunOptions,
     candidate: Candidate = IMPL,

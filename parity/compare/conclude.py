@@ -51,6 +51,8 @@ def conclude(run: InRegimes, explained: Explained, errors: Sequence[WeightError]
     verdict, why = judge_run(sites, explained.findings, sides.checks, end.next_token, limit, troubles)
     if why is not None and why.kind == "unexamined" and sides.run.options.allow_unexamined:
         verdict, why = "match", None
+    if verdict == "match" and sides.run.options.exact and any(m.bit_equal is False for m in sites):
+        verdict = "diverged"
     comparison = Comparison(
         verdict=verdict,
         headline="",

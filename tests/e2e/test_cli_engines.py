@@ -156,3 +156,15 @@ def test_invariance(cli: Callable[..., Ran], small: Path) -> None:
     assert "self_attn.context  0-1     against hf:?attn=sdpa" in ran.out
     ran = cli("invariance", "--model", small, "--tokens", TOKENS, "--batch", "x")
     assert (ran.code, ran.err) == (2, "parity: --batch 'x': no list of sizes. Give numbers such as 1,4.\n")
+
+
+def test_exact_asks_for_the_same_bits(cli: Callable[..., Ran], small: Path) -> None:
+    asked = ("--model", small, "--tokens", TOKENS, "--no-power", "--json")
+    assert cli("diff", "-c", "hf:?attn=eager", "--exact", *asked).code == 0
+    ran = cli("diff", "-c", "hf:?attn=sdpa", "--exact", *asked)
+    found = json.loads(ran.out)
+    assert (ran.code, found["verdict"], found["findings"]) == (1, "diverged", [])
+    assert found["headline"].startswith("other bits at 2 of ")
+    assert "all of it rounding; first at model.layers.0.self_attn.context" in found["headline"]
+    assert "see the findings" not in found["answer"]
+    assert cli("diff", "-c", "hf:?attn=sdpa", *asked).code == 0
