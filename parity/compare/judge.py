@@ -17,13 +17,21 @@ The thresholds, in units of the floor unless another unit is given, and what mea
 | u√(n/6) | a number: a float32 sum of n products | reference.floor | .clean |
 | 256 | ratio up to which a legal way may explain it | diagnose.second_look | u(1.5 + √n/4) of 65,536 terms |
 | 4 draws of stochastic rounding | a row after operations that were not recorded | second_look | .clean |
+| 4 draws of jitter | single rows on inputs that were recorded | second_look | .clean |
+| 8 units of a router's noise | how much a tie between experts may have moved | reference.routing | chosen |
+| 4096u, 0.5 | truth and reference on the same inputs; above, another operation | reference.self_check | chosen |
 | 0.05, 5/√numbers | correlation of the error with the value | _COHERENT, _follows_value | .localization |
 | −0.36u, −0.35, 8 sites | loss, correlation, number of sites of truncation | _TRUNCATION… | .localization, .clean |
 | 4 x chance x noise of operations | the logits' total error over the reference's | conclude.total_limit | .clean |
 | 5 x 8 draws of stochastic rounding | what a flipped top token had lost | compare.next_token | .clean |
+| 1.6; 95 % of the error, or 1.2 | what a fault may leave; what it must explain | diagnose.trial | .localization |
+| 1.5 x the best | what a fault may leave that cannot be told apart from it | diagnose.causes | .localization |
+| 8 standard errors, 1 x the reference's | slope of a constant that is wrong below the rounding | diagnose.lean | .clean |
+| 3 | ratio from which a fault would have shown | diagnose.power | test_power |
 | 4u, 1e-5 | effect, relative change of a constant that is told | diagnose.readings | test_readings |
 
-u is the unit roundoff of float32, 2⁻²⁴; in the row of truncation that of the working dtype.
+u is the unit roundoff of float32, 2⁻²⁴; in the rows of truncation and of truth and reference that of the working
+dtype. What is chosen was not measured at its edge.
 """
 
 from __future__ import annotations
