@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from parity.diagnose.causes import Part, Tried, assigned
+from parity.diagnose.near_miss import is_near_miss
 from parity.diagnose.read import read
 from parity.diagnose.spans import span_before
 from parity.diagnose.trial import Case, Trial, attempt
@@ -118,7 +119,8 @@ def _fitting(case: Case, faults: Sequence[Fault], known: dict[str, Trial]) -> It
         try:
             applies = case.bench.applies(fault, case.at.piece)
             trial = attempt(fault, case, other.value if other else None) if applies else None
+            fits = trial is not None and trial.fits and not is_near_miss(trial, case)
         except Exception:  # a fault that cannot be had here is not what happened, and no verdict hangs on it
             continue
-        if trial is not None and trial.fits:
+        if trial is not None and fits:
             yield fault.id, trial

@@ -1,0 +1,68 @@
+"""A fitted number may come near a bug that is another: what it leaves then leans in a direction that it cannot take.
+
+Another theta bends all of RoPE's frequencies along one curve. Where the candidate bends them along another, a theta
+may still be fitted that leaves little more than rounding, above all across operations that were not recorded. So what
+is left is regressed on the frequency of each pair by itself, as weak constants are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from parity.diagnose.lean import sums_of
+from parity.diagnose.trial import Case, Trial
+from parity.faults import Fault, Scope
+from parity.faults.patches.rope import ROTATED, frequencies, positions_of, with_tables
+from parity.reference.pieces import PiecewiseModel
+
+# The change of a pair's frequency to whose effect what is left is compared.
+_STEP = 0.02
+# The pairs together lean farther than chance by so many standard deviations of a chi-square, and by so many times what
+# the reference's own rounding leans. A number that is refused costs a name, and accuses nobody.
+_SIGMAS, _TIMES_NULL = 6.0, 2.0
+# A number this near to one seen in the wild has not been fitted to something else.
+_USUAL = 1e-3
+
+
+def is_near_miss(trial: Trial, case: Case) -> bool:
+    """Whether a number fitted to RoPE leaves frequencies of single pairs that lean: then it is not the cause."""
+    number = trial.fault.number
+    if number is None or number.discrete or not set(ROTATED) <= set(trial.fault.sites):
+        return False
+    if any(abs(trial.value - seen) <= _USUAL * abs(seen) for seen in number.typical):
+        return False
+    precise, working = case.bench.reference.precise, case.bench.reference.working
+    exact, rounded = (_computed(case, trial.fault, trial.value, model) for model in (precise, working))
+    count = frequencies(case.bench.scope(precise, case.at.piece))[0].numel()
+    moved = (_computed(case, _also_turned(trial.fault, pair, count), trial.value, precise) for pair in range(count))
+    sums = [sums_of(case.site, case.candidate, exact, rounded, other, working.dtype) for other in moved]
+    left = sum(s.candidate**2 / s.noise for s in sums if s.noise)
+    own = sum(s.reference**2 / s.noise for s in sums if s.noise)
+    return left > max(count + _SIGMAS * math.sqrt(2 * count), _TIMES_NULL * own)
+
+
+def _computed(case: Case, fault: Fault, value: float, model: PiecewiseModel) -> Tensor:
+    return case.bench.compute(case.at, [case.site], model, fault, value)[case.site]
+
+
+def _also_turned(fault: Fault, pair: int, count: int) -> Fault:
+    """The fault, with the frequency of one pair of `count` larger by a step."""
+
+    @contextmanager
+    def patch(scope: Scope, value: float) -> Iterator[None]:
+        with fault.patch(scope, value):
+            cos, sin = scope.kwargs["position_embeddings"]
+            angle = frequencies(scope)[0].to(cos)[pair] * _STEP
+            more = torch.zeros_like(cos)
+            more[..., pair::count] = (positions_of(scope).to(cos) * angle)[..., None]
+            turned = (cos * more.cos() - sin * more.sin(), sin * more.cos() + cos * more.sin())
+            with with_tables(scope, turned):
+                yield
+
+    return replace(fault, patch=patch)

@@ -1,0 +1,33 @@
+"""A number that only comes near is not the cause; one that is wrong stays so, whatever it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from parity.faults import by_id
+from tests.bench.case_list import CASES, Case
+from tests.bench.cases import compare, make, port
+
+THETA = (by_id("rope-theta"),)
+
+
+def named(case: Case, folder: Path) -> set[str | None]:
+    """What a port that records what its modules return is said to have, if another theta is all that is known."""
+    path = make(case.architecture, folder)
+    found = compare(path, port(path, "bfloat16", case), "bfloat16", False, folder, THETA).findings
+    return {f.fault and f.fault.id for f in found}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("theta", [13e3, 3e5])
+def test_a_theta_that_nobody_else_uses_is_read_across_what_was_not_recorded(theta: float, tmp_path: Path) -> None:
+    other = {"rope_type": "default", "rope_theta": theta}
+    assert named(Case("theta", "mistral", frozenset(), {"rope_parameters": other}), tmp_path) == {"rope-theta"}
+
+
+@pytest.mark.slow
+def test_frequencies_that_no_theta_makes_are_not_called_one(tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.id == "frequencies-stretched")
+    assert named(case, tmp_path) == {None}
