@@ -229,9 +229,25 @@ def _gated_norm(scope: Scope) -> Any:
     return next((m for m in _children(scope) if type(m).__name__.endswith("RMSNormGated")), None)
 
 
+def _normalized(norm: Any, x: Tensor) -> Tensor:
+    size = getattr(norm, "group_size", norm.weight.numel())
+    by_group = x.reshape(*x.shape[:-1], -1, size)
+    scale = torch.rsqrt(by_group.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+    scaled: Tensor = norm.weight * (by_group * scale).reshape(x.shape)
+    return scaled
+
+
+@torch.no_grad()
 def _gates_first(norm: Any) -> bool:
-    """Whether the gate is multiplied before the norm, as state spaces do; linear attention normalizes first."""
-    return hasattr(norm, "group_size")
+    """Whether the gate is multiplied before the norm, as state spaces do; linear attention normalizes first.
+
+    It is tried on any numbers.
+    """
+    random = torch.Generator().manual_seed(0)
+    x, gate = (torch.randn(8, norm.weight.numel(), generator=random).to(norm.weight) for _ in range(2))
+    given, before = norm.forward(x, gate), _normalized(norm, x * F.silu(gate))
+    behind = _normalized(norm, x) * F.silu(gate)
+    return bool((given - before).norm() < (given - behind).norm())
 
 
 @fault(
@@ -243,18 +259,12 @@ def _gates_first(norm: Any) -> bool:
 )
 def gated_norm_order(scope: Scope) -> Change:
     norm = _gated_norm(scope)
-    groups = norm.weight.numel() // getattr(norm, "group_size", norm.weight.numel())
-
-    def normalized(x: Tensor) -> Tensor:
-        by_group = x.reshape(*x.shape[:-1], groups, -1)
-        scale = torch.rsqrt(by_group.square().mean(-1, keepdim=True) + norm.variance_epsilon)
-        scaled: Tensor = norm.weight * (by_group * scale).reshape(x.shape)
-        return scaled
+    gates_first = _gates_first(norm)
 
     def other_order(hidden: Tensor, gate: Tensor | None = None) -> Tensor:
         wide = hidden if gate is None else hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         opened = 1.0 if gate is None else F.silu(gate.to(wide.dtype))
-        result = normalized(wide) * opened if _gates_first(norm) else normalized(wide * opened)
+        result = _normalized(norm, wide) * opened if gates_first else _normalized(norm, wide * opened)
         return result.to(hidden.dtype)
 
     return forward(norm, other_order)

@@ -248,7 +248,8 @@ def reordered(block: nn.Module) -> None:
 
     def forward(x: Tensor, gate: Tensor) -> Tensor:
         opened = nn.functional.silu(gate.float())
-        result = rms(x.float()) * opened if hasattr(norm, "group_size") else rms(x.float() * opened)
+        gates_first = "Mamba" in type(norm).__name__
+        result = rms(x.float()) * opened if gates_first else rms(x.float() * opened)
         return result.to(x.dtype)
 
     norm.forward = forward
