@@ -35,6 +35,7 @@ from parity.reference.pieces import Piece, PiecewiseModel
 from parity.reference.precision import jittered, stochastically_rounded, truth_dtype
 from parity.reference.products import Values
 from parity.reference.routing import Route, choices_of, route_of, router_at
+from parity.reference.sharing import shares
 from parity.sites import Site
 
 _JITTER_SEED = 20240
@@ -166,7 +167,8 @@ class Reference:
         pieces, sites = self.working.pieces, self.working.sites_of(piece)
         source = None if piece == pieces[-1] else self.working.source_of(pieces[pieces.index(piece) + 1])
         names = [site.name for site in sites if site.name in recorded]
-        if source not in names or choices_of(sites):
+        shared = isinstance(piece, int) and shares(self.working.arguments(piece))  # later layers need more of it
+        if source not in names or choices_of(sites) or shared:
             return False
         for one in (passes[name] for name in ("truth", "floor", "jitter")):
             fresh = torch.empty(0, dtype=one.model.dtype, device=self.working.device)
