@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from parity.diagnose.flips import allowed_by_flips
 from parity.diagnose.workbench import Workbench
 from parity.reference import one_operation
 from parity.reference.floor import Local, local_error
@@ -29,6 +30,7 @@ _DRAWS = 4
 FARTHEST = 256.0
 ANY = "sums in an order of its own"
 RECORDED = "within what the rounding of its recorded inputs makes of single rows"
+FLIPPED = "within what the regime's own rounding does the other way"
 ADDED_UP = "within what the roundings of operations that were not recorded add up to"
 
 InDoubt = Callable[[str, Local], bool]
@@ -127,5 +129,9 @@ def _attempts(
         values = one_operation.run(precise, at, names, summing(way))
         # What has no sum in it is the same in every way.
         yield way.about, {n: (v, None) for n, v in values.items() if not torch.equal(v, truth[n])}
+    inside = [name for name in names if name in bench.reference.changed]
+    if inside:
+        flips = allowed_by_flips(at, {name: truth[name] for name in inside}, bench)
+        yield FLIPPED, {name: (truth[name], flips[name]) for name in inside}
     strayed = [one_operation.run(precise, at, names, straying(at.piece, seed)) for seed in range(_DRAWS)]
     yield ANY, {name: (truth[name], mean_square(truth[name], [one[name] for one in strayed])) for name in names}

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from parity.diagnose.flips import allowed_by_flips
 from parity.diagnose.readings import Uncertainty, best_value, difference, energy, is_told, uncertainty
 from parity.diagnose.workbench import Workbench
 from parity.faults import Fault, Number
@@ -110,6 +111,9 @@ def _with(fault: Fault, case: Case, value: float, expected: float) -> Trial | No
     local = _remainder(case, faulty, floor)
     if local is None:
         return None
+    if fault.regime and local.ratio > CONFIRMED and case.bench.reference.working.dtype is torch.float32:
+        flips = allowed_by_flips(case.at, {case.site: faulty}, case.bench, fault)
+        local = case.bench.local(case.at, case.site, faulty, floor, flips[case.site])
     unsure = Uncertainty()
     if fault.number is not None and not fault.number.discrete:
         plain = difference(case.floor, case.truth)

@@ -45,7 +45,7 @@ def products_fp16_inputs(scope: Scope) -> Change:
 
 
 def _in_q8_0(x: Tensor) -> Tensor:
-    """ggml's Q8_0: blocks of 32, integers up to 127 by a step that is kept in float16."""
+    """x (…, i) in ggml's Q8_0: blocks of 32, integers up to 127 by a step that is kept in float16."""
     with as_written():
         blocks = x.float().reshape(*x.shape[:-1], -1, 32)
         largest = blocks.abs().amax(-1, keepdim=True)

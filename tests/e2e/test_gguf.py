@@ -172,6 +172,28 @@ def test_a_run_that_taps_change_is_no_match() -> None:
     assert not tapping_check(1.1e-2, 2.0**-24, 39).ok
 
 
+# llama.cpp's own defaults are those of the second row.
+HALF = {"?kv=f16": "attention-operands-fp16", "?kv=f16&fa=on": "attention-sums-fp16", "?fa=on": "attention-sums-fp16"}
+
+
+@engine
+@pytest.mark.parametrize(
+    ("query", "tokens"), slow_but([("?kv=f16&fa=on", 12)], [(query, tokens) for query in HALF for tokens in (12, 40)])
+)
+def test_half_precision_is_named_and_with_accept_a_match(
+    query: str, tokens: int, checkpoint: Any, tmp_path: Path
+) -> None:
+    model = checkpoint("qwen3", layers=2, head_dim=32, dtype="float32")
+    file = write_gguf(model, tmp_path / "model.gguf")
+    ids = " ".join(str(random.Random(token).randrange(301)) for token in range(tokens))
+    for accept, verdict in ((None, "diverged"), (HALF[query], "match")):
+        found = parity.diff(f"gguf:{file}{query}", model=str(model), tokens=ids, power=False, accept=accept)
+        assert (found.verdict, {f.fault.id for f in (*found.findings, *found.accepted) if f.fault}) == (
+            verdict,
+            {HALF[query]},
+        )
+
+
 # -- quantized files, judged on their own weights ------------------------------------------------------------------
 
 both = pytest.mark.skipif(
