@@ -178,11 +178,10 @@ HALF = {"?kv=f16": "attention-operands-fp16", "?kv=f16&fa=on": "attention-sums-f
 
 @engine
 @pytest.mark.parametrize(
-    ("query", "tokens"), slow_but([("?kv=f16&fa=on", 12)], [(query, tokens) for query in HALF for tokens in (12, 40)])
+    "run", slow_but([("?kv=f16&fa=on", 12)], [(query, tokens) for query in HALF for tokens in (12, 40)]), ids=str
 )
-def test_half_precision_is_named_and_with_accept_a_match(
-    query: str, tokens: int, checkpoint: Any, tmp_path: Path
-) -> None:
+def test_half_precision_is_named_and_with_accept_a_match(run: tuple[str, int], checkpoint: Any, tmp_path: Path) -> None:
+    query, tokens = run
     model = checkpoint("qwen3", layers=2, head_dim=32, dtype="float32")
     file = write_gguf(model, tmp_path / "model.gguf")
     ids = " ".join(str(random.Random(token).randrange(301)) for token in range(tokens))
