@@ -15,6 +15,7 @@ from parity.reference.checkpoint import find
 from parity.reference.pieces import HEAD, Piece, PiecewiseModel
 from parity.reference.replay import Reference, Replayed
 from parity.shards import Shard
+from tests.architectures import make
 from tests.conftest import slow_but
 
 pytestmark = pytest.mark.usefixtures("one_piece_at_a_time")
@@ -56,6 +57,15 @@ def test_wanted_pieces_are_what_they_are_among_all(checkpoint: Callable[..., Pat
                 assert all(map(torch.equal, tensors(now), tensors(before))), now.site.name
                 if now.site.name in routes:
                     assert torch.equal(of.routes[now.site.name].choice, routes[now.site.name].choice)
+
+
+@pytest.mark.slow
+def test_keys_that_a_later_layer_takes_are_made_all_the_same(tmp_path: Path) -> None:
+    of = Reference(PiecewiseModel(find(str(make("gemma3n", tmp_path / "model"))), torch.bfloat16))
+    candidate = recording(of)
+    whole, some = replayed(of, candidate, None), replayed(of, candidate, [3])
+    for now, before in zip(some[3], whole[3], strict=True):
+        assert all(map(torch.equal, tensors(now), tensors(before))), now.site.name
 
 
 def test_no_piece_is_run_for_its_inputs_if_the_record_says_what_comes_of_it(checkpoint: Callable[..., Path]) -> None:
