@@ -7,7 +7,8 @@ What is unusual about this model, and easy to get wrong:
 * grouped-query attention: query head h reads key/value head h // (heads / kv_heads);
 * RoPE rotates the two halves of a head (i, i + head_dim/2), with theta 1e6 rather than 1e4;
 * norms, softmax and the RoPE tables are computed in float32 whatever the dtype of the model;
-* small models tie `lm_head` to `embed_tokens`, large ones do not.
+* small models tie `lm_head` to `embed_tokens`, large ones do not;
+* in a padded batch text sees no padding, and its tokens are counted from 0 wherever the padding is.
 
 Attributes carry the names of the checkpoint, so loading needs no map. Where an activation has no
 module of its own, an `nn.Identity` stands in its place: ordinary forward hooks then see everything.
@@ -102,9 +103,9 @@ class RMSNorm(nn.Module):
 
 
 def rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for positions (t): two tables (t, d), whose halves are equal."""
+    """Cosines and sines for positions (…, t): two tables (…, t, d), whose halves are equal."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[:, None].float() * (1.0 / theta**exponents)
+    angles = positions[..., None].float() * (1.0 / theta**exponents)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -134,7 +135,7 @@ class Attention(nn.Module):
         self.scores, self.probs, self.context = nn.Identity(), nn.Identity(), nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Cache | None) -> Tensor:
-        """Attend from x (b, t, hidden) to all tokens that mask (t, s) leaves visible."""
+        """Attend from x (b, t, hidden) to all tokens that mask (t, s), or (b, 1, t, s), leaves visible."""
         b, t, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(b, t, -1, self.head_dim)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x).view(b, t, -1, self.head_dim)).transpose(1, 2)
@@ -210,14 +211,28 @@ class Qwen3(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """Logits (b, t, vocab) for token ids (b, t) that continue whatever the cache holds."""
+    def forward(
+        self,
+        input_ids: Tensor,
+        cache: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (b, t, vocab) for token ids (b, t) that continue whatever the cache holds.
+
+        attention_mask  (b, s) 1 for text and 0 for padding, of all tokens seen so far; None without padding
+        position_ids    (b, t) where each token stands; None to count those of text from 0
+        """
         past, t = cache.length if cache else 0, input_ids.shape[1]
         x = self.model.embed_tokens(input_ids)
-        positions = torch.arange(past, past + t, device=x.device)
-        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         hidden = torch.full((t, past + t), torch.finfo(x.dtype).min, dtype=x.dtype, device=x.device)
-        mask = hidden.triu(diagonal=past + 1)
+        mask, positions = hidden.triu(diagonal=past + 1), torch.arange(past, past + t, device=x.device)
+        if attention_mask is not None:
+            mask = mask.masked_fill(attention_mask[:, None, None] == 0, torch.finfo(x.dtype).min)
+            positions = (attention_mask.cumsum(-1)[:, None, past:] - 1).clamp_min(0)
+        if position_ids is not None:
+            positions = position_ids[:, None]
+        cos, sin = rope_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         for layer in self.model.layers:
             x = layer(x, cos, sin, mask, cache)
         logits: Tensor = self.lm_head(self.model.norm(x))

@@ -61,7 +61,7 @@ def diff_dumps(
     Where the first is the reference's recording, the second is compared with the reference's run, and a check says
     whether the recording's arrays are that. Otherwise both are engines, each judged on its own inputs.
     """
-    from parity.candidates.tokens import require_same_model, require_same_tokens
+    from parity.candidates.tokens import require_same_model, require_same_padding, require_same_tokens
     from parity.compare.pipeline import diff as compare
     from parity.engines.contrast import contrast
     from parity.engines.own_runs import checked_reference
@@ -75,10 +75,14 @@ def diff_dumps(
         other_weights = None not in (asked.fingerprint, said.fingerprint) and asked.fingerprint != said.fingerprint
         if not (asked.producer or "").startswith("transformers ") or other_weights:
             return contrast(dumps, names, options, command, observer or Observer())
-        said = replace(said, token_ids=asked.token_ids or said.token_ids, model=asked.model)
+        if asked.token_ids:
+            rows = ("token_ids", "attention_mask", "position_ids")
+            said = replace(said, **{name: getattr(asked, name) for name in rows})
+        said = replace(said, model=asked.model)
         run = run_spec(options, said, command)
         require_same_model(recording, run.checkpoint)
         require_same_tokens(recording, run.token_ids)
+        require_same_padding(recording, run.batch)
         reference, check = checked_reference(recording, run)
     return compare(run, candidate, observer, reference, (check,))
 

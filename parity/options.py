@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from parity.errors import UsageError
-from parity.preflight import parse_tokens, read_text
+from parity.preflight import parse_tokens, prompts_of
 from parity.reference.checkpoint import EMBEDDED
 
 WHAT = "What both sides are asked"
@@ -31,8 +31,11 @@ class RunOptions:
     model: str | None = _option(
         None, WHAT, f"A directory or hub id; without it the embedded {EMBEDDED}.", "--model", "-m"
     )
-    prompt: str | None = _option(None, WHAT, "Text to run.", "--prompt", "-p")
+    prompt: str | tuple[str, ...] | None = _option(
+        None, WHAT, "Text to run; given again, one more row of the batch.", "--prompt", "-p"
+    )
     prompt_file: Path | None = _option(None, WHAT, "A file that holds the text.")
+    prompts: Path | None = _option(None, WHAT, "A file with a prompt a line, the rows of one batch.")
     tokens: str | None = _option(None, WHAT, "Token ids: '1 2 3', or a file with one row a line.")
     chat: bool = _option(False, WHAT, "The prompt is what a user says: apply the tokenizer's chat template.", "--chat")
     trust_remote_code: bool = _option(
@@ -45,6 +48,9 @@ class RunOptions:
         False, WHAT, "With --decode: the tokens are those that the reference says after the prompt.", "--greedy"
     )
     chunks: str | None = _option(None, WHAT, "Feed the prompt in chunks of so many tokens: 5,5,3.")
+    pad: str | None = _option(
+        None, WHAT, "Where shorter rows of a batch are padded, left or right. [default: left, of prompts]"
+    )
     faults: str | None = _option(None, WHAT, "Your own faults: module:FAULTS or file.py:FAULTS.")
     dtype: str | None = _option(None, HOW, "float32, bfloat16 or float16. [default: the checkpoint's]")
     device: str = _option("cpu", HOW, "cpu, cuda, cuda:1, …")
@@ -65,9 +71,14 @@ class RunOptions:
     power: bool = _option(True, HOW, "Say which known bugs this run could not have seen.")
 
     def __post_init__(self) -> None:
+        if isinstance(self.prompt, (list, tuple)):
+            one_or_none = self.prompt[0] if self.prompt else None
+            object.__setattr__(self, "prompt", tuple(self.prompt) if len(self.prompt) > 1 else one_or_none)
         given = [flag(name) for name in _ASKING if getattr(self, name) is not None]
         if len(given) > 1:
             raise UsageError(f"{given[0]} and {given[1]} both say what to run. Give one of them.")
+        if self.pad not in (None, "left", "right"):
+            raise UsageError(f"--pad {self.pad!r}: rows are padded on the left or on the right. Give left or right.")
         if self.decode < 0:
             raise UsageError(f"--decode {self.decode}: how many tokens are decoded is 1 or more.")
         if self.greedy and not self.decode:
@@ -83,14 +94,14 @@ class RunOptions:
         return any(getattr(self, name) is not None for name in _ASKING)
 
     @property
-    def text(self) -> str | None:
-        """The prompt, from its file if it is in one. Raises UsageError."""
-        return self.prompt if self.prompt_file is None else read_text("prompt file", self.prompt_file)
+    def texts(self) -> tuple[str, ...]:
+        """The prompts, one for each row of the batch; none if there are token ids, or nothing. Raises UsageError."""
+        return prompts_of(self)
 
     @property
     def token_ids(self) -> tuple[tuple[int, ...], ...] | None:
-        """The token ids (b, t) that were given as such. Raises UsageError."""
-        return None if self.tokens is None else parse_tokens(self.tokens)
+        """The token ids that were given as such, of any lengths if they are to be padded. Raises UsageError."""
+        return None if self.tokens is None else parse_tokens(self.tokens, ragged=self.pad is not None)
 
     def given(self) -> dict[str, str]:
         """What is not as it would be without a word, by name: the environment block of a report."""
@@ -123,11 +134,13 @@ class RunOptions:
                 continue
             if isinstance(value, bool):
                 yield flag(row.name) if value else f"--no-{row.name}"
+            elif isinstance(value, tuple):
+                yield from (part for one in value for part in (flag(row.name), one))
             else:
                 yield from (flag(row.name), str(value))
 
 
-_ASKING = ("prompt", "prompt_file", "tokens")
+_ASKING = ("prompt", "prompt_file", "prompts", "tokens")
 NAMES = tuple(row.name for row in dataclasses.fields(RunOptions))
 
 

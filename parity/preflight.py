@@ -27,7 +27,7 @@ _ROW = re.compile(r'^\s+id="([a-z0-9-]+)",$(.*?)^\)', re.MULTILINE | re.DOTALL)
 def check_options(options: Any, *, has_dump: bool = False) -> None:
     """Raise a ParityError for what no run can mean; with a dump, it may say what to run and of which model.
 
-    `options` has prompt, prompt_file, tokens, model, dtype, device, attention, chat, faults, accept and noise.
+    `options` are RunOptions.
     """
     if options.dtype is not None and options.dtype not in DTYPES:
         raise UsageError(f"dtype {options.dtype!r} is not one of {', '.join(DTYPES)}.")
@@ -37,13 +37,15 @@ def check_options(options: Any, *, has_dump: bool = False) -> None:
         raise UsageError(f"device {options.device!r}: not known. Give one of {', '.join(_DEVICES)}, or such as cuda:1.")
     if options.noise < 0:
         raise UsageError(f"--noise {options.noise}: give a number of passes, 0 for none.")
-    rows = None if options.tokens is None else parse_tokens(options.tokens)
-    text = options.prompt if options.prompt_file is None else read_text("prompt file", options.prompt_file)
-    if rows is None and text is None and not has_dump:
+    rows = None if options.tokens is None else parse_tokens(options.tokens, ragged=options.pad is not None)
+    texts = prompts_of(options)
+    if rows is None and not texts and not has_dump:
         raise UsageError("nothing to run. Give --prompt TEXT, --prompt-file FILE or --tokens IDS.")
-    if text == "":
+    if "" in texts:
         raise UsageError("the prompt is empty: no token to run. Give some text, or token ids.")
-    if options.chat and text is None:
+    if options.pad and rows is None and len(texts) < 2:
+        raise UsageError("--pad fills up the shorter rows of a batch. Give several prompts, or rows of --tokens.")
+    if options.chat and not texts:
         raise UsageError("--chat applies a template to a prompt. Give --prompt or --prompt-file with it.")
     if options.faults:
         check_spec(options.faults, "faults", UsageError)
@@ -57,7 +59,7 @@ def check_options(options: Any, *, has_dump: bool = False) -> None:
     if not Path(name).expanduser().is_dir() and looks_like_hub_id(name):
         return  # asking the hub takes longer than torch
     checkpoint = find(name)
-    if text is not None:
+    if texts:
         require_tokenizer(checkpoint)
     _check_rows(checkpoint, rows or ())
 
@@ -66,9 +68,10 @@ def _check_rows(checkpoint: Checkpoint, rows: Rows) -> None:
     config = checkpoint.config()
     table = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     vocabulary, positions = table.get("vocab_size"), table.get("max_position_embeddings")
-    if isinstance(positions, int) and rows and len(rows[0]) > positions > 0:
+    longest = max(map(len, rows), default=0)
+    if isinstance(positions, int) and longest > positions > 0:
         raise UsageError(
-            f"the prompt has {len(rows[0])} tokens, but {checkpoint.name} has positions for {positions}. Shorten it."
+            f"the prompt has {longest} tokens, but {checkpoint.name} has positions for {positions}. Shorten it."
         )
     if isinstance(vocabulary, int):
         outside = next((token for row in rows for token in row if not 0 <= token < vocabulary), None)
@@ -140,8 +143,25 @@ def fault_ids(*, regimes: bool = False) -> tuple[str, ...]:
     return tuple(id for id, row in rows if not regimes or "    regime=True,\n" in row)
 
 
-def parse_tokens(text: str) -> Rows:
-    """Token ids from the option's own text, or from the file that it names. Raises UsageError."""
+def prompts_of(options: Any) -> tuple[str, ...]:
+    """The texts that options say to run, from the files that they are in; none without. Raises UsageError."""
+    if options.prompts is not None:
+        lines = read_text("--prompts", options.prompts).splitlines()
+        if not (texts := tuple(line for line in lines if line.strip())):
+            raise UsageError(f"--prompts {options.prompts}: empty, no prompt to run. Write one a line.")
+        return texts
+    if options.prompt_file is not None:
+        return (read_text("prompt file", options.prompt_file),)
+    if options.prompt is None:
+        return ()
+    return (options.prompt,) if isinstance(options.prompt, str) else options.prompt
+
+
+def parse_tokens(text: str, *, ragged: bool = False) -> Rows:
+    """Token ids from the option's own text, or from the file that it names. Raises UsageError.
+
+    Rows may be of several lengths if they are `ragged`.
+    """
     where = "--tokens"
     if not set(text) <= set("0123456789, \n"):
         if _exists(text):
@@ -158,9 +178,9 @@ def parse_tokens(text: str) -> Rows:
     rows = tuple(tuple(map(int, words)) for line in text.splitlines() if (words := _words(line)))
     if not rows:
         raise UsageError(f"{where}: empty, no token to run. Give numbers such as '1 2 3', or a file.")
-    if len({len(row) for row in rows}) > 1:
+    if not ragged and len({len(row) for row in rows}) > 1:
         counts = ", ".join(str(len(row)) for row in rows[:6])
-        raise UsageError(f"{where}: rows of {counts} ids. All rows must be equally long.")
+        raise UsageError(f"{where}: rows of {counts} ids. Rows are equally long, or padded: give --pad left or right.")
     return rows
 
 

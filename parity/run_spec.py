@@ -5,16 +5,19 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
 
 from parity.dump import RunInfo
+from parity.dump.tokens import TokenIds
 from parity.errors import UsageError
 from parity.faults import CATALOGUE, Fault, load_user_faults, regimes
 from parity.options import RunOptions
 from parity.preflight import OWN, check_weights
+from parity.reference.batch import Batch, padded
 from parity.reference.checkpoint import EMBEDDED, Checkpoint, Weights, default_dtype, find
 from parity.reference.pieces import PiecewiseModel
 from parity.reference.tokenizer import tokenize
@@ -26,9 +29,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class RunSpec:
     """What both sides are asked: the model, the tokens, and how to run.
 
-    `token_ids` (b, t) are the rows of the batch, `prompt` the text they came from, if any; `faults` are the
-    known bugs that a diagnosis tries; `command` repeats the run. `calls` are the numbers of tokens that each call of
-    the candidate takes, all at once if there are none. Everything else is as the `options` say.
+    `token_ids` (b, t) are the rows of the batch, `prompt` the text they came from, if any; `attention_mask` is 1 where
+    they are text and 0 where they are padding, `position_ids` what both sides are given where text is not counted from
+    0 (None both for a batch without padding). `faults` are the known bugs that a diagnosis tries; `command` repeats the
+    run. `calls` are the numbers of tokens that each call of the candidate takes, all at once if there are none.
+    Everything else is as the `options` say.
     """
 
     checkpoint: Checkpoint
@@ -36,6 +41,8 @@ class RunSpec:
     dtype: str
     options: RunOptions = field(default_factory=RunOptions)
     prompt: str | None = None
+    attention_mask: TokenIds | None = None
+    position_ids: TokenIds | None = None
     faults: tuple[Fault, ...] = CATALOGUE
     command: str = ""
     calls: tuple[int, ...] = ()
@@ -57,10 +64,16 @@ class RunSpec:
     @property
     def ids(self) -> Tensor:
         """Token ids as a tensor (b, t) of int64."""
-        return torch.tensor(self.token_ids, dtype=torch.long)
+        return self.batch.ids
+
+    @cached_property
+    def batch(self) -> Batch:
+        """Token ids, which of them are text, and their positions."""
+        return Batch.of_rows(self.token_ids, self.attention_mask, self.position_ids)
 
     def info(self, producer: str) -> RunInfo:
         """The metadata of a dump of this run."""
+        text, positions = self.batch.text, self.batch.positions
         return RunInfo(
             producer=producer,
             model=self.checkpoint.name,
@@ -72,6 +85,8 @@ class RunSpec:
             prompt=self.prompt,
             versions=versions(),
             calls=self.calls if len(self.calls) > 1 else None,
+            attention_mask=None if text is None else _rows(text.long()),
+            position_ids=None if positions is None else _rows(positions),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
@@ -87,17 +102,20 @@ class RunSpec:
 
     def continued(self, model: PiecewiseModel) -> RunSpec:
         """The run with the tokens that `model` says after the prompt, where these are to be decoded (`--greedy`)."""
-        ids = self.ids
-        if not self.options.greedy or ids.shape[1] == sum(self.calls):
+        if not self.options.greedy or self.ids.shape[1] == sum(self.calls):
             return self
+        if self.position_ids is not None:
+            raise UsageError("--greedy: the dump has positions of its own. Give the prompt, or leave --greedy out.")
+        batch = self.batch
         for _ in range(self.options.decode):
             hidden: Tensor | None = None
             for piece in model.pieces:
                 with model.loaded(piece):
-                    hidden = model.run(piece, ids, hidden, lambda _site, value: value)
+                    hidden = model.run(piece, batch, hidden, lambda _site, value: value)
             assert hidden is not None, "unreachable because a model has pieces"
-            ids = torch.cat([ids, hidden[:, -1:].argmax(-1).cpu()], dim=1)
-        return replace(self, token_ids=tuple(map(tuple, ids.tolist())))
+            batch = batch.followed_by(hidden.cpu()[torch.arange(len(hidden)), batch.last()].argmax(-1))
+        mask = None if batch.text is None else _rows(batch.text.long())
+        return replace(self, token_ids=_rows(batch.ids), attention_mask=mask)
 
     def _check_tokens(self, vocabulary: int, positions: int | None) -> None:
         rows, name = self.token_ids, self.checkpoint.name
@@ -120,17 +138,22 @@ def run_spec(options: RunOptions, said: RunInfo | None = None, command: str = ""
     said = said or RunInfo()
     checkpoint = find(options.model or said.model or EMBEDDED, trust_remote_code=options.trust_remote_code)
     checkpoint = replace(checkpoint, weights=_weights(options))
-    text = options.text
-    known = None if options.says_what_to_run else said.token_ids
+    texts = options.texts
     _check_device(options.device)
-    token_ids = known or options.token_ids or _tokenized(checkpoint, text, options.chat, said)
+    if said.token_ids and not options.says_what_to_run:
+        token_ids, mask, positions = said.token_ids, said.attention_mask, said.position_ids
+    else:
+        rows = options.token_ids or _tokenized(checkpoint, texts, options.chat, said)
+        (token_ids, mask), positions = _padded(rows, options, checkpoint), None
     run = RunSpec(
         checkpoint=checkpoint,
         token_ids=token_ids,
+        attention_mask=mask,
+        position_ids=positions,
         calls=_calls(options, len(token_ids[0]), said),
         dtype=options.dtype or said.dtype or default_dtype(checkpoint),
         options=options,
-        prompt=text,
+        prompt="\n".join(texts) or None,
         faults=CATALOGUE + (load_user_faults(options.faults) if options.faults else ()),
         command=command,
     )
@@ -163,13 +186,32 @@ def _sizes(calls: tuple[int, ...]) -> str:
     return ", ".join(map(str, calls[:8])) + (", …" if len(calls) > 8 else "")
 
 
-def _tokenized(checkpoint: Checkpoint, prompt: str | None, chat: bool, said: RunInfo) -> tuple[tuple[int, ...], ...]:
-    if prompt is None:
+def _rows(values: Tensor) -> TokenIds:
+    return tuple(map(tuple, values.tolist()))
+
+
+def _padded(rows: TokenIds, options: RunOptions, checkpoint: Checkpoint) -> tuple[TokenIds, TokenIds | None]:
+    """The rows made equally long, and their mask."""
+    tail = 0 if options.greedy else options.decode
+    short = [number for number, row in enumerate(rows) if len(row) <= tail]
+    if short and len(rows) > 1:
+        raise UsageError(
+            f"--decode {tail}: row {short[0]} has {len(rows[short[0]])} tokens, so that none is left before them."
+        )
+    config = checkpoint.config()
+    named = (config.get("pad_token_id"), config.get("eos_token_id"))
+    known = config.get("vocab_size", 0)
+    pad = next((token for token in named if type(token) is int and 0 <= token < known), 0)
+    return padded(rows, options.pad or "left", pad, tail)
+
+
+def _tokenized(checkpoint: Checkpoint, prompts: tuple[str, ...], chat: bool, said: RunInfo) -> TokenIds:
+    if not prompts:
         where = "" if said == RunInfo() else ": the dump does not say its token ids (parity.token_ids)"
         raise UsageError(f"nothing to run{where}. Give --prompt TEXT, --prompt-file FILE or --tokens IDS.")
-    if not prompt:
+    if not all(prompts):
         raise UsageError("the prompt is empty: no token to run. Give it some text.")
-    return (tokenize(checkpoint, prompt, chat=chat).ids,)
+    return tuple(tokenize(checkpoint, prompt, chat=chat).ids for prompt in prompts)
 
 
 def _check_device(device: str) -> None:

@@ -40,6 +40,8 @@ class Candidate(Protocol):
     """Whether it can be run in several calls, as `RunSpec.calls` says."""
     weights: str | None = None
     """A SPEC of `--weights` for the candidate's own, where these are quantized."""
+    pads: bool = False
+    """Whether it can be run on a batch with padding, with a mask and positions."""
     # Families that the candidate's runtime never has as a value of its own.
     not_observable: frozenset[str] = frozenset()
 
@@ -70,7 +72,9 @@ class Candidate(Protocol):
 
 
 def require_calls(candidate: Candidate, run: RunSpec) -> None:
-    """Raise UsageError if a run has several calls and the candidate cannot be run so."""
+    """Raise UsageError if a run has several calls, or padding, and the candidate cannot be run so."""
+    if run.batch.text is not None and not candidate.pads:
+        raise UsageError(f"{candidate.name} takes no mask. Run its prompts one by one, or prompts of one length.")
     if len(run.calls) > 1 and not candidate.in_calls:
         raise UsageError(f"--decode and --chunks: {candidate.name} runs all tokens at once. Leave them out.")
 

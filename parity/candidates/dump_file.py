@@ -6,8 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from parity.candidates.base import Candidate
-from parity.candidates.tokens import padding_remark, require_same_model, require_same_tokens, token_check
+from parity.candidates.tokens import (
+    padding_remark,
+    require_same_model,
+    require_same_padding,
+    require_same_tokens,
+    token_check,
+)
 from parity.dump import Array, Dump, NameMap, RunInfo, open_dump, rename
 from parity.record.arrays import to_torch
 from parity.reference.checkpoint import Checkpoint
@@ -22,6 +30,7 @@ class DumpFile(Candidate):
     """A recorded run on disk; `name` is its path."""
 
     in_calls = True
+    pads = True
 
     def __init__(self, path: Path, names: NameMap) -> None:
         self.name = str(path)
@@ -38,6 +47,7 @@ class DumpFile(Candidate):
         try:
             require_same_model(dump, run.checkpoint)
             require_same_tokens(dump, run.token_ids)
+            require_same_padding(dump, run.batch)
         except BaseException:
             dump.close()
             raise
@@ -64,9 +74,11 @@ def working_dtype(dump: Dump) -> str:
 
 
 def _grid(array: Array) -> str:
-    """The narrowest working dtype that has all of (the first 64K) numbers of an array."""
+    """The narrowest working dtype that has all of (the first and last 64K) numbers of an array."""
     if array.dtype.name != "float32":
         return str(array.dtype.name)
-    sample = to_torch(array.reshape(-1)[:_SAMPLE])
+    flat = array.reshape(-1)
+    sample = to_torch(np.concatenate([flat[:_SAMPLE], flat[_SAMPLE:][-_SAMPLE:]]))
+    sample = sample[sample.isfinite() & (sample != 0)]  # padding may hold anything
     narrow = [name for name in ("bfloat16", "float16") if bool((sample.to(DTYPES[name]).float() == sample).all())]
     return narrow[0] if narrow else "float32"

@@ -14,6 +14,7 @@ from parity.dump import ArchiveWriter, NameMap, sites_of
 from parity.dump.calls import call_name
 from parity.errors import CandidateError
 from parity.record.arrays import to_numpy
+from parity.reference.batch import Batch
 from parity.sites import Dims, Site, numbered, without_call
 
 
@@ -108,15 +109,21 @@ class Recording:
         stored = name if self._call is None else call_name(name, self._call.number)
         self._writer.add(stored, to_numpy(value), self._dims.get(name))
 
-    def finish(self, logits: Tensor) -> None:
-        """Record what the module returned (b, t, vocab). Raises CandidateError if its head gave something else."""
+    def finish(self, logits: Tensor, batch: Batch) -> None:
+        """Record what the module returned (b, t, vocab) for a batch. Raises CandidateError if its head gave another.
+
+        What it returned for one token of each row is its answer for the last token of text.
+        """
         if not self._calls:
             raise CandidateError(
                 "the candidate has no submodule with a name that the reference has, so nothing could be recorded. "
                 "Name its modules as the checkpoint does (`parity sites` lists the names); nn.Identity will do."
             )
         name, head = self._head or (self._names.logits, logits)
-        if head.numel() != logits.numel():
+        if batch.text is not None and logits.dim() == 3 == head.dim() and logits.shape[1] == 1 < head.shape[1]:
+            answered, logits = logits[:, 0], head.clone()
+            logits[torch.arange(len(logits)), batch.last().to(logits.device)] = answered.to(logits.dtype)
+        elif head.numel() != logits.numel():
             # A port may answer for the last tokens alone; then its head has more to say.
             self._require_end_of(name, head, logits)
             logits = head

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from parity.dump import Dump, RunInfo
 from parity.errors import IncomparableError, UsageError
+from parity.reference.batch import Batch
 from parity.reference.checkpoint import Checkpoint
 from parity.reference.tokenizer import PromptIds, tokenize
 from parity.results import Check
@@ -36,6 +37,26 @@ def require_same_tokens(dump: Dump, asked: Sequence[tuple[int, ...]]) -> None:
     )
 
 
+def require_same_padding(dump: Dump, asked: Batch) -> None:
+    """Raise IncomparableError if a dump of the same token ids had another mask or other positions than are asked."""
+    info = dump.info
+    if info.token_ids is None:
+        return
+    theirs = Batch.of_rows(info.token_ids, info.attention_mask, info.position_ids)
+    if theirs.same_as(asked):
+        return
+    if asked.text is not None and theirs.text is None:
+        raise IncomparableError(
+            f"{dump.path}: holds a run without a mask, the reference was asked a padded batch. "
+            "If the port had the mask, write it: parity.attention_mask, 1 for text and 0 for padding."
+        )
+    what = "attention_mask" if (theirs.text is None) != (asked.text is None) else "mask or positions"
+    raise IncomparableError(
+        f"{dump.path}: holds a run with another {what} than the reference was asked. "
+        "Run the port on the same batch, or leave the prompt out: the dump says what it ran."
+    )
+
+
 def token_check(info: RunInfo, checkpoint: Checkpoint) -> Check | None:
     """Whether the ids of a dump are those that the checkpoint's tokenizer gives for the dump's prompt.
 
@@ -58,17 +79,19 @@ def token_check(info: RunInfo, checkpoint: Checkpoint) -> Check | None:
 def padding_remark(info: RunInfo, checkpoint: Checkpoint) -> Check | None:
     """A remark where a row of a dump begins or ends in two pad ids or more; None elsewhere, or without a pad id.
 
-    The reference has no mask: it reads padding as text, and what a port hid may look wrong.
+    Without a mask the reference reads padding as text, and what a port hid may look wrong.
     """
     config = checkpoint.config()
     pad = config.get("pad_token_id")
-    if type(pad) is not int or info.token_ids is None:
+    if type(pad) is not int or info.token_ids is None or info.attention_mask is not None:
         return None
     for number, row in enumerate(info.token_ids):
         for where, ids in (("begins", row), ("ends", row[::-1])):
             count = next((i for i, token in enumerate(ids) if token != pad), len(ids))
             if count > 1:
-                detail = f"row {number} {where} in {count} pad ids ({pad}): read as text, without a mask"
+                detail = (
+                    f"row {number} {where} in {count} pad ids ({pad}): read as text, for want of parity.attention_mask"
+                )
                 return Check("padding", True, detail)
     return None
 

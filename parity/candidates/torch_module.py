@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from parity.candidates.base import Candidate
-from parity.candidates.decoding import calling
+from parity.candidates.decoding import Given, calling, calls_of
 from parity.candidates.recording import Call, Names, Recording
 from parity.candidates.tapping import tapping_check
 from parity.candidates.transformers_taps import between_modules, is_compiled, places_of, tapped_attention
@@ -22,6 +22,7 @@ from parity.errors import CandidateError
 from parity.load_object import describe, misfit
 from parity.record.experts import CHOICES, GIVEN, ROUTED
 from parity.record.tap import Tap, first_tensor, quiet_torch, tapping, without_wrappers
+from parity.reference.batch import Batch
 from parity.reference.checkpoint import Checkpoint
 from parity.reference.integrity import weight_check
 from parity.reference.precision import unit_roundoff
@@ -42,6 +43,7 @@ class TorchModule(Candidate):
     """
 
     in_calls = True
+    pads = True
 
     def __init__(self, name: str, build: Build, names: NameMap) -> None:
         self.name = name
@@ -69,19 +71,19 @@ class TorchModule(Candidate):
         for each of its names, or has no cache where it needs one.
         """
         module, own = self._loaded(run), self._own(run, sites)
-        parts = torch.split(run.ids.to(_device(module, run)), list(run.calls), dim=1)
+        parts = calls_of(module, run.batch, run.calls, _device(module, run))
         untapped = _untapped(module, parts) if is_compiled(module) else None
         dims = {site.name: site.dims for site in own if site.where != "output"}
         if len(parts) > 1 and len(set(run.calls)) == 1:  # then sizes do not tell tokens from heads
             dims = self._own_axes(run, sites) | dims
         names = Names(self._names, sites, own, _names_of(module))
         with ArchiveWriter(path, run.info(self.name)) as writer:
-            step, answers = calling(module, parts), list[Tensor]()
-            for number, ids in enumerate(parts):
-                call = Call(number, ids.shape[1], sum(run.calls[: number + 1])) if len(parts) > 1 else None
-                recording = Recording(writer, names, dims, call)
-                answers.append(_run(module, ids, own, recording.tap, step))
-                recording.finish(answers[-1])
+            step, answers = calling(module, len(parts)), list[Tensor]()
+            for number, given in enumerate(parts):
+                size, seen = run.calls[number], sum(run.calls[: number + 1])
+                recording = Recording(writer, names, dims, Call(number, size, seen) if len(parts) > 1 else None)
+                answers.append(_run(module, given, own, recording.tap, step))
+                recording.finish(answers[-1], run.batch.part(slice(None), slice(seen - size, seen)))
         if untapped is not None:
             logits = torch.cat(answers, dim=1)
             moved = float((logits.double() - untapped.double()).norm() / untapped.double().norm())
@@ -94,15 +96,15 @@ class TorchModule(Candidate):
         Values have any shape. Raises CandidateError.
         """
         module, own = self._loaded(run), self._own(run, sites)
-        parts = torch.split(run.ids.to(_device(module, run)), list(run.calls), dim=1)
-        step, start = calling(module, parts), 0
-        for ids in parts:
+        parts = calls_of(module, run.batch, run.calls, _device(module, run))
+        step, start = calling(module, len(parts)), 0
+        for given, size in zip(parts, run.calls, strict=True):
 
-            def tap(site: str, value: Tensor, start: int = start, tokens: int = ids.shape[1]) -> Tensor:
+            def tap(site: str, value: Tensor, start: int = start, tokens: int = size) -> Tensor:
                 return feed(next(iter(sites_of(self._names, site)), site), start, tokens, value)
 
-            _run(module, ids, own, tap, step)
-            start += ids.shape[1]
+            _run(module, given, own, tap, step)
+            start += size
 
     def checks(self, checkpoint: Checkpoint) -> list[Check]:
         """Whether the module's parameters are the checkpoint's, and a compiled module's run was not changed by taps."""
@@ -116,11 +118,15 @@ class TorchModule(Candidate):
 
     def _own_axes(self, run: RunSpec, sites: Sequence[Site]) -> dict[str, Dims]:
         """The same by the module's own names."""
-        module, own, ids = self._loaded(run), self._own(run, sites), run.ids
-        ids = ids.to(_device(module, run))
-        full = _shapes(module, ids, own)
-        fewer_tokens = _shapes(module, ids[:, :-1], own) if ids.shape[1] > 1 else full
-        fewer_rows = _shapes(module, ids[:-1], own) if ids.shape[0] > 1 else full
+        module, own, batch = self._loaded(run), self._own(run, sites), run.batch
+        every, (rows, tokens), device = slice(None), batch.shape, _device(module, run)
+
+        def shapes(part: Batch) -> dict[str, tuple[int, ...]]:
+            return _shapes(module, calls_of(module, part, part.shape[1:], device)[0], own)
+
+        full = shapes(batch)
+        fewer_tokens = shapes(batch.part(every, slice(tokens - 1))) if tokens > 1 else full
+        fewer_rows = shapes(batch.part(slice(rows - 1), every)) if rows > 1 else full
         return {
             site: _labels(shape, fewer_tokens.get(site, shape), fewer_rows.get(site, shape))
             for site, shape in full.items()
@@ -217,25 +223,23 @@ def _compiled_anew(module: nn.Module) -> Iterator[None]:
         torch.compiler.reset()
 
 
-def _untapped(module: nn.Module, parts: Sequence[Tensor]) -> Tensor:
-    step = calling(module, parts)
-    return torch.cat([_run(module, ids, [], lambda _site, value: value, step) for ids in parts], dim=1)
+def _untapped(module: nn.Module, parts: Sequence[Given]) -> Tensor:
+    step = calling(module, len(parts))
+    return torch.cat([_run(module, given, [], lambda _site, value: value, step) for given in parts], dim=1)
 
 
-def _shapes(module: nn.Module, input_ids: Tensor, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
+def _shapes(module: nn.Module, given: Given, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
 
     def tap(site: str, value: Tensor) -> Tensor:
         shapes[site] = tuple(value.shape)
         return value
 
-    _run(module, input_ids, sites, tap, module)
+    _run(module, given, sites, tap, calling(module, 1))
     return shapes
 
 
-def _run(
-    module: nn.Module, input_ids: Tensor, sites: Sequence[Site], tap: Tap, call: Callable[[Tensor], Any]
-) -> Tensor:
+def _run(module: nn.Module, given: Given, sites: Sequence[Site], tap: Tap, call: Callable[[Given], Any]) -> Tensor:
     try:
         with (
             _compiled_anew(module),
@@ -244,7 +248,7 @@ def _run(
             tapped_attention(module, sites),
             tapping(module, sites, tap, every_call=True),
         ):
-            output: Any = call(input_ids)
+            output: Any = call(given)
     except CandidateError:
         raise
     except (Exception, SystemExit) as error:

@@ -77,4 +77,5 @@ def _check_first(
 
 def _shown(row: dataclasses.Field[Any], hints: dict[str, Any]) -> Any:
     shown = typer.Option(*row.metadata["flags"], help=row.metadata["help"], rich_help_panel=row.metadata["panel"])
-    return Annotated[hints[row.name], shown]
+    kind = list[str] | None if row.name == "prompt" else hints[row.name]  # which may be given again
+    return Annotated[kind, shown]

@@ -87,7 +87,7 @@ def _asked(run: RunOptions, dump: Path, names: Path | None) -> Asked:
 
     from parity.compare.parts import Asked
 
-    options = replace(run, prompt=run.text, prompt_file=None)
+    options = replace(run, prompt=run.texts or None, prompt_file=None, prompts=None)
     return Asked(str(dump), None if names is None else str(names), options, shell(["parity", *_question(sys.argv[1:])]))
 
 

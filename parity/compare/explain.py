@@ -72,7 +72,7 @@ def judge(sides: Sides, measured: Measured, observer: Observer) -> Judged:
 
     cleared: dict[str, Local] = {}
     with observer.surviving("second look"):
-        bench = Workbench(sides.reference, sides.run.ids, sides.recorded)
+        bench = Workbench(sides.reference, sides.run.batch, sides.recorded)
         cleared = second_look(locals_, in_doubt, bench, spanning(judged({})))
     sites = judged(cleared)
     routed = judge_routers(sites, sides.reference.routes)
@@ -88,7 +88,7 @@ def explain(sides: Sides, judged: Judged, observer: Observer) -> Explained:
         return Explained(
             sites, _where(found, sides, sites), untried(run.faults, run.dtype) if run.options.power else None
         )
-    bench = Workbench(sides.reference, run.ids, sides.recorded)
+    bench = Workbench(sides.reference, run.batch, sides.recorded)
     with observer.surviving("own faults"):
         refuse_idle(run.faults, bench)
     unread = _unread(sides)
@@ -132,7 +132,7 @@ def _on_top_of_regimes(
         if not at:
             continue
         inside = sides.within(at)
-        bench = Workbench(inside.reference, sides.run.ids, sides.recorded)
+        bench = Workbench(inside.reference, sides.run.batch, sides.recorded)
         unnamed = [f for f in found if f.fault is None and not at.keys().isdisjoint(f.sites)]
         named = diagnose(unnamed, bench, sides.run.faults, lambda names: finding_of(names, sites), unread, observer)
         said = f"on top of the accepted regime {regime.id}"

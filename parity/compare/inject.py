@@ -27,6 +27,8 @@ from parity.sites import Site
 class Injected(Candidate):
     """The reference with a fault in a layer, or in all (or in the ends, if that is where it shows)."""
 
+    pads = True
+
     def __init__(self, inject: Injection, reference: Reference, observer: Observer) -> None:
         model = reference.working.checkpoint.name
         self.name = f"{model} with {inject}"
@@ -35,7 +37,7 @@ class Injected(Candidate):
     def record(self, run: RunSpec, sites: Sequence[Site], path: Path) -> Dump:
         """Record the reference's run with the fault in it. Raises UsageError if it applies nowhere."""
         model, inject, planted = self._reference.working, self._inject, list[Piece]()
-        bench = Workbench(self._reference, run.ids, lambda _site: None)
+        bench = Workbench(self._reference, run.batch, lambda _site: None)
 
         def change(piece: Piece) -> AbstractContextManager[None]:
             wanted = not isinstance(piece, int) or inject.layer in (None, piece)
@@ -45,7 +47,7 @@ class Injected(Candidate):
             planted.append(piece)
             return inject.fault.patch(bench.scope(model, piece), inject.value)
 
-        model.prepare(run.ids)
+        model.prepare(run.batch)
         record_reference(run, path, model, self._observer, change)
         if not planted:
             raise UsageError(
@@ -61,6 +63,6 @@ def power_of(run: RunSpec, observer: Observer) -> Power:
         path = Path(folder) / "reference.h5"
         record_reference(run, path, reference.working, observer)
         with open_dump(path) as dump:
-            bench = Workbench(reference, run.ids, lambda site: to_torch(dump.read(site.name)))
+            bench = Workbench(reference, run.batch, lambda site: to_torch(dump.read(site.name)))
             refuse_idle(run.faults, bench)
             return power(bench, run.faults, observer)

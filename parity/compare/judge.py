@@ -26,7 +26,7 @@ The thresholds, in units of the floor unless another unit is given, and what mea
 | 5 x 8 draws of stochastic rounding | what a flipped top token had lost | compare.next_token | .clean |
 | 1.6; 95 % of the error, or 1.2 | what a fault may leave; what it must explain | diagnose.trial | .localization |
 | 1.5 x the best | what a fault may leave that cannot be told apart from it | diagnose.causes | .localization |
-| 8 standard errors, 1 x the reference's | slope of a constant that is wrong below the rounding | diagnose.lean | .clean |
+| 8 standard errors, 1 x the reference's | slope of a constant wrong below the rounding | diagnose.lean | .clean |
 | 3 | ratio from which a fault would have shown | diagnose.power | test_power |
 | 4u, 1e-5 | effect, relative change of a constant that is told | diagnose.readings | test_readings |
 

@@ -50,7 +50,7 @@ def measure(sides: Sides, observer: Observer) -> Measured:
     sites: dict[str, MeasuredSite] = {}
     end = Ending()
     wanted = sides.pieces
-    replayed = sides.reference.replay(sides.run.ids, sides.recorded, sides.run.options.noise, wanted=wanted)
+    replayed = sides.reference.replay(sides.run.batch, sides.recorded, sides.run.options.noise, wanted=wanted)
     for done, piece in enumerate(wanted):
         observer.show(f"replaying {piece_name(piece)}", done, len(wanted))
         with observer.timed("replay"):
@@ -59,7 +59,7 @@ def measure(sides: Sides, observer: Observer) -> Measured:
             sites |= _measured(values, sides, storage)
             if values and values[-1].site.name == model.sites[-1].name:
                 with observer.surviving("next token"):
-                    end = ending(values[-1], sides.run.checkpoint, observer)
+                    end = ending(values[-1], sides.run.batch, sides.run.checkpoint, observer)
         del values  # they would be in memory beside the next piece's
     del replayed
     with observer.surviving("next token"):
@@ -80,8 +80,8 @@ def _second_look(end: Ending, sides: Sides, observer: Observer) -> Ending:
         return end
     with observer.timed("flipped tokens"):
         last = sides.reference.working.pieces[-1:]
-        (_, values), *_ = sides.reference.replay(sides.run.ids, sides.recorded, DRAWS, wanted=last)
-    return replace(end, next_token=ending(values[-1], sides.run.checkpoint, observer).next_token)
+        (_, values), *_ = sides.reference.replay(sides.run.batch, sides.recorded, DRAWS, wanted=last)
+    return replace(end, next_token=ending(values[-1], sides.run.batch, sides.run.checkpoint, observer).next_token)
 
 
 def piece_name(piece: Piece) -> str:
@@ -91,13 +91,13 @@ def piece_name(piece: Piece) -> str:
 
 def _measuring(site: Replayed, pair: Pair, sides: Sides, storage: Storage) -> Task[MeasuredSite]:
     assert site.candidate is not None, "unreachable because pairs are read before the replay"
-    model = sides.reference.working
-    metrics = yield from measuring(site.candidate, site.plain)
-    grid = yield from storage.finding_dtype(site.candidate)
+    model, candidate = sides.reference.working, site.compared(site.candidate)
+    metrics = yield from measuring(candidate, site.compared(site.plain))
+    grid = yield from storage.finding_dtype(candidate)
     local = yield from measuring_local(site, model.dtype, grid, model.head_dim)
     # A masked score may be any large negative number: how far apart two of them are says nothing.
     telling = not local.bit_equal and not site.site.name.endswith(".scores")
-    ulps = (yield from counting_ulps(site.candidate, site.floor)) if telling else None
+    ulps = (yield from counting_ulps(candidate, site.compared(site.floor))) if telling else None
     return MeasuredSite(pair, metrics, local, ulps, sides.dump.entries[site.site.name].dtype)
 
 

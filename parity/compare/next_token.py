@@ -18,6 +18,7 @@ from torch import Tensor
 
 from parity.observer import Observer
 from parity.predictions import LogitSample, NextToken, Token
+from parity.reference.batch import Batch
 from parity.reference.checkpoint import Checkpoint
 from parity.reference.products import Values
 from parity.reference.replay import Replayed
@@ -43,10 +44,17 @@ class Ending:
     noise_ratio: float | None = None
 
 
-def ending(logits: Replayed, checkpoint: Checkpoint, observer: Observer) -> Ending:
-    """What both sides say at the end, from the logits (b, t, vocab); nothing if the candidate's are not finite."""
-    if logits.candidate is None or not _is_finite(logits.candidate):
+def ending(logits: Replayed, batch: Batch, checkpoint: Checkpoint, observer: Observer) -> Ending:
+    """What both sides say at the end, from the logits (b, t, vocab); nothing if the candidate's are not finite.
+
+    The end is the last token of text of the last row.
+    """
+    if logits.candidate is None or not _is_finite(logits.compared(logits.candidate)):
         return Ending()
+    last = (-1, int(batch.last()[-1]))
+    theirs, ours = logits.candidate[last].float(), logits.plain[last].float()
+    logits = _of_text(logits)
+    assert logits.candidate is not None, "unreachable because it was there before"
     rows = _rows(logits)
     flipped = rows.chosen != rows.expected
     noise = torch.maximum(rows.noise, _of_margins(logits, rows))
@@ -54,14 +62,14 @@ def ending(logits: Replayed, checkpoint: Checkpoint, observer: Observer) -> Endi
     with observer.surviving("token names"):
         name.read(checkpoint.path)
     next_token = NextToken(
-        reference=_top(logits.plain[-1, -1].float(), name),
-        candidate=_top(logits.candidate[-1, -1].float(), name),
+        reference=_top(ours, name),
+        candidate=_top(theirs, name),
         flips=int(flipped.sum()),
         unexplained_flips=int((flipped & (rows.lost > _SIGMAS * noise)).sum()),
         positions=len(flipped),
         max_kl=float(rows.kl.max()),
         margin_sigma=float(rows.noise[-1]),
-        sample=sample_of(logits.plain[-1, -1].float().cpu(), logits.candidate[-1, -1].float().cpu()),
+        sample=sample_of(ours.cpu(), theirs.cpu()),
     )
     ratio = _in_sigmas(logits.candidate.to(logits.own.device), logits.ideal, logits.noise) if logits.noise else None
     return Ending(next_token, ratio)
@@ -70,6 +78,25 @@ def ending(logits: Replayed, checkpoint: Checkpoint, observer: Observer) -> Endi
 def _is_finite(logits: Tensor) -> bool:
     blocks = row_blocks(logits.flatten(0, -2))
     return bool(torch.stack([block.isfinite().all() for (block,) in blocks]).all())
+
+
+def _of_text(logits: Replayed) -> Replayed:
+    """The same with the rows (n, vocab) that are compared alone."""
+    if logits.text is None or logits.candidate is None:
+        return logits
+    kept = logits.compared
+    return Replayed(
+        logits.site,
+        own=kept(logits.own),
+        ideal=kept(logits.ideal),
+        candidate=kept(logits.candidate),
+        truth=kept(logits.truth),
+        floor=kept(logits.floor),
+        jitter=kept(logits.jitter),
+        summands=logits.summands,
+        noise=tuple(map(kept, logits.noise)),
+        apart=None if logits.apart is None else kept(logits.apart),
+    )
 
 
 def _in_sigmas(candidate: Tensor, ideal: Values, noise: Sequence[Values]) -> float:

@@ -21,6 +21,7 @@ from parity.compare.regimes import in_regimes
 from parity.compare.sides import Sides, not_asked_for, pair_up
 from parity.observer import Observer
 from parity.reference.integrity import reference_checks
+from parity.reference.padding_check import padding_check
 from parity.reference.replay import Reference
 from parity.reference.self_check import self_check
 from parity.reference.weight_error import weight_errors
@@ -67,8 +68,9 @@ def opened(
             checks: tuple[Check, ...] = ()
             if checked:
                 checks = (
-                    *self_check(reference, run.ids),
-                    *reference_checks(reference.working, run.ids),
+                    *self_check(reference, run.batch),
+                    *padding_check(reference, run.batch),
+                    *reference_checks(reference.working, run.batch),
                     *candidate.checks(run.checkpoint),
                     *name_checks(dump, pairs),
                 )

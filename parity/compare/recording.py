@@ -44,5 +44,5 @@ def record_reference(
         for done, piece in enumerate(model.pieces):
             observer.show(f"recording {piece_name(piece)}", done, len(model.pieces))
             with model.loaded(piece), change(piece):
-                hidden = model.run(piece, run.ids, hidden, tap)
+                hidden = model.run(piece, run.batch, hidden, tap)
     return list(sites.values())

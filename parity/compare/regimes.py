@@ -55,7 +55,7 @@ def in_regimes(sides: Sides, measured: Measured, judged: Judged, observer: Obser
 
 def _proved(sides: Sides, judged: Judged, regimes: tuple[Fault, ...], observer: Observer) -> tuple[Finding, ...]:
     """The findings, or their parts, that a regime explains."""
-    bench = Workbench(sides.reference, sides.run.ids, sides.recorded)
+    bench = Workbench(sides.reference, sides.run.batch, sides.recorded)
     tried = diagnose(judged.findings, bench, regimes, lambda names: finding_of(names, judged.sites), (), observer)
     return tuple(finding for finding in tried if finding.fault is not None)
 

@@ -12,12 +12,25 @@ from parity.reference.routing import LIMIT, Route
 from parity.results import ROUNDING, Measurement, SiteVerdict
 
 
-def judge_routers(sites: Sequence[Measurement], routes: Mapping[str, Route]) -> tuple[Measurement, ...]:
-    """The sites, those where experts were chosen with a verdict of their own.
+def judge_routers(
+    sites: Sequence[Measurement], routes: Mapping[str, Route], text: Tensor | None = None
+) -> tuple[Measurement, ...]:
+    """The sites, those where experts were chosen with a verdict of their own; of tokens where `text` (b, t) is true.
 
     Their ratio is the largest margin, in units that make the limit of a tie that of rounding elsewhere.
     """
-    return tuple(_judged(site, routes[site.site]) if _has_choice(site, routes) else site for site in sites)
+    return tuple(
+        _judged(site, _of_text(routes[site.site], text)) if _has_choice(site, routes) else site for site in sites
+    )
+
+
+def _of_text(route: Route, text: Tensor | None) -> Route:
+    if text is None:
+        return route
+    kept = text.reshape(-1).to(route.differs.device)
+    names = ("choice", "differs", "margin", "coarse", "experts")
+    choice, differs, margin, coarse, experts = (getattr(route, name)[kept] for name in names)
+    return Route(choice, differs, margin, coarse, experts, route.is_told)
 
 
 def _has_choice(site: Measurement, routes: Mapping[str, Route]) -> bool:

@@ -58,7 +58,7 @@ class Sides:
         if not isinstance(pair, Pair):
             return None
         stored = self.dump.read(site.name)
-        value = to_torch(pair.read(stored))
+        value = self.run.batch.tamed(site.dims, to_torch(pair.read(stored)))
         give_back(stored)
         return value
 

@@ -61,13 +61,14 @@ def read_ids(case: Case) -> Fault | None:
     if not any(shows_at_end(case.site, end) for end in EMBEDDING_SITES):
         return None
     scope = case.bench.scope(case.bench.reference.precise, case.at.piece)
-    module, given = scope.model.get_submodule(site.module), case.at.input_ids
+    module, given = scope.model.get_submodule(site.module), case.at.input_ids.ids
     if not isinstance(module, nn.Embedding) or given.shape != case.truth.shape[:-1]:
         return None
     # As the module itself makes them of its rows, with whatever factor it puts on them.
     every = torch.arange(module.num_embeddings, device=module.weight.device)
     table = case.bench.reference.working.model.get_submodule(site.module)(every).to(case.truth)
     taken = torch.cdist(case.candidate.to(table).flatten(0, -2), table).argmin(-1).reshape(given.shape).to(given)
+    taken = taken if case.at.input_ids.text is None else torch.where(case.at.input_ids.text, taken, given)
     if torch.equal(taken, given):
         return None
     return _fault(

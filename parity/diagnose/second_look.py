@@ -90,7 +90,7 @@ def _strayed(names: Collection[str], bench: Workbench, *, jitter: bool = False) 
         return
     reference, working = bench.reference, bench.reference.working
     routes, wanted = dict(reference.routes), {working.piece_of(name) for name in names}
-    for _, sites in reference.replay(bench.input_ids, bench.recorded, ways=_DRAWS, wanted=wanted, jitter=jitter):
+    for _, sites in reference.replay(bench.batch, bench.recorded, ways=_DRAWS, wanted=wanted, jitter=jitter):
         for site in sites:
             if site.site.name in names:
                 yield site.site.name, local_error(site, working.dtype, working.dtype, working.head_dim)

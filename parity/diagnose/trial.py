@@ -66,7 +66,7 @@ class Case:
     @property
     def candidate(self) -> Tensor:
         """What the candidate recorded there, (b, t, d) at most sites."""
-        return self.at.recorded[self.site]
+        return self.bench.candidate(self.at, self.site)
 
 
 def attempt(fault: Fault, case: Case, start: float | None = None) -> Trial | None:

@@ -125,7 +125,7 @@ def _whole(
         except Exception:  # a fault that cannot be had here is not what happened
             continue
         if moved.shape == truth.shape:
-            found = sums_of(name, at.recorded[name], truth, floor, moved, working.dtype)
+            found = sums_of(name, bench.candidate(at, name), truth, floor, moved, working.dtype)
             if found.response:
                 yield fault, found
 
@@ -157,7 +157,7 @@ def _regress(
             step, these = _step(fault, expected), [name for name in first if right[name] == expected]
             moved = bench.compute(at, these, precise, fault, expected + step)
             for name in these:
-                found = sums_of(name, at.recorded[name], truth[name], floor[name], moved[name], model.dtype)
+                found = sums_of(name, bench.candidate(at, name), truth[name], floor[name], moved[name], model.dtype)
                 yield fault, expected, step, found
 
 
@@ -218,7 +218,7 @@ def _read_again(
             assert at is not None, "unreachable because the site has been regressed before"
             truth, moved = (bench.compute(at, [name], precise, fault, v)[name] for v in (value, value + step))
             floor = bench.compute(at, [name], working, fault, value)[name]
-            found.append(sums_of(name, at.recorded[name], truth, floor, moved, working.dtype))
+            found.append(sums_of(name, bench.candidate(at, name), truth, floor, moved, working.dtype))
     slope, stderr = reading(found)
     return value + slope * step, abs(stderr * step)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from parity.faults import Fault, Scope, shows_at
 from parity.faults.roles import roles_of
 from parity.reference import one_operation
+from parity.reference.batch import Batch
 from parity.reference.floor import Local, Yardstick, local_error
 from parity.reference.one_operation import LoadedPiece, Regime
 from parity.reference.pieces import HEAD, Piece, PiecewiseModel
@@ -23,8 +24,8 @@ Recorded = Callable[[Site], Tensor | None]
 class Workbench:
     """A reference, a candidate's record and the pieces in between: where faults are tried."""
 
-    def __init__(self, reference: Reference, input_ids: Tensor, recorded: Recorded) -> None:
-        self.reference, self.input_ids, self.recorded = reference, input_ids, recorded
+    def __init__(self, reference: Reference, input_ids: Tensor | Batch, recorded: Recorded) -> None:
+        self.reference, self.batch, self.recorded = reference, Batch.of(input_ids), recorded
         self.sites = {site.name: site for site in reference.working.sites}
         self._roles = roles_of(reference.working.model, reference.working.sites)
 
@@ -40,29 +41,29 @@ class Workbench:
         if source and hidden is None:
             yield None
             return
-        ids = self.input_ids
+        batch = self.batch
         inside = {s.name: v for s in working.sites_of(piece) if (v := self.recorded(s)) is not None}
         # A choice of experts that was not recorded, but shown by what came of it.
         inside = {s.name: routes[s.name].choice for s in working.sites_of(piece) if s.name in routes} | inside
         if piece == HEAD and tokens is not None and hidden is not None:
             # Final norm and head treat every token alike, and a vocabulary is large.
-            ids = ids[:, -tokens:]
+            batch = batch.part(slice(None), slice(-tokens, None))
             hidden, inside = hidden[:, -tokens:], {name: value[:, -tokens:] for name, value in inside.items()}
         # Once for all trials.
         hidden = None if hidden is None else hidden.to(working.device)
         inside = {name: value.to(working.device) for name, value in inside.items()}
         with working.loaded(piece), self.reference.precise.loaded(piece):
-            self.reference.prepare(self.input_ids)
-            yield LoadedPiece(piece, ids, hidden, inside, self.reference.regime)
+            self.reference.prepare(self.batch)
+            yield LoadedPiece(piece, batch, hidden, inside, self.reference.regime)
 
     def shows(self, fault: Fault, site: str) -> bool:
         """Whether a fault shows first at a site."""
         return shows_at(fault, site, self._roles[site])
 
-    def scope(self, model: PiecewiseModel, piece: Piece, site: str | None = None) -> Scope:
-        """What a fault sees of a loaded piece, of which a site is in question, or all."""
+    def scope(self, model: PiecewiseModel, piece: Piece, site: str | None = None, batch: Batch | None = None) -> Scope:
+        """What a fault sees of a loaded piece, of which a site is in question, or all; `batch` may be a part."""
         module = None if site is None else model.model.get_submodule(self.sites[site].module)
-        return replace(scope_of(model, piece), module=module)
+        return replace(scope_of(model, piece), module=module, text=(batch or self.batch).text)
 
     def applies(self, fault: Fault, piece: Piece) -> bool:
         """Whether a fault can be had in a piece."""
@@ -84,9 +85,14 @@ class Workbench:
 
         def patch(patched: PiecewiseModel) -> AbstractContextManager[None]:
             assert fault is not None, "unreachable because the patch is passed with a fault only"
-            return fault.patch(self.scope(patched, at.piece), value)
+            return fault.patch(self.scope(patched, at.piece, batch=at.input_ids), value)
 
-        return one_operation.run(model, at, sites, patch) if fault else one_operation.run(model, at, sites)
+        values = one_operation.run(model, at, sites, patch) if fault else one_operation.run(model, at, sites)
+        return {name: at.input_ids.blank(self.sites[name].dims, value) for name, value in values.items()}
+
+    def candidate(self, at: LoadedPiece, site: str) -> Tensor:
+        """What the candidate recorded at a site of a loaded piece, (b, t, d) at most; 0 at padding."""
+        return at.input_ids.blank(self.sites[site].dims, at.recorded[site])
 
     def local(self, at: LoadedPiece, site: str, truth: Tensor, floor: Tensor, allowed: Tensor | None = None) -> Local:
         """The candidate's error at a site against any truth and floor.
@@ -109,8 +115,12 @@ class Workbench:
         self, site: str, candidate: Tensor, truth: Tensor, floor: Tensor, allowed: Tensor | None = None
     ) -> Replayed:
         one = self.sites[site]
-        summands = self.reference.working.summands(one, self.input_ids.shape[-1])
-        return Replayed.on_its_own(one, candidate, truth, floor, summands, allowed)
+        summands, tokens = self.reference.working.summands(one, self.batch.shape[-1]), None
+        if "token" in one.dims:
+            tokens = truth.shape[one.dims.index("token")]  # of the head perhaps the last ones alone
+        some = self.batch if tokens is None else self.batch.part(slice(None), slice(-tokens, None))
+        text = some.rows(one.dims, truth.shape, truth.device)
+        return replace(Replayed.on_its_own(one, candidate, truth, floor, summands, allowed), text=text)
 
 
 def scope_of(model: PiecewiseModel, piece: Piece, sites: frozenset[str] | None = None) -> Scope:

@@ -281,11 +281,11 @@ def _format(file: h5py.File) -> Any:
 
 
 def _info(run: dict[str, Any]) -> RunInfo:
-    tokens = run["token_ids"]
-    rows = None if tokens is None else token_rows(tokens)
+    names = ("token_ids", "attention_mask", "position_ids")
+    rows = {name: None if (found := run.get(name)) is None else token_rows(found) for name in names}
     calls = run.get("calls")
     calls = None if calls is None else tuple(calls)
-    return RunInfo(**{**run, "token_ids": rows, "notes": tuple(run["notes"]), "calls": calls})
+    return RunInfo(**{**run, **rows, "notes": tuple(run["notes"]), "calls": calls})
 
 
 def _entries(index: dict[str, Any]) -> dict[str, Entry]:

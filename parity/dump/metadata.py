@@ -24,7 +24,9 @@ from parity.untrusted import parse_json
 PREFIX = "parity."
 TOKEN_IDS = "token_ids"
 TEXTS = ("producer", "model", "fingerprint", "dtype", "device", "attention", "prompt", "created")
-OBJECTS = ("token_ids", "dims", "names", "calls")
+ROWS = ("token_ids", "attention_mask", "position_ids")
+"""Rows of integers, one for each token: metadata, or a tensor of this name."""
+OBJECTS = (*ROWS, "dims", "names", "calls")
 """These are JSON text where the format holds nothing but text."""
 
 
@@ -48,10 +50,10 @@ def foreign_dump(path: Path, tensors: Tensors, metadata: Mapping[str, Any]) -> D
     """A Dump from the tensors of a foreign file and its metadata (keys without prefix)."""
     try:
         values = _values(path, metadata)
-        token_ids = _token_ids(path, tensors, values.get(TOKEN_IDS))
+        rows = {name: _rows(path, tensors, name, values.get(name)) for name in ROWS}
         texts: dict[str, Any] = {key: values.get(key) for key in TEXTS}
-        calls = _calls(path, values.get("calls"), token_ids)
-        info = RunInfo(**texts, token_ids=token_ids, notes=tensors.notes, calls=calls)
+        calls = _calls(path, values.get("calls"), rows[TOKEN_IDS])
+        info = _info(path, **texts, **rows, notes=tensors.notes, calls=calls)
         entries = _entries(path, tensors, values.get("dims", {}))
         dump = joined(Dump(path, info, entries, tensors.load, tensors.close))
         if "names" not in values:
@@ -80,17 +82,25 @@ def _values(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _token_ids(path: Path, tensors: Tensors, declared: Any) -> TokenIds | None:
-    """Token ids from the metadata or from the tensor `token_ids`; if from both, they must agree."""
+def _info(path: Path, **said: Any) -> RunInfo:
+    try:
+        return RunInfo(**said)
+    except DumpError as error:
+        raise DumpError(f"{path}: {error}") from None
+
+
+def _rows(path: Path, tensors: Tensors, name: str, declared: Any) -> TokenIds | None:
+    """Token ids, a mask or positions from the metadata or from the tensor `name`; if from both, they must agree."""
     found = []
-    if TOKEN_IDS in tensors.kinds:
-        dtype, shape = tensors.kinds[TOKEN_IDS]
-        if "int" not in dtype or len(shape) not in (1, 2) or math.prod(shape) > MOST:
+    if name in tensors.kinds:
+        dtype, shape = tensors.kinds[name]
+        is_whole = "int" in dtype or (dtype == "bool" and name != TOKEN_IDS)
+        if not is_whole or len(shape) not in (1, 2) or math.prod(shape) > MOST:
             raise DumpError(
-                f"{path}: 'token_ids' is {dtype} {shape} — expected integers, "
+                f"{path}: {name!r} is {dtype} {shape} — expected integers, "
                 f"of shape (tokens) or (batch, tokens), at most {MOST} — write them as int64"
             )
-        found.append(token_rows(np.atleast_2d(tensors.load(TOKEN_IDS)).tolist()))
+        found.append(token_rows(np.atleast_2d(tensors.load(name)).astype(np.int64).tolist()))
     if declared is not None:
         try:
             found.append(token_rows(declared))
@@ -98,7 +108,7 @@ def _token_ids(path: Path, tensors: Tensors, declared: Any) -> TokenIds | None:
             raise DumpError(f"{path}: {error}") from None
     if len(found) == 2 and found[0] != found[1]:
         raise DumpError(
-            f"{path}: the tensor 'token_ids' and the metadata 'parity.token_ids' differ — "
+            f"{path}: the tensor {name!r} and the metadata 'parity.{name}' differ — "
             f"they begin {found[0]!s:.40} and {found[1]!s:.40} — remove the one that was not run"
         )
     return found[0] if found else None
@@ -122,7 +132,7 @@ def _entries(path: Path, tensors: Tensors, dims: Any) -> dict[str, Entry]:
         )
     entries = {}
     for name, (dtype, shape) in tensors.kinds.items():
-        if name == TOKEN_IDS:
+        if name in ROWS:
             continue
         declared = lookup(dims, name.partition("@")[0]) or lookup(dims, name)
         try:

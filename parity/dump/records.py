@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from parity.dump.tokens import TokenIds, check_calls, token_rows
+from parity.dump.tokens import TokenIds, check_calls, check_padding, token_rows
 from parity.errors import DumpError
 
 Array = npt.NDArray[Any]
@@ -30,7 +30,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 """The dtypes that a dump can hold, by the name that torch gives them."""
 
 
-_NO_TEXTS = ("token_ids", "versions", "notes", "calls")
+_NO_TEXTS = ("token_ids", "versions", "notes", "calls", "attention_mask", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,15 @@ class RunInfo:
     notes: tuple[str, ...] = ()
     calls: tuple[int, ...] | None = None
     """How many tokens each call of the model took: (9, 1, 1) is a prompt of 9 and two tokens decoded after it."""
+    attention_mask: TokenIds | None = None
+    """1 for each token that is text, 0 for padding; None if all are text, or if the dump does not say."""
+    position_ids: TokenIds | None = None
+    """The position of each token as the model was given it; None if text was counted from 0."""
 
     def __post_init__(self) -> None:
         if self.token_ids is not None:
             token_rows(self.token_ids)  # a ragged batch is not a batch
+        check_padding(self.attention_mask, self.position_ids, self.token_ids)
         if self.calls is not None:
             check_calls(self.calls, self.token_ids)
         texts = {name: value for name, value in vars(self).items() if name not in _NO_TEXTS}

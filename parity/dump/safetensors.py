@@ -88,8 +88,9 @@ def copy_as_safetensors(dump: Dump, path: Path | str) -> None:
     info = {key: value for key in TEXTS if (value := getattr(dump.info, key)) is not None}
     dims = {site: " ".join(entry.dims) for site, entry in dump.entries.items() if entry.dims is not None}
     said = info | {"token_ids": json.dumps(dump.info.token_ids), "dims": json.dumps(dims)}
-    if dump.info.calls is not None:
-        said["calls"] = json.dumps(dump.info.calls)
+    for key in ("calls", "attention_mask", "position_ids"):
+        if (found := getattr(dump.info, key)) is not None:
+            said[key] = json.dumps(found)
     # The arrays are views of a mapped file: what has been written need not stay in memory.
     tensors = {site: dump.read(site) for site in dump.entries}
     write_safetensors(path, tensors, {f"{PREFIX}{key}": text for key, text in said.items()})

@@ -44,6 +44,37 @@ def check_calls(calls: Any, token_ids: TokenIds | None) -> None:
         )
 
 
+def check_padding(mask: Any, positions: Any, token_ids: TokenIds | None) -> None:
+    """Raise DumpError unless a mask and positions (None without) have a number for each token id, of fitting kind."""
+    for what, rows, fits in (("attention_mask", mask, _is_bit), ("position_ids", positions, _is_position)):
+        if rows is None:
+            continue
+        if token_ids is None or [len(row) for row in rows] != [len(row) for row in token_ids]:
+            raise DumpError(
+                f"{what} does not fit the token ids — {len(rows)} rows of {len(rows[0]) if rows else 0}, "
+                f"{len(token_ids or ())} of {len(token_ids[0]) if token_ids else 0} ids — write a number for each id"
+            )
+        bad = next((number for row in rows for number in row if not fits(number)), None)
+        if bad is not None:
+            raise DumpError(f"{what} holds {bad} — {_PADDING[what]}")
+    if mask is not None and not all(map(any, mask)):
+        raise DumpError("attention_mask has a row without text — each has a token that is not padding — leave it out")
+
+
+_PADDING = {
+    "attention_mask": "a token is text (1) or padding (0) — write the mask with an entry for each token, not a bias",
+    "position_ids": "positions count from 0 — write those that the model was given",
+}
+
+
+def _is_bit(number: int) -> bool:
+    return number in (0, 1)
+
+
+def _is_position(number: int) -> bool:
+    return 0 <= number <= MOST
+
+
 def write_tokens(path: Path | str, token_ids: TokenIds) -> None:
     """Write token ids as text for a port to read: one line for each row, ids separated by spaces."""
     path = Path(path)

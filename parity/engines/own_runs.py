@@ -12,6 +12,7 @@ from parity.compare.sides import sized_sites
 from parity.dump import Dump
 from parity.record.arrays import to_torch
 from parity.reference import chance
+from parity.reference.batch import Batch
 from parity.reference.pieces import Piece, PiecewiseModel
 from parity.reference.replay import Reference
 from parity.reference.routing import choices_of
@@ -19,8 +20,9 @@ from parity.results import Check
 from parity.run_spec import RunSpec
 
 
-def own_runs(reference: Reference, ids: Tensor) -> Iterator[tuple[Piece, dict[str, tuple[Tensor, Tensor]]]]:
+def own_runs(reference: Reference, ids: Tensor | Batch) -> Iterator[tuple[Piece, dict[str, tuple[Tensor, Tensor]]]]:
     """For token ids (b, t), piece by piece: the values of each site as the reference computes them, and exact ones."""
+    ids = Batch.of(ids)
     reference.prepare(ids)
     hidden: dict[int, Tensor | None] = {0: None, 1: None}
     for piece in reference.working.pieces:
@@ -32,7 +34,7 @@ def own_runs(reference: Reference, ids: Tensor) -> Iterator[tuple[Piece, dict[st
         yield piece, {site: (values[0][site], values[1][site]) for site in values[0]}
 
 
-def _run(model: PiecewiseModel, piece: Piece, ids: Tensor, hidden: Tensor | None, values: dict[str, Tensor]) -> Tensor:
+def _run(model: PiecewiseModel, piece: Piece, ids: Batch, hidden: Tensor | None, values: dict[str, Tensor]) -> Tensor:
     overwritten = {site.name for site in model.sites_of(piece) if site.overwritten}
 
     def keep(site: str, value: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ def _recording_check(recording: Dump, reference: Reference, run: RunSpec) -> Che
     sites = {site.name: site for site in sized_sites(model, run)}
     equal, worst, where = 0, 0.0, ""
     seen = 0
-    for _, values in own_runs(reference, run.ids):
+    for _, values in own_runs(reference, run.batch):
         for name, (plain, exact) in values.items():
             entry = recording.entries.get(name)
             if entry is None or not plain.is_floating_point():

@@ -174,7 +174,11 @@ def cache_overwrites_last(scope: Scope, start: float) -> Change:
 )
 def cache_window_stands(scope: Scope, start: float) -> Change:
     window = window_of(scope) or 0
-    return _seeing(scope, start, lambda mask, i, j, first: mask | ((j <= i) & (j > first - 1 - window)))
+    return _seeing(
+        scope,
+        start,
+        lambda mask, i, j, first: mask | ((j <= i) & (j > first - 1 - window) & mask.any(-2, keepdim=True)),
+    )
 
 
 FAULTS: tuple[Fault, ...] = (

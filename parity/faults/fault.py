@@ -45,6 +45,7 @@ class Scope:
     weight    reads any tensor of the checkpoint by name, in the dtype of the model (KeyError if there is none)
     module    the module whose site is in question; None where all of the piece is
     sites     the only sites that a patch may change; None where it may change any
+    text      (b, t) true where a token of the batch is text, false where it is padding; None without padding
     """
 
     model: Any
@@ -55,6 +56,7 @@ class Scope:
     weight: Callable[[str], Tensor]
     module: nn.Module | None = None
     sites: frozenset[str] | None = None
+    text: Tensor | None = None
 
 
 @dataclass(frozen=True)

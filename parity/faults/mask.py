@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from parity.faults.fault import TWO_TOKENS, Change, Fault, Number, Scope, fault
-from parity.faults.patches.attention import INSIDE, Rule, has_attention, original, replaced, seeing, window_of
+from parity.faults.patches.attention import INSIDE, Rule, has_attention, seeing, window_of
 
 LONGER = "a prompt longer than the window"
 
@@ -79,29 +76,6 @@ def _flipped(seen: Tensor, i: Tensor, j: Tensor) -> Tensor:
 )
 def mask_inverted(scope: Scope) -> Change:
     return seeing(scope, _flipped)
-
-
-def _rows_differ(scope: Scope) -> bool:
-    mask = scope.kwargs.get("attention_mask")
-    return has_attention(scope) and isinstance(mask, Tensor) and not torch.equal(mask, mask[:1].expand_as(mask))
-
-
-@fault(
-    id="mask-first-row",
-    title="every row of the batch has the mask of the first",
-    sites=INSIDE,
-    fix="give the mask a batch axis",
-    source="candle#3586",
-    needs="a batch with different padding",
-    applies=_rows_differ,
-)
-def mask_first_row(scope: Scope) -> Change:
-    attend = original(scope)
-
-    def new(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> Any:
-        return attend(module, q, k, v, mask[:1].expand_as(mask), **kwargs)
-
-    return replaced(scope, new)
 
 
 @fault(
@@ -197,7 +171,6 @@ FAULTS: tuple[Fault, ...] = (
     mask_next_token,
     mask_hides_self,
     mask_inverted,
-    mask_first_row,
     window_applied,
     window_of_other_layers,
     window_ignored,

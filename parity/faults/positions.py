@@ -1,4 +1,4 @@
-"""Positions: where counting starts, what padding does to it, when it restarts."""
+"""Positions: where counting starts, and when it restarts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from parity.faults.fault import LAST, TWO_TOKENS, Change, Fault, Number, Scope, fault
-from parity.faults.patches.attention import shown
 from parity.faults.patches.rope import ROTATED, each_by, frequencies, has_rope, positions_of, tables, with_tables
 
 
@@ -142,59 +141,6 @@ def position_chunk_restart(scope: Scope, chunk: float) -> Change:
     return with_tables(scope, _at(scope, positions if chunk == float("inf") else positions % int(chunk)))
 
 
-def _is_plain_count(scope: Scope) -> bool:
-    """Whether the reference numbers the tokens 0, 1, 2, … in every row."""
-    positions = positions_of(scope)
-    return bool((positions == torch.arange(positions.shape[-1], device=positions.device)).all())
-
-
-@fault(
-    id="position-ignores-padding",
-    title="positions count the padding on the left; the reference counts text tokens only",
-    sites=ROTATED,
-    fix="take positions from the running sum of the attention mask",
-    source="unsloth#3699",
-    needs="a batch padded on the left",
-    applies=lambda s: has_rope(s) and (not _is_plain_count(s)),
-)
-def position_ignores_padding(scope: Scope) -> Change:
-    return with_tables(scope, _at(scope, torch.arange(positions_of(scope).shape[-1])[None]))
-
-
-def _is_text(scope: Scope) -> Tensor | None:
-    """Which tokens are not padding (b, t), as the mask tells: None if it does not."""
-    mask = scope.kwargs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-1] != mask.shape[-2]:
-        return None
-    # A text token sees at least itself; padding sees nothing.
-    return shown(mask)[:, 0].diagonal(dim1=-2, dim2=-1)
-
-
-def _counted(scope: Scope) -> Tensor:
-    """Positions (b, t) that count text tokens only, and 1 on padding, as transformers does in generation."""
-    text = _is_text(scope)
-    assert text is not None, "unreachable because the fault applies only where the mask shows padding"
-    return (text.long().cumsum(-1) - 1).masked_fill(~text, 1)
-
-
-def _is_padded(scope: Scope) -> bool:
-    text = _is_text(scope) if has_rope(scope) else None
-    return text is not None and not bool(text.all())
-
-
-@fault(
-    id="position-skips-padding",
-    title="positions count text tokens only; the reference counts the padding on the left as well",
-    sites=ROTATED,
-    fix="number the tokens as the reference was run, or give both the same position_ids",
-    source="transformers#18388",
-    needs="a batch padded on the left",
-    applies=lambda s: _is_padded(s) and _is_plain_count(s),
-)
-def position_skips_padding(scope: Scope) -> Change:
-    return with_tables(scope, _at(scope, _counted(scope)))
-
-
 FAULTS: tuple[Fault, ...] = (
     position_offset,
     position_offset_q,
@@ -204,6 +150,4 @@ FAULTS: tuple[Fault, ...] = (
     position_decode_behind,
     position_restart,
     position_chunk_restart,
-    position_ignores_padding,
-    position_skips_padding,
 )

@@ -32,6 +32,7 @@ from parity.reference.replay import Replayed
 from parity.reference.row_sums import MASKED, measuring_rows
 from parity.reference.rows import (
     Floats,
+    Kept,
     Rows,
     chances,
     no_less_than_usual,
@@ -91,9 +92,10 @@ def local_error(site: Replayed, working: torch.dtype, storage: torch.dtype, head
 def measuring_local(site: Replayed, working: torch.dtype, storage: torch.dtype, head_dim: int | None) -> Task[Local]:
     """`local_error` as a task that shares its transfers with others."""
     rows = yield from measuring_rows(site, working, storage, head_dim)
-    allowed = None if site.allowed is None else (yield site.allowed)
+    allowed = None if site.allowed is None else (yield site.compared(site.allowed))
+    kept = None if site.text is None else (yield site.text).reshape(-1) > 0
     with np.errstate(all="ignore"):
-        return _local(site, rows, allowed, working)
+        return _local(site, rows, allowed, kept, working)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ class Yardstick:
     def of(cls, site: Replayed, working: torch.dtype, head_dim: int | None) -> Yardstick | None:
         """None where numbers are masked or not finite, so that which of them count depends on the value."""
         truth = site.truth
-        if not (isinstance(truth, Tensor) and truth.numel() and bool((truth.isfinite() & (truth > MASKED)).all())):
+        some = site.compared(truth) if isinstance(truth, Tensor) else truth
+        if not (isinstance(some, Tensor) and some.numel() and bool((some.isfinite() & (some > MASKED)).all())):
             return None
         return cls(site, run_together([measuring_rows(site, working, working, head_dim)])[0])
 
@@ -119,7 +122,8 @@ class Yardstick:
         truth = self.site.truth
         if not isinstance(truth, Tensor) or value.shape != truth.shape:
             return None
-        flat = (x.reshape(-1, truth.shape[-1]) for x in (value.to(truth.device), truth))
+        values = (self.site.compared(x) for x in (value.to(truth.device), truth))
+        flat = (x.reshape(-1, truth.shape[-1]) for x in values)
         errors = (x.to(exact.dtype) - exact for x, exact in row_blocks(*flat))
         rr = torch.cat([torch.linalg.vecdot(error, error) for error in errors]).double().cpu().numpy()
         if not np.isfinite(rr).all():
@@ -139,7 +143,7 @@ def _must_be_exact(rows: Rows) -> bool:
     return not (rows.ee.any() or rows.ss.any() or rows.qq.any())
 
 
-def _local(site: Replayed, rows: Rows, allowed: Floats | None, working: torch.dtype) -> Local:
+def _local(site: Replayed, rows: Rows, allowed: Floats | None, kept: Kept, working: torch.dtype) -> Local:
     shape, dims = tuple(site.truth.shape), site.site.dims
     strict = _strict(rows)
     if allowed is not None:
@@ -154,14 +158,14 @@ def _local(site: Replayed, rows: Rows, allowed: Floats | None, working: torch.dt
     def stray(count: float) -> float:
         return strays(freedom * count)
 
-    by_usual = ratios(rows.rr, no_less_than_usual(fused, rows.yy)) / chances(alone, dims, shape)
+    by_usual = ratios(rows.rr, no_less_than_usual(fused, rows.yy)) / chances(alone, dims, shape, kept)
     worst = float(by_usual.max()) if by_row.size else 0.0
     return Local(
         ratio=statistic(rows, strict, stray),
         ratio_fused=statistic(rows, fused, stray),
         row_max=float(by_row.max()) if by_row.size else 0.0,
         row_ratio=worst,
-        worst_tokens=tokens_of(by_usual, worst, dims, shape),
+        worst_tokens=tokens_of(by_usual, worst, dims, shape, kept),
         tokens=shape[dims.index("token")] if "token" in dims[:-1] else 0,
         kinds=int(rows.kinds.max()) + 1 if by_row.size else 0,
         width=shape[-1],
@@ -176,5 +180,5 @@ def _local(site: Replayed, rows: Rows, allowed: Floats | None, working: torch.dt
         nonfinite=rows.counts["candidate nonfinite"],
         nonfinite_inputs=rows.counts["truth nonfinite"] > 0,
         reference_nonfinite=rows.counts["floor nonfinite"],
-        structure=structure(rows, strict, dims, shape),
+        structure=structure(rows, strict, dims, shape, kept),
     )

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from parity.record.tap import without_wrappers
+from parity.reference.batch import Batch
 from parity.reference.checkpoint import Checkpoint
 from parity.reference.pieces import PiecewiseModel
 from parity.results import Check
 
 
-def reference_checks(model: PiecewiseModel, input_ids: Tensor) -> list[Check]:
+def reference_checks(model: PiecewiseModel, input_ids: Tensor | Batch) -> list[Check]:
     """A reference that rounds its RoPE frequencies, uses TF32 or gives other numbers each time cannot serve as one.
 
     `input_ids` (b, t).
@@ -40,7 +41,7 @@ def reference_checks(model: PiecewiseModel, input_ids: Tensor) -> list[Check]:
     return checks
 
 
-def _is_deterministic(model: PiecewiseModel, input_ids: Tensor) -> bool:
+def _is_deterministic(model: PiecewiseModel, input_ids: Tensor | Batch) -> bool:
     """Whether the first layer gives the same bits twice: it has every kind of operation that the others have."""
     hidden = None
     for piece in model.pieces[:2]:

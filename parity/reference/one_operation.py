@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from parity.reference.batch import Batch
 from parity.reference.pieces import Piece, PiecewiseModel
 from parity.sites import without_call
 
@@ -36,7 +37,7 @@ class LoadedPiece:
     """
 
     piece: Piece
-    input_ids: Tensor
+    input_ids: Batch
     hidden: Tensor | None
     recorded: Mapping[str, Tensor]
     regime: Regime = no_regime

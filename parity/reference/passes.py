@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from parity.record.tap import Tap
+from parity.reference.batch import Batch
 from parity.reference.one_operation import Regime, no_regime
 from parity.reference.pieces import HEAD, Piece, PiecewiseModel
 from parity.reference.products import Product, Values, run_to_product, withholds
@@ -39,7 +40,7 @@ class Pass:
     exchanged: list[Exchange] = field(default_factory=list)
     _is_sharing: bool = False
 
-    def run(self, piece: Piece, input_ids: Tensor, *, again: bool = False) -> None:
+    def run(self, piece: Piece, input_ids: Tensor | Batch, *, again: bool = False) -> None:
         """Compute a loaded piece from where this pass stands, or the last one once more, for token ids (b, t)."""
         self.forget()
         self.start = self.start if again else self.hidden

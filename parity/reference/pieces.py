@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from parity.record.chain import by_name, container_of, find_layers
 from parity.record.discover import Discovery, discover
 from parity.record.experts import IN_ROUTER
 from parity.record.tap import Tap, first_tensor, quiet_torch, tapping
+from parity.reference.batch import Batch
 from parity.reference.build import build
 from parity.reference.checkpoint import Checkpoint
 from parity.reference.precision import promoted
@@ -78,7 +79,7 @@ class PiecewiseModel:
         self._container = container_of(self.model, self.layers)
         self._sites = self._sort_sites()
         self._calls: list[_Call] = []
-        self._prepared: Tensor | None = None  # the token ids that the calls were captured for
+        self._prepared: Batch | None = None  # what the calls were captured for
         self._held: set[Piece] = set()
         self._original = original
         self.is_small = checkpoint.size <= SMALL
@@ -175,24 +176,21 @@ class PiecewiseModel:
         with quiet_torch(), promoted(self.dtype), tapping(self.model, self._sites[piece], tap):
             yield
 
-    def prepare(self, input_ids: Tensor) -> None:
-        """Capture what transformers hands to each layer beside hidden states, for token ids (b, t).
-
-        Done once for the same ids; the embedding is loaded for it.
-        """
-        ids = input_ids.cpu()
-        if not self.is_cut or (self._prepared is not None and torch.equal(self._prepared, ids)):
+    def prepare(self, input_ids: Tensor | Batch) -> None:
+        """Capture what transformers hands to each layer beside hidden states, for token ids (b, t); once for each."""
+        batch = Batch.of(input_ids)
+        if not self.is_cut or (self._prepared is not None and self._prepared.same_as(batch)):
             return
         calls: list[_Call] = []
         with self.loaded(EMBED):
-            self._embed(ids, lambda _site, value: value, calls)
-        self._calls, self._prepared = calls, ids.clone()
+            self._embed(batch, lambda _site, value: value, calls)
+        self._calls, self._prepared = calls, replace(batch, ids=batch.ids.clone())
 
-    def embed(self, input_ids: Tensor, tap: Tap) -> Tensor:
+    def embed(self, input_ids: Tensor | Batch, tap: Tap) -> Tensor:
         """Hidden states (b, t, hidden) that the first layer takes, from token ids (b, t)."""
-        return self._embed(input_ids, tap, [])
+        return self._embed(Batch.of(input_ids), tap, [])
 
-    def _embed(self, input_ids: Tensor, tap: Tap, calls: list[_Call]) -> Tensor:
+    def _embed(self, batch: Batch, tap: Tap, calls: list[_Call]) -> Tensor:
         captured: list[Tensor] = []
 
         def capture(index: int, hidden: Tensor, call: _Call) -> Tensor:
@@ -204,7 +202,7 @@ class PiecewiseModel:
 
         with self._stubbed(capture), self._running(EMBED, tap):
             try:
-                self.model(input_ids=input_ids.to(self.device), use_cache=False)
+                self.model(**batch.arguments(self.model, self.device), use_cache=False)
             except _StopPassError:
                 return captured[0]
         raise AssertionError("unreachable because the last stub stops the pass")
@@ -218,7 +216,7 @@ class PiecewiseModel:
         assert out is not None, "unreachable because discovery saw this layer return a tensor"
         return out
 
-    def head(self, input_ids: Tensor, hidden: Tensor | None, tap: Tap) -> Tensor:
+    def head(self, input_ids: Tensor | Batch, hidden: Tensor | None, tap: Tap) -> Tensor:
         """Logits (b, t, vocab) from the hidden states (b, t, hidden) after the last layer.
 
         Where the model is not cut, `hidden` is None and the head is all of it.
@@ -229,10 +227,12 @@ class PiecewiseModel:
             return hidden if index == last and hidden is not None else stubbed
 
         with self._stubbed(resume), self._running(HEAD, tap):
-            logits: Tensor = self.model(input_ids=input_ids.to(self.device), use_cache=False).logits
+            logits: Tensor = self.model(
+                **Batch.of(input_ids).arguments(self.model, self.device), use_cache=False
+            ).logits
         return logits
 
-    def run(self, piece: Piece, input_ids: Tensor, hidden: Tensor | None, tap: Tap) -> Tensor:
+    def run(self, piece: Piece, input_ids: Tensor | Batch, hidden: Tensor | None, tap: Tap) -> Tensor:
         """Run any loaded piece: token ids (b, t) and the hidden states (b, t, hidden) before it in, its output out."""
         if isinstance(piece, int):
             assert hidden is not None, "unreachable because the embedding comes before the layers"

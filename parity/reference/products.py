@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from parity.reference.batch import Batch
 from parity.reference.pieces import PiecewiseModel
 from parity.sites import without_call
 
@@ -56,6 +58,10 @@ class Product:
         """The same with rows (n, width)."""
         return Product(self.inputs.flatten(0, -2), self.weight, self.bias)
 
+    def rows(self, which: Tensor) -> Product:
+        """Some rows (n, width): those where `which` (…) is true."""
+        return Product(self.inputs[which.to(self.inputs.device)], self.weight, self.bias)
+
     def __getitem__(self, rows: slice) -> Tensor:
         return linear(self.inputs[rows], self.weight, self.bias)
 
@@ -64,11 +70,19 @@ Values = Tensor | Product
 """The activation of a pass: a tensor, or logits whose rows are computed when they are asked for."""
 
 
+V = TypeVar("V", Tensor, Product, Values)
+
+
+def rows_of(value: V, which: Tensor) -> V:
+    """Of a value (…, width) the rows (n, width) where `which` (…) is true."""
+    return value.rows(which) if isinstance(value, Product) else value[which.to(value.device)]
+
+
 class _WithheldError(Exception):
     """Ends a pass before its last product."""
 
 
-def withholds(model: PiecewiseModel, input_ids: Tensor) -> bool:
+def withholds(model: PiecewiseModel, input_ids: Tensor | Batch) -> bool:
     """Whether the logits of token ids (b, t) are large, and nothing but a matrix product makes them."""
     last = model.sites[-1]
     module = model.model.get_submodule(last.module)

@@ -13,8 +13,7 @@ Six passes over each piece while its weights are in memory:
 * own      the same, with tokens sent to the candidate's experts where these were tied (parity.reference.routing);
 * ideal    that in a precision whose own error does not matter.
 
-`own` is computed apart from `plain` only once a tie was resolved differently, or a regime was accepted: `plain` alone
-knows nothing of regimes.
+`own` is computed apart from `plain` only once a tie was resolved differently, or in a regime, which `plain` has not.
 """
 
 from __future__ import annotations
@@ -28,12 +27,13 @@ import torch
 from torch import Tensor
 
 from parity.record.tap import Tap
+from parity.reference.batch import Batch
 from parity.reference.legal_ways import straying
 from parity.reference.one_operation import LoadedPiece, Regime, no_regime
 from parity.reference.passes import Pass, mean_square
 from parity.reference.pieces import Piece, PiecewiseModel
 from parity.reference.precision import jittered, stochastically_rounded, truth_dtype
-from parity.reference.products import Values
+from parity.reference.products import V, Values, rows_of
 from parity.reference.routing import Route, choices_of, route_of, router_at
 from parity.reference.sharing import shares
 from parity.sites import Site
@@ -46,11 +46,9 @@ class Replayed:
     """One site after all passes; every tensor in the reference's layout, in its own dtype.
 
     Of large logits those in the precision of the truth are computed row by row (parity.reference.products).
-
-    `candidate` is None where the candidate did not record the site; the others are the passes of that name,
-    `apart` being `plain` where it is not `own`.
+    `candidate` is None where it did not record the site; the others are the passes of that name, `apart` is `plain`.
     `summands` is the length of the sums behind each number (PiecewiseModel.summands); `allowed` is the square of how
-    far each row may be off the truth in another legal way, (…) for values (…, features).
+    far each row may be off the truth in another legal way, (…) for values (…, features); `text` (…) those not padding.
     """
 
     site: Site
@@ -64,6 +62,7 @@ class Replayed:
     noise: tuple[Values, ...] = ()
     allowed: Tensor | None = None
     apart: Tensor | None = None
+    text: Tensor | None = None
 
     @classmethod
     def on_its_own(
@@ -76,6 +75,10 @@ class Replayed:
     def plain(self) -> Tensor:
         """The reference's own run, routed as it routes itself: (b, t, d) at most sites."""
         return self.own if self.apart is None else self.apart
+
+    def compared(self, value: V) -> V:
+        """Of a value of the site's shape the rows (n, features) that are compared; all of it where all are."""
+        return value if self.text is None else rows_of(value, self.text)
 
 
 class Reference:
@@ -98,14 +101,14 @@ class Reference:
         other.routes, other.regime, other.changed = {}, regime, sites
         return other
 
-    def prepare(self, input_ids: Tensor) -> None:
+    def prepare(self, input_ids: Tensor | Batch) -> None:
         """Capture what the layers of both models get beside hidden states, for token ids (b, t)."""
         self.working.prepare(input_ids)
         self.precise.prepare(input_ids)
 
     def replay(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | Batch,
         candidate: Callable[[Site], Tensor | None],
         noise: int = 0,
         ways: int = 0,
@@ -123,34 +126,32 @@ class Reference:
         Only the `wanted` pieces are given, all if None; the values are the same. Before these, passes on the
         candidate's own inputs are run only where its record does not say what comes of them.
         """
-        recorded: dict[str, Tensor] = {}
+        batch, recorded = Batch.of(input_ids), dict[str, Tensor]()
         self.routes.clear()
         passes = self._passes(recorded)
         noisy = [Pass(self.precise, self._noisy(seed), self.regime) for seed in range(noise)]
         feed, withhold = (self._jittering if jitter else self._straying), not self._sums_show
         # An order of summation of its own is one of the last product too.
         strayed = [Pass(self.precise, feed(recorded, n), self.regime, may_withhold=withhold) for n in range(ways)]
-        device = self.working.device
         for piece in self._up_to_last(wanted):
             sites = self.working.sites_of(piece)
             recorded.clear()
-            recorded.update({s.name: v.to(device) for s in sites if (v := candidate(s)) is not None})
+            recorded.update({s.name: v.to(self.working.device) for s in sites if (v := candidate(s)) is not None})
             with self.working.loaded(piece), self.precise.loaded(piece):
                 needed = wanted is None or piece in wanted or bool(strayed)
                 if needed or not self._pass_over(passes, piece, recorded):
-                    self._on_inputs(passes, piece, input_ids, recorded)
+                    self._on_inputs(passes, piece, batch, recorded)
                 for one in (passes["plain"], passes["ideal"], *noisy):
-                    one.run(piece, input_ids)
-                self._run_own(passes, piece, input_ids)
+                    one.run(piece, batch)
+                self._run_own(passes, piece, batch)
                 for seed, one in enumerate(strayed):
                     with straying(piece, seed)(self.precise) if self._sums_show else nullcontext():
-                        one.run(piece, input_ids)
+                        one.run(piece, batch)
             if wanted is not None and piece not in wanted:
                 continue
-            summands = {s.name: self.working.summands(s, input_ids.shape[-1]) for s in sites}
+            summands = {s.name: self.working.summands(s, batch.shape[-1]) for s in sites}
             gathered = (_gather(s, recorded.get(s.name), passes, summands[s.name], noisy) for s in sites)
-            yield piece, [self._given(s, strayed, jitter) for s in gathered]
-            # What was measured makes room for the next piece.
+            yield piece, [self._given(s, batch, strayed, jitter) for s in gathered]
             for one in (*passes.values(), *noisy, *strayed):
                 one.forget()
 
@@ -177,14 +178,14 @@ class Reference:
                 one.hidden = value if name == source else one.hidden
         return True
 
-    def _on_inputs(self, passes: dict[str, Pass], piece: Piece, input_ids: Tensor, recorded: dict[str, Tensor]) -> None:
+    def _on_inputs(self, passes: dict[str, Pass], piece: Piece, batch: Batch, recorded: dict[str, Tensor]) -> None:
         """Run the passes on the candidate's own inputs, all of them routed as the candidate was."""
         on_inputs = [passes[name] for name in ("truth", "floor", "jitter")]
         for one in on_inputs:
-            one.run(piece, input_ids)
+            one.run(piece, batch)
         for site in choices_of(self.working.sites_of(piece)):
             truth = passes["truth"]
-            at = LoadedPiece(piece, input_ids, truth.start, {}, self.regime)
+            at = LoadedPiece(piece, batch, truth.start, {}, self.regime)
             router = router_at(self.precise, at, site, truth.values, recorded)
             if router is None:
                 continue
@@ -192,9 +193,9 @@ class Reference:
             self.routes[site.name] = route
             if site.name not in recorded and any((one.values[site.name] != route.choice).any() for one in on_inputs):
                 for one in on_inputs:
-                    one.run(piece, input_ids, again=True)
+                    one.run(piece, batch, again=True)
 
-    def _run_own(self, passes: dict[str, Pass], piece: Piece, input_ids: Tensor) -> None:
+    def _run_own(self, passes: dict[str, Pass], piece: Piece, batch: Batch) -> None:
         own, plain = passes["own"], passes["plain"]
         fresh = {site.name: plain.values[site.name] for site in choices_of(self.working.sites_of(piece))}
         same = own.hidden is plain.start and self.regime is no_regime
@@ -202,7 +203,7 @@ class Reference:
             own.values, own.hidden = plain.values, plain.hidden
             own.shared = {name: dict(given) for name, given in plain.shared.items()}
         else:
-            own.run(piece, input_ids)
+            own.run(piece, batch)
 
     def _routed(self, site: str, fresh: Tensor) -> Tensor:
         """What flows on from a site of a run on its own activations: the candidate's choice where it is right."""
@@ -234,7 +235,8 @@ class Reference:
 
         return rounded
 
-    def _given(self, site: Replayed, strayed: list[Pass], jitter: bool) -> Replayed:
+    def _given(self, site: Replayed, batch: Batch, strayed: list[Pass], jitter: bool) -> Replayed:
+        site = replace(site, text=batch.rows(site.site.dims, site.truth.shape))
         # Where a regime rounds coarsely, the smallest move may flip it: fusing would excuse anything.
         site = replace(site, jitter=site.truth) if site.site.name in self.changed else site
         return self._allowing(site, strayed, jitter) if strayed else site

@@ -46,9 +46,9 @@ def measuring_rows(site: Replayed, working: torch.dtype, storage: torch.dtype, h
     candidate = site.candidate.to(site.truth.device)
     if torch.promote_types(candidate.dtype, site.truth.dtype) != site.truth.dtype:
         candidate = candidate.to(site.truth.dtype)
-    values = (candidate, site.truth, site.floor, site.jitter, site.own, site.ideal)
+    values = [site.compared(x) for x in (candidate, site.truth, site.floor, site.jitter, site.own, site.ideal)]
     flat = [value.flatten() if isinstance(value, Product) else value.reshape(-1, width) for value in values]
-    least = _least(site, working)
+    least = _least(site, flat[0].shape[0], working)
     answer = yield _all_blocks(flat, storage, least, careful=False)
     if not np.isfinite(answer).all() or answer[-1] <= MASKED:
         answer = yield _all_blocks(flat, storage, least, careful=True)
@@ -105,11 +105,10 @@ def _all_blocks(flat: Sequence[Values], storage: torch.dtype, least: float, *, c
     )
 
 
-def _least(site: Replayed, working: torch.dtype) -> float:
+def _least(site: Replayed, rows: int, working: torch.dtype) -> float:
     """The smallest floor that any operation of this kind has, squared, relative to the truth."""
-    rows = max(site.truth.numel() // max(site.truth.shape[-1], 1), 1)
     summation = site.summands / 6 if site.summands > 1 else 0.0
-    in_float32 = unit_roundoff(torch.float32) ** 2 * max(summation, _SHARED**2 / rows)
+    in_float32 = unit_roundoff(torch.float32) ** 2 * max(summation, _SHARED**2 / max(rows, 1))
     return float(max((_LEAST_SHARE * unit_roundoff(working)) ** 2, in_float32))
 
 

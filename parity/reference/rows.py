@@ -1,6 +1,7 @@
 """What the rows of a site say: ratios over all of them, in their middle and of the worst, and where the error is.
 
-A row is all but the last axis. Rows that repeat each other, as those of a repeated token do, count once.
+A row is all but the last axis. Rows that repeat each other, as those of a repeated token do, count once; rows of
+padding do not count. Where there are some, `kept` says of all rows of a site which are compared, and so are among them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _NOWHERE = -(1 << 19)
 # As many tokens are named in the reason for a verdict.
 _NAMED = 8
 Floats = NDArray[np.float64]
+Kept = NDArray[np.bool_] | None
 
 
 @dataclass(frozen=True)
@@ -85,21 +87,39 @@ def no_less_than_usual(floor: Floats, size: Floats) -> Floats:
     return np.maximum(floor, np.median(floor[some] / size[some]) * size) if some.any() else floor
 
 
-def chances(freedom: float, dims: Dims, shape: tuple[int, ...]) -> Floats:
+def chances(freedom: float, dims: Dims, shape: tuple[int, ...], kept: Kept = None) -> Floats:
     """By how much each row may stray by chance, as the worst of all; those of the last token among themselves."""
-    rows = math.prod(shape[:-1])
+    rows = math.prod(shape[:-1]) if kept is None else int(kept.sum())
     every = np.full(shape[:-1], chance.of_worst_row(freedom, rows))
     if "token" in dims[:-1] and rows:
-        axis = dims.index("token")
-        last = (slice(None),) * axis + (-1,)
-        every[last] = chance.of_worst_row(freedom, rows // shape[axis])
-    return every.reshape(-1)
+        last = _is_last(dims, shape, kept)
+        every[last] = chance.of_worst_row(freedom, int(last.sum()))
+    return every.reshape(-1) if kept is None else every.reshape(-1)[kept]
 
 
-def tokens_of(by_row: Floats, worst: float, dims: Dims, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _is_last(dims: Dims, shape: tuple[int, ...], kept: Kept) -> NDArray[np.bool_]:
+    """Which rows are those of the last token that is compared, as (…) for values (…, features)."""
+    axis = dims.index("token")
+    every = np.ones(shape[:-1], bool) if kept is None else kept.reshape(shape[:-1])
+    from_here_on = np.flip(np.cumsum(np.flip(every, axis), axis), axis)
+    last: NDArray[np.bool_] = every & (from_here_on == 1)
+    return last
+
+
+def _placed(values: Floats, kept: Kept) -> Floats:
+    """A number for each row of a site, 0 where a row is padding."""
+    if kept is None:
+        return values
+    every = np.zeros(kept.size)
+    every[kept] = values
+    return every
+
+
+def tokens_of(by_row: Floats, worst: float, dims: Dims, shape: tuple[int, ...], kept: Kept = None) -> tuple[int, ...]:
     """The tokens of the worst rows, in their order; none where a row does not belong to a token."""
     if "token" not in dims[:-1] or not by_row.size:
         return ()
+    by_row = _placed(by_row, kept)
     rest = tuple(i for i, dim in enumerate(dims[:-1]) if dim != "token")
     by_token = by_row.reshape(shape[:-1]).max(rest) if rest else by_row
     bad = np.flatnonzero(by_token >= worst / 2)
@@ -111,26 +131,27 @@ def relative(squares: Floats, size: Floats) -> float:
     return float(ratios(squares.sum(), size.sum()))
 
 
-def structure(rows: Rows, strict: Floats, dims: Dims, shape: tuple[int, ...]) -> Structure:
+def structure(rows: Rows, strict: Floats, dims: Dims, shape: tuple[int, ...], kept: Kept = None) -> Structure:
     """Where the error is, by the floor of each row, for values of this shape and these axes."""
     weight = 1 / np.where(rows.floor > 0, rows.floor, 1.0)
     ry, energy, size = (float((x * weight).sum()) for x in (rows.ry, rows.rr, rows.yy))
-    by_token = _profile(rows.rr, strict, dims, shape, "token")
+    placed = _placed(rows.rr, kept), _placed(strict, kept)
+    by_token = _profile(*placed, dims, shape, "token")
     channel = int(rows.channels.argmax()) if rows.channels.size else 0
     if rows.heads.size > 1:
         # Energy is in units of each row's whole floor, of which one head has its share.
         by_head = np.sqrt(rows.heads / max(rows.rr.size, 1) * rows.heads.size)
     else:
-        by_head = _profile(rows.rr, strict, dims, shape, "head")
+        by_head = _profile(*placed, dims, shape, "head")
     return Structure(
         gain=ry / size if size else 0.0,
         cosine=ry / math.sqrt(energy * size) if energy and size else 0.0,
-        by_token=_bins(by_token),
+        by_token=_bins(_without_gaps(by_token, dims, shape, kept)),
         by_head=tuple(by_head.tolist()),
         channel=channel,
         channel_share=float(rows.channels[channel] / rows.channels.sum()) if energy else 0.0,
         first_token=next((i for i, value in enumerate(by_token.tolist()) if value > _FIRST), None),
-        elements=math.prod(shape),
+        elements=rows.rr.size * shape[-1],
         pooled=_pooled(by_token),
     )
 
@@ -142,6 +163,15 @@ def _profile(rr: Floats, floor: Floats, dims: Dims, shape: tuple[int, ...], axis
         return np.zeros(0)
     rest = tuple(i for i, dim in enumerate(rows) if dim != axis)
     return ratios(rr.reshape(shape[:-1]).sum(rest), floor.reshape(shape[:-1]).sum(rest))
+
+
+def _without_gaps(by_token: Floats, dims: Dims, shape: tuple[int, ...], kept: Kept) -> Floats:
+    """The profile with what is usual in place of a token that is padding in every row."""
+    if kept is None or not by_token.size or not kept.any():
+        return by_token
+    rest = tuple(i for i, dim in enumerate(dims[:-1]) if dim != "token")
+    some = kept.reshape(shape[:-1]).any(rest)
+    return np.where(some, by_token, np.median(by_token[some]))
 
 
 def _bins(profile: Floats) -> tuple[float, ...]:

@@ -22,6 +22,7 @@ from parity.record.chain import find_layers
 from parity.record.discover import kind_of
 from parity.record.scans import SCAN
 from parity.record.tap import Tap, quiet_torch, tapping
+from parity.reference.batch import Batch
 from parity.reference.build import auto_class
 from parity.reference.pieces import HEAD, Piece, PiecewiseModel
 from parity.reference.precision import unit_roundoff
@@ -42,23 +43,23 @@ Values = dict[str, Tensor]
 _done: dict[tuple[Any, ...], list[Check]] = {}
 
 
-def self_check(reference: Reference, input_ids: Tensor) -> list[Check]:
+def self_check(reference: Reference, input_ids: Tensor | Batch) -> list[Check]:
     """Check a reference on the first of the token ids (b, t), once in a process for a checkpoint run in one way."""
-    working = reference.working
+    working, batch = reference.working, Batch.of(input_ids)
     changed = tuple(file.stat().st_mtime_ns for file in working.checkpoint.files)
     weights = working.checkpoint.weights and working.checkpoint.weights.name
-    way = (working.dtype, str(working.device), working.attention, len(working.sites), weights)
+    way = (working.dtype, str(working.device), working.attention, len(working.sites), weights, batch.text is None)
     key = (working.checkpoint.path, working.checkpoint.fingerprint(), changed, *way)
     if key not in _done:
-        _done[key] = checked(reference, input_ids[:_ROWS, :_TOKENS])
+        _done[key] = checked(reference, batch.starting(_ROWS, _TOKENS))
     return _done[key]
 
 
-def checked(reference: Reference, ids: Tensor) -> list[Check]:
+def checked(reference: Reference, input_ids: Tensor | Batch) -> list[Check]:
     """The three checks, on token ids (b, t)."""
-    working = reference.working
-    pieces = _pieces(working)
-    expected = _stock_values(working, ids, pieces)
+    working, batch = reference.working, Batch.of(input_ids)
+    pieces = pieces_to_check(working)
+    expected = _stock_values(working, batch, pieces)
     differing: list[str] = []
     copied: dict[str, bool] = {}
     apart: list[str] = []
@@ -68,11 +69,11 @@ def checked(reference: Reference, ids: Tensor) -> list[Check]:
         with working.loaded(piece), reference.precise.loaded(piece):
             # Running may change a table to suit the tokens, so numbers are looked at first, and once.
             copied |= _copied(reference, copied)
-            before, hidden = hidden, working.run(piece, ids, hidden, _into(mine))
+            before, hidden = hidden, working.run(piece, batch, hidden, _into(mine))
             differing += [
                 site for site, value in mine.items() if site in expected and not _equal(value, expected[site])
             ]
-            apart += _apart(reference, piece, ids, before, mine)
+            apart += _apart(reference, piece, batch, before, mine)
     same = (
         f"bit-equal at {len(expected)} sites" if expected else "not compared: its first layers cannot be loaded alone"
     )
@@ -101,7 +102,7 @@ def _check(name: str, sites: list[str], what: str, fine: str) -> Check:
     return Check(name, not sites, f"{sites[0]}: {what}" if sites else fine, vital=True)
 
 
-def _pieces(working: PiecewiseModel) -> list[Piece]:
+def pieces_to_check(working: PiecewiseModel) -> list[Piece]:
     """All pieces of a small model; of a large one those up to the last layer that is the first of its kind."""
     if working.is_small or not working.is_cut:
         return working.pieces
@@ -110,14 +111,14 @@ def _pieces(working: PiecewiseModel) -> list[Piece]:
     return working.pieces[: last + 2]
 
 
-def _stock_values(working: PiecewiseModel, ids: Tensor, pieces: list[Piece]) -> Values:
+def _stock_values(working: PiecewiseModel, batch: Batch, pieces: list[Piece]) -> Values:
     """What the loaded model gives at the sites of some pieces that its modules take or return; empty if too large."""
     wanted = [s for p in pieces for s in working.sites_of(p) if s.where in ("input", "output", SCAN)]
     model = _stock(working, len(working.layers) if HEAD in pieces else len(pieces) - 1)
     values: Values = {}
     if model is not None:
         with quiet_torch(), tapping(model, wanted, _into(values)):
-            model(input_ids=ids.to(working.device), use_cache=False)
+            model(**batch.arguments(model, working.device), use_cache=False)
     return values
 
 
@@ -197,19 +198,22 @@ def _numbers(model: nn.Module) -> Values:
     return {name: value for name, value in every if not value.is_meta}
 
 
-def _apart(reference: Reference, piece: Piece, ids: Tensor, before: Tensor | None, mine: Values) -> list[str]:
+def _apart(reference: Reference, piece: Piece, batch: Batch, before: Tensor | None, mine: Values) -> list[str]:
     """Sites of a piece at which truth and reference differ too much on the reference's own values `mine`."""
     precise, limit = reference.precise, min(_APART * unit_roundoff(reference.working.dtype), _OTHER)
     far: list[str] = []
+    dims = {site.name: site.dims for site in precise.sites}
 
     def tap(site: str, fresh: Tensor) -> Tensor:
         own = mine[site]
-        if fresh.is_floating_point() and _difference(own, fresh) > limit:
+        text = batch.rows(dims[site], fresh.shape, fresh.device)
+        sides = (own, fresh) if text is None else (own[text], fresh[text])
+        if fresh.is_floating_point() and _difference(*sides) > limit:
             far.append(site)
         # Nothing follows the last site.
         return fresh if site == precise.sites[-1].name else own.to(fresh.dtype)
 
-    precise.run(piece, ids, None if before is None else before.to(precise.dtype), tap)
+    precise.run(piece, batch, None if before is None else before.to(precise.dtype), tap)
     return far
 
 

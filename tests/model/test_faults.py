@@ -227,7 +227,7 @@ class Case:
     model_type: str
     config: dict[str, Any] = field(default_factory=dict)
     shows: tuple[str, ...] = ()
-    padded: bool = False
+    padded: str = ""
     positions: bool = False
 
 
@@ -241,8 +241,20 @@ CASES = {
         {"rope_parameters": _LLAMA3 | {"original_max_position_embeddings": 16}},
         ("rope-scaling-ignored",),
     ),
-    "llama-padded": Case("llama", {}, ("position-skips-padding", "mask-first-row"), padded=True),
-    "llama-counted": Case("llama", {}, ("position-ignores-padding",), padded=True, positions=True),
+    "llama-padded": Case(
+        "llama",
+        {},
+        ("position-skips-padding", "mask-first-row", "mask-padding-side", "mask-ignores-padding"),
+        padded="left",
+    ),
+    "llama-padded-right": Case("llama", {}, ("last-token-padding", "mask-padding-side"), padded="right"),
+    "llama-counted": Case(
+        "llama",
+        {},
+        ("position-ignores-padding", "position-first-row", "position-decode-counts-padding"),
+        padded="left",
+        positions=True,
+    ),
     "mistral": Case("mistral", {}, ("window-ignored", "window-plus-one", "window-minus-one")),
     "gemma2": Case("gemma2", checkpoints.OTHER["gemma3_text"], ("softcap-dropped",)),
     "gemma3": Case("gemma3_text", {}, ("norm-one-forgotten", "window-of-other-layers", "embedding-scale-missing")),
@@ -273,8 +285,11 @@ def stock_layer(case: Case) -> Iterator[tuple[tuple[Scope, Run], tuple[Scope, Ru
     calls: list[tuple[Any, Any]] = []
     handle = layers[MIDDLE].register_forward_pre_hook(lambda _m, *call: calls.append(call), with_kwargs=True)
     inputs: dict[str, Tensor] = {"input_ids": torch.arange(2 * TOKENS).reshape(2, -1)}
+    text: Tensor | None = None
     if case.padded:
-        inputs["attention_mask"] = (torch.arange(TOKENS) >= torch.tensor([[0], [4]])).long()
+        text = torch.arange(TOKENS) >= torch.tensor([[0], [4]])
+        text = text if case.padded == "left" else text.flip(1)
+        inputs["attention_mask"] = text.long()
     if case.positions:
         inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp_min(0)
 
@@ -286,8 +301,8 @@ def stock_layer(case: Case) -> Iterator[tuple[tuple[Scope, Run], tuple[Scope, Ru
         handle.remove()
         (args, kwargs), state = calls[0], model.state_dict()
         scopes = (
-            Scope(model, model.config, layers[MIDDLE], MIDDLE, kwargs, stored),
-            Scope(model, model.config, None, None, {}, stored),
+            Scope(model, model.config, layers[MIDDLE], MIDDLE, kwargs, stored, text=text),
+            Scope(model, model.config, None, None, {}, stored, text=text),
         )
 
         def run_layer() -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from parity.compare import next_token
 from parity.compare.next_token import ending, sample_of
 from parity.observer import Observer
+from parity.reference.batch import Batch
 from parity.reference.checkpoint import find
 from parity.reference.replay import Replayed
 from parity.sites import Site
@@ -115,7 +116,9 @@ def unexplained(path: Path, draws: list[list[float]]) -> int:
     own = ideal + torch.tensor([0.01, -0.01, 0.0])
     candidate, noise = torch.tensor([[[1.0, 3.0, 0.0]]]), tuple(ideal + torch.tensor(draw) for draw in draws)
     site = Site("lm_head", ("batch", "token", "vocab"), (1, 1, 3), "torch.float32", "lm_head", "output")
-    found = ending(Replayed(site, own, ideal, candidate, ideal, own, ideal, 1, noise), find(str(path)), Observer())
+    batch = Batch(torch.zeros(1, 1, dtype=torch.long))
+    logits = Replayed(site, own, ideal, candidate, ideal, own, ideal, 1, noise)
+    found = ending(logits, batch, find(str(path)), Observer())
     assert found.next_token is not None
     assert found.next_token.flips == 1
     return found.next_token.unexplained_flips

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from impl.qwen3 import Config
-from parity.faults import bounds, experts, rope_scaling, rope_tables, router, scans
+from parity.faults import bounds, experts, padding, rope_scaling, rope_tables, router, scans
 
 # The wrong number of a bug, on a checkpoint and a prompt of so many tokens.
 Truth = Callable[[Config, int], float]
@@ -128,7 +128,7 @@ def causes(bugs: Iterable[str]) -> dict[str, Cause]:
 
 _DECODING = "several calls: tests.planted.decoding"
 _FOREIGN = "another architecture"
-_PADDING = "a batch padded on the left"
+_PADDING = "a padded batch: tests.planted.padding"
 _WINDOW = "a config with a sliding window, which impl does not implement"
 
 # Faults of the catalogue that are planted nowhere here, and what that would need.
@@ -143,7 +143,7 @@ UNPLANTED: dict[str, str] = {
     ),
     **dict.fromkeys(("position-decode-ahead", "position-decode-behind", "position-restart"), _DECODING),
     "cache-window-stands": _DECODING,
-    **dict.fromkeys(("position-ignores-padding", "position-skips-padding", "mask-first-row"), _PADDING),
+    **{fault.id: _PADDING for fault in padding.FAULTS},
     **dict.fromkeys(("window-ignored", "window-plus-one", "window-minus-one", "window-of-other-layers"), _WINDOW),
     **dict.fromkeys(("rope-full", "qk-norm-separate", "norm-rms-for-layernorm", "norm-one-forgotten"), _FOREIGN),
     **dict.fromkeys(("attention-scale-head-dim", "sinks-dropped", "softcap-dropped", "act-silu"), _FOREIGN),

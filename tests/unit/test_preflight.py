@@ -23,7 +23,7 @@ _MORE = {"attention": "eager", "faults": None, "accept": None, "weights": None, 
 
 def options(**given: Any) -> SimpleNamespace:
     plain = {"prompt": None, "prompt_file": None, "tokens": "1 2", "model": None, "dtype": None, "device": "cpu"}
-    return SimpleNamespace(**(plain | _MORE | given))
+    return SimpleNamespace(**(plain | {"prompts": None, "pad": None} | _MORE | given))
 
 
 @pytest.mark.parametrize(
