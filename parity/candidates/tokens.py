@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from parity.dump import Dump, RunInfo
 from parity.errors import IncomparableError, UsageError
-from parity.reference.batch import Batch
 from parity.reference.checkpoint import Checkpoint
 from parity.reference.tokenizer import PromptIds, tokenize
 from parity.results import Check
+
+if TYPE_CHECKING:
+    from parity.reference.batch import Batch
 
 
 def require_same_model(dump: Dump, checkpoint: Checkpoint) -> None:
@@ -39,6 +42,8 @@ def require_same_tokens(dump: Dump, asked: Sequence[tuple[int, ...]]) -> None:
 
 def require_same_padding(dump: Dump, asked: Batch) -> None:
     """Raise IncomparableError if a dump of the same token ids had another mask or other positions than are asked."""
+    from parity.reference.batch import Batch
+
     info = dump.info
     if info.token_ids is None:
         return

@@ -7,7 +7,7 @@ one string, a folder of .npy in parity.json.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,11 @@ def foreign_dump(path: Path, tensors: Tensors, metadata: Mapping[str, Any]) -> D
     """A Dump from the tensors of a foreign file and its metadata (keys without prefix)."""
     try:
         values = _values(path, metadata)
-        rows = {name: _rows(path, tensors, name, values.get(name)) for name in ROWS}
+        rows = {name: _rows(path, tensors, name, values.get(name)) for name in _own_rows(tensors, values)}
         texts: dict[str, Any] = {key: values.get(key) for key in TEXTS}
-        calls = _calls(path, values.get("calls"), rows[TOKEN_IDS])
+        calls = _calls(path, values.get("calls"), rows.get(TOKEN_IDS))
         info = _info(path, **texts, **rows, notes=tensors.notes, calls=calls)
-        entries = _entries(path, tensors, values.get("dims", {}))
+        entries = _entries(path, tensors, values.get("dims", {}), rows)
         dump = joined(Dump(path, info, entries, tensors.load, tensors.close))
         if "names" not in values:
             return dump
@@ -87,6 +87,12 @@ def _info(path: Path, **said: Any) -> RunInfo:
         return RunInfo(**said)
     except DumpError as error:
         raise DumpError(f"{path}: {error}") from None
+
+
+def _own_rows(tensors: Tensors, values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which of ROWS are those of the run: without token ids, a tensor called so is another program's."""
+    has_ids = TOKEN_IDS in tensors.kinds or TOKEN_IDS in values
+    return ROWS if has_ids else tuple(name for name in ROWS if name in values)
 
 
 def _rows(path: Path, tensors: Tensors, name: str, declared: Any) -> TokenIds | None:
@@ -124,7 +130,7 @@ def _calls(path: Path, declared: Any, token_ids: TokenIds | None) -> tuple[int, 
     return tuple(declared)
 
 
-def _entries(path: Path, tensors: Tensors, dims: Any) -> dict[str, Entry]:
+def _entries(path: Path, tensors: Tensors, dims: Any, rows: Collection[str]) -> dict[str, Entry]:
     if not isinstance(dims, dict) or not all(isinstance(value, str) for value in dims.values()):
         raise DumpError(
             f"{path}: 'parity.dims' is not a table of dims — found {dims!r:.60} — "
@@ -132,7 +138,7 @@ def _entries(path: Path, tensors: Tensors, dims: Any) -> dict[str, Entry]:
         )
     entries = {}
     for name, (dtype, shape) in tensors.kinds.items():
-        if name in ROWS:
+        if name in rows:
             continue
         declared = lookup(dims, name.partition("@")[0]) or lookup(dims, name)
         try:

@@ -14,6 +14,7 @@ from torch import Tensor
 from parity.compare.next_token import ending
 from parity.observer import Observer
 from parity.reference import products, transfer
+from parity.reference.batch import Batch
 from parity.reference.checkpoint import find
 from parity.reference.floor import Local, local_error
 from parity.reference.pieces import PiecewiseModel
@@ -71,7 +72,7 @@ def test_row_by_row_are_the_same_numbers(
     torch.testing.assert_close(rows.allowed, whole.allowed, rtol=1e-3, atol=0)
     assert measured(rows, of).ratio == pytest.approx(measured(whole, of).ratio, rel=1e-3)
     assert measured(rows, of).worst_tokens == measured(whole, of).worst_tokens == (3,)
-    ends = [ending(site, find(str(path)), Observer()) for site in (rows, whole)]
+    ends = [ending(site, Batch(IDS), find(str(path)), Observer()) for site in (rows, whole)]
     assert ends[0].next_token is not None
     assert ends[0].next_token.flips == 1
     assert ends[0].noise_ratio == pytest.approx(ends[1].noise_ratio, rel=1e-4)

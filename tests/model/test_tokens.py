@@ -67,11 +67,22 @@ def test_the_ids_of_a_dump_are_checked_against_its_prompt(chatting: Checkpoint, 
     assert token_check(RunInfo(prompt=TEXT), chatting) is None
 
 
+UNMASKED = "pad ids (0): read as text, for want of parity.attention_mask"
+
+
 @pytest.mark.parametrize(
     ("rows", "pad", "detail"),
     [
-        (((5, 6, 7, 8), (0, 0, 5, 6)), 0, "row 1 begins in 2 pad ids (0): read as text, without a mask"),
-        (((5, 0, 0, 0), (5, 6, 7, 8)), 0, "row 0 ends in 3 pad ids (0): read as text, without a mask"),
+        (
+            ((5, 6, 7, 8), (0, 0, 5, 6)),
+            0,
+            f"row 1 begins in 2 {UNMASKED}",
+        ),
+        (
+            ((5, 0, 0, 0), (5, 6, 7, 8)),
+            0,
+            f"row 0 ends in 3 {UNMASKED}",
+        ),
         (((5, 6, 7, 0), (0, 6, 7, 8)), 0, None),  # one may be a mark of the tokenizer's
         (((5, 0, 0, 6),), 0, None),
         (((5, 0, 0, 0),), None, None),
