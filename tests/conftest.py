@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def left_out(items: Iterable[pytest.Item]) -> set[pytest.Item]:
-    """Three of four of the parameters that a test's own file calls slow.
+    """Seven of eight of the parameters that a test's own file calls slow.
 
     They are the same question asked of one more architecture, dtype or bug; all fast ones and all single tests are run.
     """
@@ -69,7 +69,7 @@ def left_out(items: Iterable[pytest.Item]) -> set[pytest.Item]:
     for item in items:
         if hasattr(item, "callspec") and item.get_closest_marker("slow"):
             name = item.nodeid.partition("[")[0]
-            if seen[name] % 4:
+            if seen[name] % 8:
                 out.add(item)
             seen[name] += 1
     return out
