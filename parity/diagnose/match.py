@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from parity.diagnose.causes import Part, Tried, assigned
-from parity.diagnose.near_miss import is_near_miss
+from parity.diagnose.near_miss import is_near_miss, is_usual
 from parity.diagnose.read import read
 from parity.diagnose.spans import span_before
 from parity.diagnose.trial import Case, Trial, attempt
@@ -82,9 +82,13 @@ def _tried(
                 whole += 1
                 new = [f for f in catalogue if f.id not in known and (numbers or f.number is None)]
                 fits[site] = dict(_fitting(case, new, {}))
-            if all(trial.fault.number is not None and trial.ratio > _CLOSE for trial in fits[site].values()):
+            if all(_may_be_near(trial) for trial in fits[site].values()):
                 fits[site] |= _read(case, seen)
     return Tried(finding, fits, frozenset(clean))
+
+
+def _may_be_near(trial: Trial) -> bool:
+    return trial.fault.number is not None and trial.ratio > _CLOSE and not is_usual(trial)
 
 
 def _read(case: Case, seen: list[Fault]) -> dict[str, Trial]:

@@ -37,7 +37,7 @@ def is_near_miss(trial: Trial, case: Case) -> bool:
     number = trial.fault.number
     if number is None or number.discrete or not set(ROTATED) <= set(trial.fault.sites):
         return False
-    if any(abs(trial.value - seen) <= _USUAL * abs(seen) for seen in number.typical):
+    if is_usual(trial):
         return False
     precise, working = case.bench.reference.precise, case.bench.reference.working
     scope = case.bench.scope(precise, case.at.piece)
@@ -50,6 +50,12 @@ def is_near_miss(trial: Trial, case: Case) -> bool:
     left = sum(s.candidate**2 / s.noise for s in sums if s.noise and abs(s.slope) * _STEP > _LEAST_TURN)
     own = sum(s.reference**2 / s.noise for s in sums if s.noise)
     return left > max(count + _SIGMAS * math.sqrt(2 * count), _TIMES_NULL * own)
+
+
+def is_usual(trial: Trial) -> bool:
+    """Whether the number of a fault came out as one that ports have had."""
+    number = trial.fault.number
+    return number is not None and any(abs(trial.value - seen) <= _USUAL * abs(seen) for seen in number.typical)
 
 
 def _are_halves(tables: object) -> bool:
