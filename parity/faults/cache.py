@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from parity.faults.fault import LAST, TWO_TOKENS, Change, Fault, Number, Scope, fault
+from parity.faults.fault import LAST, START, TWO_TOKENS, Change, Fault, Scope, fault, first_token
 from parity.faults.patches.attention import INSIDE, has_attention, reading, seeing, softmax_as, window_of
 from parity.faults.patches.modules import together
 from parity.faults.patches.numbers import stored_as, wide
@@ -84,15 +84,13 @@ def attention_operands_fp16(scope: Scope) -> Change:
     return together(operands, softmax_as(lambda scores: _in_fp16(scores.to(wide(scores.dtype)).softmax(-1))))
 
 
-# The first token that sees the wrong keys: usually the first that was decoded.
-_START = Number(name="start", expected=lambda _s: float("inf"), typical=(LAST,), discrete=True, method="first-token")
 # (visible (b, 1, t, s), query number (t, 1), key number (s), first token) -> visible, for tokens from that one on
 _Later = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 def _seeing(scope: Scope, start: float, rule: _Later) -> Change:
     def seen(mask: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        first = start if start >= 0 else j.numel() + start
+        first = first_token(start, j.numel())
         return torch.where(i >= first, rule(mask, i, j, first), mask)
 
     return seeing(scope, seen)
@@ -105,7 +103,7 @@ def _seeing(scope: Scope, start: float, rule: _Later) -> Change:
     fix="join the keys and values of the cache to those of the new token",
     needs=TWO_TOKENS,
     applies=has_attention,
-    number=_START,
+    number=START,
 )
 def cache_unused(scope: Scope, start: float) -> Change:
     return _seeing(scope, start, lambda mask, i, j, _first: mask & (j == i))
@@ -118,7 +116,7 @@ def cache_unused(scope: Scope, start: float) -> Change:
     fix="hand the cache of one call to the next",
     needs=TWO_TOKENS,
     applies=has_attention,
-    number=_START,
+    number=START,
 )
 def cache_lost(scope: Scope, start: float) -> Change:
     return _seeing(scope, start, lambda mask, _i, j, first: mask & (j >= first))
@@ -131,7 +129,7 @@ def cache_lost(scope: Scope, start: float) -> Change:
     fix="put the keys and values of every decoded token into the cache",
     needs="three tokens or more",
     applies=has_attention,
-    number=replace(_START, typical=(2 * LAST,)),
+    number=replace(START, typical=(2 * LAST,)),
 )
 def cache_not_extended(scope: Scope, start: float) -> Change:
     return _seeing(scope, start, lambda mask, i, j, first: mask & ((j < first) | (j == i)))
@@ -144,7 +142,7 @@ def cache_not_extended(scope: Scope, start: float) -> Change:
     fix="the mask of a decoded token has room for the cached tokens and for the token itself",
     needs=TWO_TOKENS,
     applies=has_attention,
-    number=_START,
+    number=START,
 )
 def cache_hides_self(scope: Scope, start: float) -> Change:
     return _seeing(scope, start, lambda mask, i, j, _first: mask & (j != i))
@@ -157,7 +155,7 @@ def cache_hides_self(scope: Scope, start: float) -> Change:
     fix="write the first decoded token behind the last of the prompt",
     needs=TWO_TOKENS,
     applies=has_attention,
-    number=_START,
+    number=START,
 )
 def cache_overwrites_last(scope: Scope, start: float) -> Change:
     return _seeing(scope, start, lambda mask, _i, j, first: mask & (j != first - 1))
@@ -170,7 +168,7 @@ def cache_overwrites_last(scope: Scope, start: float) -> Change:
     fix="let the window slide with every decoded token",
     needs="a prompt longer than the window",
     applies=lambda s: has_attention(s) and window_of(s) is not None,
-    number=_START,
+    number=START,
 )
 def cache_window_stands(scope: Scope, start: float) -> Change:
     window = window_of(scope) or 0

@@ -79,6 +79,15 @@ class Number:
     method: Method = "slope"
 
 
+# The first token that a fault of decoding makes wrong: usually the first that was decoded.
+START = Number(name="start", expected=lambda _s: float("inf"), typical=(LAST,), discrete=True, method="first-token")
+
+
+def first_token(start: float, tokens: int) -> float:
+    """The number of a fault's first token among so many; a start below 0 counts from the end, as LAST does."""
+    return tokens + start if start < 0 else start
+
+
 # A patch changes the scope's modules for the duration of a `with` block.
 Change = AbstractContextManager[None]
 # The second argument is the wrong number for faults that have one, and is ignored by the others.

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from parity.faults.fault import LAST, Change, Fault, Number, Scope, fault
+from parity.faults.fault import START, Change, Fault, Scope, fault, first_token
 from parity.faults.patches.attention import INSIDE, has_attention, original, replaced, seeing, window_of
 from parity.faults.patches.modules import HEAD_SITES, at_ends, forward
 from parity.faults.patches.rope import ROTATED, frequencies, has_rope, positions_of, tables, with_tables
 
 PADDED, ON_THE_LEFT = "a padded batch", "a batch padded on the left"
 DIFFERENTLY = "a batch with different padding"
-
-
-# The first token that is wrong: usually the first that was decoded.
-_START = Number(name="start", expected=lambda _s: float("inf"), typical=(LAST,), discrete=True, method="first-token")
 
 
 def _at(scope: Scope, positions: Tensor) -> Change:
@@ -46,9 +43,15 @@ def _counted(scope: Scope) -> Tensor:
     return (text.long().cumsum(-1) - 1).masked_fill(~text, 1)
 
 
-def _differ(scope: Scope, positions: Tensor) -> bool:
-    """Whether text stands elsewhere than in the reference."""
-    return bool((positions != _positions(scope))[_text(scope)].any())
+def _elsewhere(positions: Callable[[Scope], Tensor]) -> Callable[[Scope], bool]:
+    """Whether text of a padded batch stands elsewhere than in the reference, by positions (b or 1, t)."""
+
+    def applies(scope: Scope) -> bool:
+        if not has_rope(scope) or not _is_padded(scope):
+            return False
+        return bool((positions(scope) != _positions(scope))[_text(scope)].any())
+
+    return applies
 
 
 def _is_padded(scope: Scope) -> bool:
@@ -62,7 +65,7 @@ def _is_padded(scope: Scope) -> bool:
     fix="take positions from the running sum of the attention mask",
     source="unsloth#3699",
     needs=ON_THE_LEFT,
-    applies=lambda s: has_rope(s) and _is_padded(s) and _differ(s, _columns(s)),
+    applies=_elsewhere(_columns),
 )
 def position_ignores_padding(scope: Scope) -> Change:
     return _at(scope, _columns(scope))
@@ -75,7 +78,7 @@ def position_ignores_padding(scope: Scope) -> Change:
     fix="number the tokens as the reference was run, or give both the same position_ids",
     source="transformers#18388",
     needs=ON_THE_LEFT,
-    applies=lambda s: has_rope(s) and _is_padded(s) and _differ(s, _counted(s)),
+    applies=_elsewhere(_counted),
 )
 def position_skips_padding(scope: Scope) -> Change:
     return _at(scope, _counted(scope))
@@ -87,7 +90,7 @@ def position_skips_padding(scope: Scope) -> Change:
     sites=ROTATED,
     fix="give the positions a batch axis",
     needs=DIFFERENTLY,
-    applies=lambda s: has_rope(s) and _is_padded(s) and _differ(s, _positions(s)[:1]),
+    applies=_elsewhere(lambda s: _positions(s)[:1]),
 )
 def position_first_row(scope: Scope) -> Change:
     return _at(scope, _positions(scope)[:1].expand_as(_positions(scope)))
@@ -99,12 +102,12 @@ def position_first_row(scope: Scope) -> Change:
     sites=ROTATED,
     fix="continue the positions of each row's text, not those of the longest row",
     needs=f"{PADDED}, and a decoded token",
-    applies=lambda s: has_rope(s) and _is_padded(s) and _differ(s, _columns(s)),
-    number=_START,
+    applies=_elsewhere(_columns),
+    number=START,
 )
 def position_decode_counts_padding(scope: Scope, start: float) -> Change:
     positions, columns = _positions(scope), _columns(scope)
-    first = columns.shape[1] + start if start < 0 else start
+    first = first_token(start, columns.shape[1])
     return _at(scope, torch.where(columns >= first, columns, positions))
 
 
@@ -128,11 +131,11 @@ def mask_ignores_padding(scope: Scope) -> Change:
     fix="carry the attention mask of the prompt over to the decoded tokens, with a 1 for each of them",
     needs=f"{PADDED}, and a decoded token",
     applies=lambda s: has_attention(s) and _is_padded(s),
-    number=_START,
+    number=START,
 )
 def mask_decode_ignores_padding(scope: Scope, start: float) -> Change:
     window, tokens = window_of(scope) or float("inf"), _text(scope).shape[1]
-    first = tokens + start if start < 0 else start
+    first = first_token(start, tokens)
     return seeing(scope, lambda seen, i, j: seen | ((i >= first) & (j <= i) & (i - j < window)))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from parity.faults.fault import LAST, TWO_TOKENS, Change, Fault, Number, Scope, fault
+from parity.faults.fault import START, TWO_TOKENS, Change, Fault, Number, Scope, fault
 from parity.faults.patches.rope import ROTATED, each_by, frequencies, has_rope, positions_of, tables, with_tables
 
 
@@ -54,10 +54,6 @@ def position_offset_q(scope: Scope, offset: float) -> Change:
 )
 def position_offset_k(scope: Scope, offset: float) -> Change:
     return each_by(scope, q=None, k=_shifted(scope, offset))
-
-
-# The first token whose position is wrong: usually the first that was decoded.
-START = Number(name="start", expected=lambda _s: float("inf"), typical=(LAST,), discrete=True, method="first-token")
 
 
 def _from(scope: Scope, start: float, edit: Callable[[Tensor], Tensor]) -> Change:
