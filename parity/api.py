@@ -13,6 +13,7 @@ from parity.dump import copy_as_safetensors, open_dump, write_tokens
 from parity.errors import UsageError
 from parity.observer import Observer
 from parity.options import IMPL, RunOptions, run_options, shell
+from parity.preflight import check_output
 
 if TYPE_CHECKING:
     from parity.engine_report import Contrast
@@ -107,24 +108,31 @@ def record(
     *,
     names: Path | str | None = None,
     observer: Observer | None = None,
+    hashed: bool = False,
     **options: Any,
 ) -> Recorded:
     """Record every activation of the reference, or of a candidate, to a dump (*.h5, or
-    *.safetensors), and the token ids beside it.
+    *.safetensors), and the token ids beside it; `hashed`, hashes of their bits alone (*.safetensors).
 
-    The arguments are those of `diff`. Raises ParityError.
+    The other arguments are those of `diff`. Raises ParityError.
     """
     opened = None if candidate is None else open_candidate(candidate, names)
-    return recorded(Path(path), opened, run_options(options, "parity.record"), observer)
+    return recorded(Path(path), opened, run_options(options, "parity.record"), observer, hashed=hashed)
 
 
 def recorded(
-    path: Path, candidate: Candidate | None, options: RunOptions, observer: Observer | None = None
+    path: Path,
+    candidate: Candidate | None,
+    options: RunOptions,
+    observer: Observer | None = None,
+    *,
+    hashed: bool = False,
 ) -> Recorded:
     """Record the reference, or an open candidate; as HDF5, or as safetensors if the name says so."""
+    check_output(path, hashed=hashed)
     if not path.parent.is_dir():
         raise UsageError(f"{path}: there is no directory {path.parent}. Create it first.")
-    if path.suffix == ".safetensors":  # whose header says first how large everything is
+    if path.suffix == ".safetensors" and not hashed:  # whose header says first how large everything is
         with tempfile.TemporaryDirectory(prefix=".parity-", dir=path.parent) as folder:
             whole = Path(folder) / "recorded.h5"
             done = recorded(whole, candidate, options, observer)
@@ -139,7 +147,11 @@ def recorded(
     model = run.model()
     run = run.continued(model)
     missing: tuple[str, ...] = ()
-    if candidate is None:
+    if hashed:
+        from parity.engines.hashing import record_hashes
+
+        missing = record_hashes(run, candidate, model, path, observer or Observer())
+    elif candidate is None:
         record_reference(run, path, model, observer or Observer())
     else:
         require_calls(candidate, run)

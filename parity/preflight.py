@@ -81,8 +81,10 @@ def _check_rows(checkpoint: Checkpoint, rows: Rows) -> None:
             )
 
 
-def check_output(path: Path) -> None:
-    """Raise UsageError if the name of a recording promises a format that is not written."""
+def check_output(path: Path, *, hashed: bool = False) -> None:
+    """Raise UsageError if the name of a recording, or of the hashes of one, promises a format that is not written."""
+    if hashed and path.suffix != ".safetensors":
+        raise UsageError(f"{path}: hashes are written as safetensors. Give a name that ends in .safetensors.")
     if path.suffix not in ("", ".h5", ".hdf5", ".safetensors"):
         raise UsageError(f"{path}: no {path.suffix} is written. Give a name that ends in .h5 or .safetensors.")
 

@@ -90,21 +90,22 @@ class TorchModule(Candidate):
             self._tapping = tapping_check(moved, unit_roundoff(untapped.dtype), len(own))
         return rename(open_dump(path), self._names)
 
-    def fed(self, run: RunSpec, sites: Sequence[Site], feed: Feed) -> None:
+    def fed(self, run: RunSpec, sites: Sequence[Site], feed: Feed) -> list[Tensor]:
         """Run the module in `run.calls`; what flows on from a site is `feed(site, tokens before, tokens, value)`.
 
-        Values have any shape. Raises CandidateError.
+        Values have any shape. Returns the logits (b, t, vocab) of each call. Raises CandidateError.
         """
         module, own = self._loaded(run), self._own(run, sites)
         parts = calls_of(module, run.batch, run.calls, _device(module, run))
-        step, start = calling(module, len(parts)), 0
+        step, start, answers = calling(module, len(parts)), 0, list[Tensor]()
         for given, size in zip(parts, run.calls, strict=True):
 
             def tap(site: str, value: Tensor, start: int = start, tokens: int = size) -> Tensor:
                 return feed(next(iter(sites_of(self._names, site)), site), start, tokens, value)
 
-            _run(module, given, own, tap, step)
+            answers.append(_run(module, given, own, tap, step))
             start += size
+        return answers
 
     def checks(self, checkpoint: Checkpoint) -> list[Check]:
         """Whether the module's parameters are the checkpoint's, and a compiled module's run was not changed by taps."""

@@ -10,6 +10,7 @@ import typer
 
 from parity.cli.comparing import diff_candidate, diff_injected
 from parity.cli.console import explain, observed, print_json, writable, write_engines, write_report
+from parity.cli.hashes import are_hashes, diff_hashes
 from parity.cli.run_options import with_run_options
 from parity.cli.scale import diff_on_engine, merge, write_part
 from parity.options import IMPL, WHAT, RunOptions
@@ -104,6 +105,8 @@ def diff(
 
     Exit code 0: match, 1: diverged, 2: trouble or inconclusive.
     """
+    if dumps and are_hashes(dumps):
+        diff_hashes((dumps[0], dumps[1]), json=json, others=(out, inject, names))
     if shard is not None:
         write_part(run, (dumps or [Path(candidate)])[0], names, shard, out)
         raise typer.Exit
@@ -134,6 +137,9 @@ def record(
         str | None, typer.Option("--candidate", "-c", help="Record this candidate in place of the reference.")
     ] = None,
     names: Names = None,
+    hashed: Annotated[
+        bool, typer.Option("--hash", help="Hashes of the bits in place of arrays: `parity diff` holds two together.")
+    ] = False,
 ) -> None:
     """Record every activation of the reference (or of a candidate) to a dump.
 
@@ -142,11 +148,11 @@ def record(
     from parity.api import recorded
     from parity.candidates.base import open_candidate
 
-    check_output(out)
+    check_output(out, hashed=hashed)
     writable(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     with observed(quiet=False) as observer:
-        done = recorded(out, open_candidate(candidate, names) if candidate else None, run, observer)
+        done = recorded(out, open_candidate(candidate, names) if candidate else None, run, observer, hashed=hashed)
     print(f"{out}: {done.tokens} tokens, {out.stat().st_size / 1e6:.1f} MB; token ids in {done.ids}")
     for site in done.missing:
         print(f"not recorded, no module of this name: {site}")

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from parity.candidates.base import KINDS, is_dump
+from parity.cli.hashes import are_hashes
 from parity.cli.scale import check_scale
 from parity.errors import UsageError
 from parity.options import RunOptions
@@ -67,8 +68,9 @@ def _check_first(
 
         if names:
             load_names(names)
-        for path in files:
-            open_dump(path).close()
+        if not are_hashes(files):
+            for path in files:
+                open_dump(path).close()
     if inject is not None:
         check_injection(inject, more=options.faults is not None)
     elif candidate and not files and candidate.partition(":")[0] not in KINDS:

@@ -25,8 +25,7 @@ from h5py import h5d, h5l, h5o, h5s, h5t
 
 from parity.dump.calls import joined
 from parity.dump.files import Outlet, map_file, reading, require_file, require_stored, whole_or_nothing, writing
-from parity.dump.records import DTYPES, Array, Dump, Entry, RunInfo, dtype_name
-from parity.dump.tokens import token_rows
+from parity.dump.records import DTYPES, Array, Dump, Entry, RunInfo, dtype_name, run_info
 from parity.errors import DumpError
 from parity.untrusted import parse_json
 
@@ -123,7 +122,7 @@ def open_archive(path: Path | str) -> Dump:
     file = _open_file(path)
     try:
         _check_format(path, file)
-        info = _parse(path, file, "run", _info)
+        info = _parse(path, file, "run", run_info)
         entries = _parse(path, file, "index", _entries)
         sites = _sites(path, file)
         lost = entries.keys() - set(sites)
@@ -278,14 +277,6 @@ def _format(file: h5py.File) -> Any:
         return None
     kind = file.attrs.get_id("parity_format")
     return int(file.attrs["parity_format"]) if kind.shape == () and kind.dtype.kind in "iu" else str(kind.dtype)
-
-
-def _info(run: dict[str, Any]) -> RunInfo:
-    names = ("token_ids", "attention_mask", "position_ids")
-    rows = {name: None if (found := run.get(name)) is None else token_rows(found) for name in names}
-    calls = run.get("calls")
-    calls = None if calls is None else tuple(calls)
-    return RunInfo(**{**run, **rows, "notes": tuple(run["notes"]), "calls": calls})
 
 
 def _entries(index: dict[str, Any]) -> dict[str, Entry]:

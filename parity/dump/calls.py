@@ -46,6 +46,12 @@ def call_name(site: str, call: int) -> str:
     return f"{site}@{call}"
 
 
+def call_of(name: str) -> tuple[str, int | None]:
+    """The site and the call that an array's name means; no call where it is of all."""
+    found = _OF_CALL.fullmatch(name)
+    return (found[1], int(found[2])) if found else (name, None)
+
+
 def joined(dump: Dump, *, leave_out: bool = False) -> Dump:
     """The same dump with the arrays of all calls joined; itself, if it has none of single calls.
 

@@ -73,6 +73,15 @@ class RunInfo:
                 raise DumpError(f"the run's {name} is not text — found {value!r:.60} — write a string")
 
 
+def run_info(run: Mapping[str, Any]) -> RunInfo:
+    """The RunInfo that parity wrote as JSON. Raises KeyError, TypeError and DumpError for one it did not write."""
+    names = ("token_ids", "attention_mask", "position_ids")
+    rows = {name: None if (found := run.get(name)) is None else token_rows(found) for name in names}
+    calls = run.get("calls")
+    calls = None if calls is None else tuple(calls)
+    return RunInfo(**{**run, **rows, "notes": tuple(run["notes"]), "calls": calls})
+
+
 @dataclass(frozen=True)
 class Entry:
     """What is known of a site's array without reading it."""

@@ -36,6 +36,8 @@ CODES = {
     "BOOL": "bool",
 }
 METADATA = "__metadata__"
+HASHES = f"{PREFIX}hashes"
+"""The key of a file that holds hashes of bits in place of arrays (parity.dump.hashes)."""
 LENGTH = 8  # bytes that hold the length of the header, little-endian
 LONGEST = 100_000_000  # bytes: the library refuses longer headers too
 
@@ -43,6 +45,17 @@ LONGEST = 100_000_000  # bytes: the library refuses longer headers too
 def open_safetensors(path: Path | str) -> Dump:
     """Open a safetensors file whose tensor names are sites, or become sites through a name map."""
     path = Path(path)
+    tensors, metadata = read_safetensors(path)
+    if HASHES in metadata:
+        raise DumpError(
+            f"{path}: holds hashes of bits, no activations — it was recorded with --hash — "
+            "compare it with another such file, or record without --hash"
+        )
+    return foreign_dump(path, tensors, parity_keys(metadata))
+
+
+def read_safetensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors of a safetensors file and its metadata. Raises DumpError."""
     require_file(path)
     header, data = _header(path, map_file(path))
     metadata = header.pop(METADATA, {})
@@ -58,7 +71,7 @@ def open_safetensors(path: Path | str) -> Dump:
         view = data[begin:end].view(DTYPES[dtype]).reshape(shape)
         return view if view.flags.aligned else view.copy()  # a header of odd length shifts all numbers
 
-    return foreign_dump(path, Tensors(kinds, load), parity_keys(metadata))
+    return Tensors(kinds, load), metadata
 
 
 def write_safetensors(path: Path | str, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
