@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-import parity.cli.engine_commands  # noqa: F401 - its commands are added to the app
+import parity.cli.engine_commands
+import parity.cli.show_command  # noqa: F401 - their commands are added to the app
 from parity.cli.commands import app
 from parity.errors import ParityError, printable
 

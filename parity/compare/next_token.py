@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from parity.reference.batch import Batch
 from parity.reference.checkpoint import Checkpoint
 from parity.reference.products import Values
 from parity.reference.replay import Replayed
+from parity.reference.tokenizer import TokenTexts
 from parity.reference.transfer import row_blocks
 
 _TOP = 5
@@ -58,7 +58,7 @@ def ending(logits: Replayed, batch: Batch, checkpoint: Checkpoint, observer: Obs
     rows = _rows(logits)
     flipped = rows.chosen != rows.expected
     noise = torch.maximum(rows.noise, _of_margins(logits, rows))
-    name = _Names()
+    name = TokenTexts()
     with observer.surviving("token names"):
         name.read(checkpoint.path)
     next_token = NextToken(
@@ -186,22 +186,6 @@ def sample_of(own: Tensor, candidate: Tensor) -> LogitSample:
     return LogitSample(reference, theirs, size)
 
 
-def _top(logits: Tensor, names: _Names) -> tuple[Token, ...]:
+def _top(logits: Tensor, names: TokenTexts) -> tuple[Token, ...]:
     values, ids = torch.topk(logits, min(_TOP, logits.numel()))
     return tuple(Token(int(i), names(int(i)), float(v)) for i, v in zip(ids, values, strict=True))
-
-
-class _Names:
-    """Token ids as text; a number in brackets where the model has no tokenizer."""
-
-    _tokenizer: Any = None
-
-    def read(self, path: Path) -> None:
-        """Read the tokenizer of the model in a directory, if it has one."""
-        if (path / "tokenizer.json").is_file():
-            from tokenizers import Tokenizer
-
-            self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-
-    def __call__(self, token: int) -> str:
-        return str(self._tokenizer.decode([token], skip_special_tokens=False)) if self._tokenizer else f"[{token}]"

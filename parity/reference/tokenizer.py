@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from parity.errors import UsageError
@@ -58,3 +59,20 @@ def _chat(checkpoint: Checkpoint, tokenizer: Any, text: str) -> str:
             f"{checkpoint.path}: its chat template fails: {first_sentence(error)}. Leave --chat out."
         ) from error
     return said
+
+
+class TokenTexts:
+    """Token ids as text; a number in brackets where the model has no tokenizer."""
+
+    _tokenizer: Any = None
+
+    def read(self, path: Path) -> None:
+        """Read the tokenizer of the model in a directory, if it has one."""
+        if (path / "tokenizer.json").is_file():
+            from tokenizers import Tokenizer
+
+            self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+
+    def __call__(self, token: int) -> str:
+        """The text of a token."""
+        return str(self._tokenizer.decode([token], skip_special_tokens=False)) if self._tokenizer else f"[{token}]"

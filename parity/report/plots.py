@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parity.errors import UsageError
 from parity.predictions import LogitSample, NextToken, Token
 from parity.report.canvas import (
     BAD,
@@ -17,10 +16,11 @@ from parity.report.canvas import (
     DARK,
     GOOD,
     INK,
-    SETTINGS,
     SOFT,
     clipped,
+    drawing,
     finite,
+    laid_out,
     log_scale,
     new_figure,
     powers,
@@ -47,25 +47,13 @@ def write(comparison: Comparison, folder: Path, whole: Whole = nullcontext) -> d
 
     `whole` gives the path to write to in place of the file's own (see files.whole).
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UsageError(f"pictures need matplotlib ({error}). Install it: pip install matplotlib.") from error
-
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("finding-*.[sp][vn]g"):
         stale.unlink()
     written: dict[str, Path] = {}
-    # What a matplotlibrc of the user says would change the bytes.
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(SETTINGS)
+    with drawing():
         for name, draw in _pictures(comparison).items():
-            figure = draw()
-            # Laid out once: the same place for everything in both files, in half the time.
-            if figure.get_layout_engine() is not None:
-                figure.draw_without_rendering()
-                figure.set_layout_engine("none")
+            figure = laid_out(draw())
             for suffix, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
                 path = folder / f"{name}.{suffix}"
                 with whole(path) as target:

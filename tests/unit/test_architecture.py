@@ -134,7 +134,9 @@ FLOORS: dict[str, set[str]] = {
         "hash_report",
         "words",
     },
+    "show": {"errors", "observer", "sites", "dump", "reference", "report"},
     "cli": {
+        "show",
         "json_values",
         "shards",
         "scale",

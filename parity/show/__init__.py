@@ -1,0 +1,1 @@
+"""Activations to look at: what a dump holds, by layer and site, without a word about right and wrong."""
