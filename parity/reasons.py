@@ -112,6 +112,7 @@ Stage = Literal[
     "error map",
     "wrong constants",
     "power",
+    "other bits",
     "next token",
     "token names",
     "pictures",
@@ -134,6 +135,7 @@ class Trouble:
     error map        where in a site the error lies
     wrong constants  which constants are off by less than rounding
     power            what the run could have seen
+    other bits       how the first operation with other bits rounds
     next token       what both sides say next
     token names      the text of the tokens
     pictures, page, markdown, step summary: parts of the report

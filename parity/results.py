@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from parity.other_bits import OtherBits
 from parity.predictions import NextToken
 from parity.quantization import WeightError
 from parity.reasons import Gap, Inconclusive, Invisible, NotTried, Trouble
@@ -265,6 +266,7 @@ class Comparison(Showing):
     troubles     stages that failed, without which the verdict came out
     weights      the error of each tensor, where the reference computed with the candidate's own weights
     accepted     what would be findings, but for precision regimes that the user accepts and that were proved there
+    other_bits   how the first operation with other bits rounds; None unless equal bits were asked for, and are not
     """
 
     verdict: RunVerdict
@@ -282,6 +284,7 @@ class Comparison(Showing):
     troubles: tuple[Trouble, ...] = ()
     accepted: tuple[Finding, ...] = ()
     weights: tuple[WeightError, ...] = ()
+    other_bits: OtherBits | None = None
     schema: int = SCHEMA
 
     @property

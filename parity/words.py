@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from parity.other_bits import OtherBits
 from parity.reasons import VITAL, Gap, GapKind, Inconclusive, Invisible, NotTried, Stage, Trouble
 from parity.results import ROUNDING, Comparison, Finding, Measurement
 
@@ -95,6 +96,7 @@ _TROUBLES: dict[Stage, str] = {
     "error map": "where the error lies was not mapped",
     "wrong constants": "constants that are off by less than rounding were not looked for",
     "power": "what this run could have seen is not known",
+    "other bits": "how the first operation with other bits rounds was not looked for",
     "next token": "the next tokens were not compared",
     "token names": "the tokens have no text",
     "pictures": "the pictures were not drawn",
@@ -141,7 +143,23 @@ def _other_bits(c: Comparison) -> str:
     differing, numbers = sum((first.ulps or ())[1:]), sum(first.ulps or ())
     how = f": {differing} of {numbers} numbers, {reason(first)}" if numbers else f": {reason(first)}"
     count = f"{len(other)} of {c.coverage.measured} sites"
-    return f"other bits at {count}, all of it rounding; first at {first.site}{how}"
+    return f"other bits at {count}, all of it rounding; first at {first.site}{how}{_otherwise(c.other_bits)}"
+
+
+_FEW = 3
+
+
+def _otherwise(bits: OtherBits | None) -> str:
+    """How the first operation with other bits rounds, if that was proved; else how far its bits are off."""
+    if bits is None:
+        return ""
+    if not bits.ways:
+        far = "" if bits.floors is None else f", which are {bits.floors:.2g}x the reference's own rounding away"
+        return f"; no order of sums or place of rounding that was tried gives these bits{far}"
+    more = len(bits.ways) - _FEW
+    named = [*bits.ways[:_FEW], *[f"{more} more way{'s' * (more > 1)}"] * (more > 0)]
+    each = "each of these gives" if named[1:] else "that gives"
+    return f"; {', or '.join(named)}: {each} all {bits.tried} numbers bit for bit"
 
 
 def in_regimes(c: Comparison) -> str:

@@ -16,7 +16,9 @@ from parity.compare.measure import Measured
 from parity.compare.regimes import InRegimes
 from parity.compare.sides import Sides
 from parity.compare.weights import accusing, weight_check
+from parity.diagnose.other_bits import how_it_rounds
 from parity.diagnose.second_look import FARTHEST
+from parity.diagnose.workbench import Workbench
 from parity.observer import Observer
 from parity.predictions import NextToken
 from parity.quantization import WeightError
@@ -51,8 +53,11 @@ def conclude(run: InRegimes, explained: Explained, errors: Sequence[WeightError]
     verdict, why = judge_run(sites, explained.findings, sides.checks, end.next_token, limit, troubles)
     if why is not None and why.kind == "unexamined" and sides.run.options.allow_unexamined:
         verdict, why = "match", None
-    if verdict == "match" and sides.run.options.exact and any(m.bit_equal is False for m in sites):
+    other_bits = None
+    if verdict == "match" and sides.run.options.exact and (first := next((m for m in sites if _differs(m)), None)):
         verdict = "diverged"
+        with observer.timed("other bits"), observer.surviving("other bits"):
+            other_bits = how_it_rounds(first, Workbench(sides.reference, sides.run.batch, sides.recorded))
     comparison = Comparison(
         verdict=verdict,
         headline="",
@@ -66,11 +71,16 @@ def conclude(run: InRegimes, explained: Explained, errors: Sequence[WeightError]
         power=explained.power,
         noise_ratio=end.noise_ratio,
         inconclusive=why,
-        troubles=troubles,
+        troubles=tuple(observer.troubles),
         accepted=run.accepted,
         weights=tuple(errors),
+        other_bits=other_bits,
     )
     return words.spoken(comparison)
+
+
+def _differs(m: Measurement) -> bool:
+    return m.bit_equal is False
 
 
 def total_limit(sites: Sequence[Measurement], locals_: Mapping[str, Local]) -> float:

@@ -66,11 +66,11 @@ def straying_of_sum(terms: int) -> float:
 
 
 def total(terms: Tensor, way: Way) -> Tensor:
-    """The sum of `terms` (…, n) over the last axis as float32 makes it."""
+    """The sum of `terms` (…, n) over the last axis as float32 makes it, in their own dtype."""
     if way.wide:
-        return terms.sum(-1)
+        return terms.double().sum(-1).to(terms.dtype)
     found = _sum(terms.detach().float().cpu().numpy(), way.lanes)
-    return torch.from_numpy(np.ascontiguousarray(found)).to(terms.device, torch.float64)
+    return torch.from_numpy(np.ascontiguousarray(found)).to(terms.device, terms.dtype)
 
 
 def _sum(values: Singles, lanes: int) -> Singles:
@@ -94,6 +94,8 @@ def _sum(values: Singles, lanes: int) -> Singles:
 class _Sums(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Every sum over the last axis of float64 numbers is `self.total(terms)`, every product goes through `product`."""
 
+    dtype = torch.float64
+
     def total(self, terms: Tensor) -> Tensor:
         raise NotImplementedError
 
@@ -103,7 +105,7 @@ class _Sums(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         kind = func.overloadpacket
-        is_wide = bool(args) and isinstance(args[0], Tensor) and args[0].dtype is torch.float64
+        is_wide = bool(args) and isinstance(args[0], Tensor) and args[0].dtype is self.dtype
         found = _SUMMED[kind](self, args, kwargs) if is_wide and kind in _SUMMED else None
         if found is not None:
             return found
@@ -168,11 +170,11 @@ _SUMMED: Mapping[Any, Callable[[_Sums, Any, Any], Any]] = {
 
 
 class _Ordered(_Sums):  # type: ignore[no-untyped-call]
-    """Sums as one way takes them."""
+    """Sums of numbers of a dtype as one way takes them."""
 
-    def __init__(self, way: Way) -> None:
+    def __init__(self, way: Way, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._way = way
+        self._way, self.dtype = way, dtype
 
     def total(self, terms: Tensor) -> Tensor:
         return total(terms, self._way)
@@ -204,6 +206,11 @@ class _Straying(_Sums):  # type: ignore[no-untyped-call]
 def summing(way: Way) -> Callable[[PiecewiseModel], AbstractContextManager[None]]:
     """A patch for parity.reference.one_operation: the sums of the model of the truth are taken this way."""
     return lambda _model: _Ordered(way)
+
+
+def summing_singles(way: Way) -> AbstractContextManager[None]:
+    """A context in which the float32 sums of any model are taken this way, to the bit."""
+    return _Ordered(way, torch.float32)
 
 
 def straying(piece: Piece, seed: int) -> Callable[[PiecewiseModel], AbstractContextManager[None]]:
