@@ -22,12 +22,12 @@ from parity.faults.patches.rope import (
     ROTATED,
     frequencies,
     has_rope,
+    has_tables,
     original_rotation,
     pairs_halves,
     positions_of,
-    tables,
+    turning_by,
     with_rotation,
-    with_tables,
 )
 from parity.reference.precision import unit_roundoff
 from parity.sites import short
@@ -35,6 +35,8 @@ from parity.sites import short
 # A number is told apart from the reference's beyond so many standard errors, and beyond what legal ways to compute a
 # table differ by.
 _SIGMAS, _LEAST_CHANGE = 5.0, 1e-4
+# Ratios that differ by no more than this share, or by their errors, are one.
+_ALIKE = 0.002
 # A position is taken for a whole number where it is as near to one as this.
 _WHOLE = 0.05
 # So many numbers are named; of more, the first.
@@ -105,7 +107,7 @@ def _before(case: Case) -> Tensor | None:
 
 
 def _fault(id: str, title: str, fix: str, patch: Callable[[Scope], Change]) -> Fault:
-    return Fault(id=id, title=title, sites=ROTATED, fix=fix, patch=plain(patch), applies=has_rope)
+    return Fault(id=id, title=title, sites=ROTATED, fix=fix, patch=plain(patch), applies=has_tables)
 
 
 def _told(value: Tensor, stderr: Tensor, expected: Tensor) -> Tensor:
@@ -127,22 +129,30 @@ def _frequencies(turned: _Turned) -> Fault | None:
         value, stderr = rope_gain.frequencies(turned.gains, turned.positions, turned.angles)
     except ValueError:
         return None
-    wrong = _told(value, stderr, turned.angles).nonzero().flatten().tolist()
+    return with_angles(value, stderr, turned.angles, *_sized(turned))
+
+
+def with_angles(value: Tensor, stderr: Tensor, expected: Tensor, factor: float, also: str) -> Fault | None:
+    """The fault of pairs that turn by other angles per position than expected, all (p); None if none is told to.
+
+    `factor` is what the tables carry, and `also` what is said of it.
+    """
+    wrong = _told(value, stderr, expected).nonzero().flatten().tolist()
     if not wrong:
         return None
-    angles = turned.angles.clone()
-    angles[wrong] = value[wrong]
-    factor, also = _sized(turned)
-    ratios = (angles / turned.angles)[wrong]
-    if len(wrong) > 1 and bool((ratios - ratios[0]).abs().max() < 0.002 * ratios[0].abs()):
-        said = f"{float(ratios[0]):.4g} times the reference's angles for {_numbers('pair', wrong)}"
+    angles = expected.clone()
+    angles[wrong] = torch.where(value.abs() > _SIGMAS * stderr, value, 0.0)[wrong]
+    ratios, unsure = (angles / expected)[wrong], (stderr / expected)[wrong]
+    one = ratios[unsure.argmin()]
+    if len(wrong) > 1 and bool(((ratios - one).abs() <= torch.maximum(_ALIKE * one.abs(), _SIGMAS * unsure)).all()):
+        said = f"{float(one):.4g} times the reference's angles for {_numbers('pair', wrong)}"
     else:
         each = [f"{float(r):.4g} times for pair {p}" for r, p in zip(ratios[:_NAMED], wrong, strict=False)]
         more = f" and other angles for {_numbers('pair', wrong[_NAMED:])}" if len(wrong) > _NAMED else ""
         said = f"other angles than the reference: {', '.join(each)}{more}"
     title = f"RoPE turns by {said}{also}"
     fix = "compare the table of frequencies with the config's: rope_theta, rope_scaling, and the length it is made for"
-    return _fault("rope-frequencies", title, fix, lambda s: with_tables(s, tables(s, angles, factor)))
+    return _fault("rope-frequencies", title, fix, lambda s: turning_by(s, angles, factor))
 
 
 def _positions(turned: _Turned) -> Fault | None:
@@ -153,12 +163,14 @@ def _positions(turned: _Turned) -> Fault | None:
         return None
     whole = value.round()
     value = torch.where((value - whole).abs() < _WHOLE, whole, value)
-    factor, also = _sized(turned)
+    return with_positions(value, expected, *_sized(turned))
+
+
+def with_positions(value: Tensor, expected: Tensor, factor: float, also: str = "") -> Fault:
+    """The fault of tokens at other positions (b or 1, t) than expected; `factor` and `also` as in `with_angles`."""
     title = f"RoPE counts positions in another way: {_counted(value, expected)}{also}"
     fix = "number the tokens from 0, from the length of the cache in decoding, and by the attention mask with padding"
-    return _fault(
-        "rope-positions", title, fix, lambda s: with_tables(s, tables(s, frequencies(s)[0], factor, positions=value))
-    )
+    return _fault("rope-positions", title, fix, lambda s: turning_by(s, frequencies(s)[0], factor, value))
 
 
 def _counted(value: Tensor, expected: Tensor) -> str:

@@ -150,11 +150,11 @@ def with_tables(scope: Scope, new: Tables) -> Change:
     return entry(scope.kwargs, "position_embeddings", new)
 
 
-def turning_by(scope: Scope, angles: Tensor, factor: float) -> Change:
+def turning_by(scope: Scope, angles: Tensor, factor: float, positions: Tensor | None = None) -> Change:
     """Queries and keys turn by other angles (pairs) per position, in whatever layout the reference has its tables.
 
-    At the ends the module that makes the tables has these angles. Raises ValueError if no known layout is the
-    reference's.
+    `positions` (b or 1, t) are by default the reference's. At the ends the module that makes the tables has these
+    angles. Raises ValueError if no known layout is the reference's.
     """
     if scope.layer is None:
         rotary = _rotary_module(scope)
@@ -162,15 +162,17 @@ def turning_by(scope: Scope, angles: Tensor, factor: float) -> Change:
     given, right = scope.kwargs["position_embeddings"], frequencies(scope)
     for layout in _LAYOUTS:
         if _alike(layout(_phases(scope, right[0]), right[1]), given):
-            return entry(scope.kwargs, "position_embeddings", _like(layout(_phases(scope, angles), factor), given))
+            mine = layout(_phases(scope, angles, positions), factor)
+            return entry(scope.kwargs, "position_embeddings", _like(mine, given))
     raise ValueError("the layout of the tables is not known")
 
 
-def _phases(scope: Scope, angles: Tensor) -> Tensor:
+def _phases(scope: Scope, angles: Tensor, positions: Tensor | None = None) -> Tensor:
     given = _given(scope)
     assert given is not None, "unreachable because faults of RoPE apply where there are tables"
     dtype = torch.float64 if given.dtype in (torch.float64, torch.complex128) else torch.float32
-    return positions_of(scope)[..., None].to(given.device, dtype) * angles.to(given.device, dtype)
+    where = positions_of(scope) if positions is None else positions
+    return where[..., None].to(given.device, dtype) * angles.to(given.device, dtype)
 
 
 def _in_halves(phases: Tensor, factor: float) -> Tables:
