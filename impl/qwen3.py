@@ -132,6 +132,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.q_rope, self.k_rope = nn.Identity(), nn.Identity()
+        self.cache_k, self.cache_v = nn.Identity(), nn.Identity()
         self.scores, self.probs, self.context = nn.Identity(), nn.Identity(), nn.Identity()
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, cache: Cache | None) -> Tensor:
@@ -143,6 +144,7 @@ class Attention(nn.Module):
         q, k = self.q_rope(rotate(q, cos, sin)), self.k_rope(rotate(k, cos, sin))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
+        k, v = self.cache_k(k), self.cache_v(v)
         context = self.context(self.attend(q, k, v, mask))
         out: Tensor = self.o_proj(context.reshape(b, t, -1))
         return out

@@ -82,6 +82,7 @@ class Measurement:
     ulps           histogram of the local error (parity.compare.metrics.counting_ulps): candidate against the
                    reference's operation in the working dtype on the candidate's inputs; None where all are equal
     regime         the accepted precision regime in which the reference computed here; empty for its own
+    first_read     the first call that reads something wrong of a cache, counted from 0
     """
 
     site: str
@@ -106,6 +107,7 @@ class Measurement:
     steps: tuple[str, ...] = ()
     gap: Gap | None = None
     regime: str = ""
+    first_read: int | None = None
 
 
 def logits_of(sites: Sequence[Measurement]) -> Measurement | None:

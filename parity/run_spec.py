@@ -24,6 +24,9 @@ from parity.reference.tokenizer import tokenize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# What attention reads of a cache is looked at in so many calls at most: each of them reads all rows again.
+_MOST_CALLS = 16
+
 
 @dataclass(frozen=True)
 class RunSpec:
@@ -68,8 +71,9 @@ class RunSpec:
 
     @cached_property
     def batch(self) -> Batch:
-        """Token ids, which of them are text, and their positions."""
-        return Batch.of_rows(self.token_ids, self.attention_mask, self.position_ids)
+        """Token ids, which of them are text, their positions and their calls."""
+        batch = Batch.of_rows(self.token_ids, self.attention_mask, self.position_ids)
+        return replace(batch, calls=self.calls) if len(self.calls) > 1 else batch
 
     def info(self, producer: str) -> RunInfo:
         """The metadata of a dump of this run."""
@@ -97,6 +101,8 @@ class RunSpec:
         model = PiecewiseModel(
             self.checkpoint, DTYPES[self.dtype], self.device, self.options.attention, self.options.inner
         )
+        if 1 < len(self.calls) <= _MOST_CALLS and not self.options.inner:
+            model = model.with_caches()
         self._check_tokens(model.config.vocab_size, getattr(model.config, "max_position_embeddings", None))
         return model
 

@@ -3,7 +3,8 @@
 A site carries the name of the transformers module whose output it is, which is also its name in the
 checkpoint (`model.layers.3.self_attn.q_proj`). Values that no module returns stand beside where they
 arise: `self_attn.q_rope`, `k_rope`, `scores`, `probs`, `context`; `resid_mid`; `mlp.product`; `conv_output`,
-`decay`, `beta`, `dt`, `gate`, `state_output` in linear attention and state spaces; `q_rotated`, `k_rotated`.
+`decay`, `beta`, `dt`, `gate`, `state_output` in linear attention and state spaces; `q_rotated`, `k_rotated`; `cache_k`,
+`cache_v` in runs of several calls.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ Dims = tuple[str, ...]
 # A dim may name two axes that lie flattened in one: "head*head_dim".
 FLATTENED = "*"
 
+
+# What attention read of a cache, call by call: sites of a run in several calls, which a candidate need not have.
+CACHED = ("cache_k", "cache_v")
+CALL = "call"  # their axis of calls
 
 # A module that is called again in one forward pass has a site for each call: `qk_norm`, `qk_norm#1`.
 _CALL = "#"
@@ -50,6 +55,11 @@ def numbered(name: str, call: int) -> str:
 def without_call(site: str) -> str:
     """The site's name without the number of its call."""
     return site.partition(_CALL)[0]
+
+
+def is_cached(site: str) -> bool:
+    """Whether a site is what attention read of a cache."""
+    return without_call(site).rpartition(".")[2] in CACHED
 
 
 def shows_at_end(site: str, end: str) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from parity.other_bits import OtherBits
 from parity.reasons import VITAL, Gap, GapKind, Inconclusive, Invisible, NotTried, Stage, Trouble
 from parity.results import ROUNDING, Comparison, Finding, Measurement
+from parity.sites import is_cached
 
 # -- why a site was not measured ------------------------------------------------------------------------------
 
@@ -54,7 +55,8 @@ def begins(finding: Finding) -> str:
     """From which token on an operation is wrong, and in which call of several; empty if that is not known."""
     if finding.first_token is None:
         return ""
-    first, call = f"first at token {finding.first_token}", finding.first_call
+    call, where = finding.first_call, "in the row of token" if is_cached(finding.families[0]) else "at token"
+    first = f"first {where} {finding.first_token}"
     if call is None:
         return first
     if call.step == 0:

@@ -28,7 +28,7 @@ from parity.reference.integrity import weight_check
 from parity.reference.precision import unit_roundoff
 from parity.results import Check
 from parity.run_spec import RunSpec
-from parity.sites import Dims, Site
+from parity.sites import CALL, Dims, Site
 
 Build = Callable[[RunSpec], nn.Module]
 Feed = Callable[[str, int, int, Tensor], Tensor]
@@ -73,7 +73,7 @@ class TorchModule(Candidate):
         module, own = self._loaded(run), self._own(run, sites)
         parts = calls_of(module, run.batch, run.calls, _device(module, run))
         untapped = _untapped(module, parts) if is_compiled(module) else None
-        dims = {site.name: site.dims for site in own if site.where != "output"}
+        dims = {s.name: tuple(d for d in s.dims if d != CALL) for s in own if s.where != "output"}
         if len(parts) > 1 and len(set(run.calls)) == 1:  # then sizes do not tell tokens from heads
             dims = self._own_axes(run, sites) | dims
         names = Names(self._names, sites, own, _names_of(module))

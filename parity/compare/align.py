@@ -20,11 +20,11 @@ from parity.dump import Entry
 from parity.dump.records import UNNAMED
 from parity.errors import IncomparableError
 from parity.reasons import Gap
-from parity.sites import FLATTENED, Dims, Site
+from parity.sites import CALL, FLATTENED, Dims, Site
 
 # Names with a meaning of their own; any other name that a dump gives an axis ("hidden", "vocab") is its feature axis.
 _UNSPLIT = "+"  # in place of FLATTENED where the sizes of the parts are not known
-_KNOWN = {"batch", "token", "key", "head", "head_dim", "expert"}
+_KNOWN = {"batch", "token", "key", "head", "head_dim", "expert", CALL}
 _SYNONYMS = {"kv_head": "head", "query": "token", "seq": "token"}
 
 

@@ -68,6 +68,7 @@ def judge(sides: Sides, measured: Measured, observer: Observer) -> Judged:
             if (gap := sides.gap(site)) is not None
             else _judged(ours[site], mode, lucky[site], sides.regimes.get(site))
             for site in sides.pairs
+            if not sides.is_absent(site)
         )
 
     cleared: dict[str, Local] = {}
@@ -120,7 +121,7 @@ def _where(found: Sequence[Finding], sides: Sides, sites: Sequence[Measurement])
     config = sides.reference.working.config
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     given = [window for window in windows if isinstance(window, int) and window > 1]
-    return tuple(placed(in_calls(finding, sides.run.calls), sites, given) for finding in found)
+    return tuple(placed(in_calls(finding, sides.run.calls, sites), sites, given) for finding in found)
 
 
 def _on_top_of_regimes(
@@ -192,6 +193,7 @@ def _judged(m: MeasuredSite, mode: RoundingMode, lucky: float, regime: Fault | N
         ulp_max=x.ulp_max,
         ulps=m.ulps,
         structure=local.structure.shortened(),
+        first_read=local.first_read,
         dtype=m.dtype,
         shape=m.pair.site.shape,
         steps=m.pair.steps,

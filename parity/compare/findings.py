@@ -42,12 +42,14 @@ def finding_of(names: Sequence[str], sites: Sequence[Measurement]) -> Finding:
     )
 
 
-def in_calls(finding: Finding, calls: Sequence[int]) -> Finding:
+def in_calls(finding: Finding, calls: Sequence[int], sites: Sequence[Measurement]) -> Finding:
     """The finding with the first call in which it shows, of calls of so many tokens each."""
+    wrong = set(finding.sites)
+    first_read = min((m.first_read for m in sites if m.site in wrong and m.first_read is not None), default=None)
     if finding.first_token is None:
         return finding
     starts = [0, *accumulate(calls)][:-1]
-    number = sum(start <= finding.first_token for start in starts) - 1
+    number = sum(start <= finding.first_token for start in starts) - 1 if first_read is None else first_read
     if number < 1:
         return finding
     chunks = max([i + 1 for i, size in enumerate(calls) if size > 1], default=1)

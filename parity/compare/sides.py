@@ -16,11 +16,12 @@ from parity.faults import Fault
 from parity.reasons import Gap
 from parity.record.arrays import to_torch
 from parity.record.discover import with_sizes
+from parity.reference.compared import blank
 from parity.reference.pieces import Piece, PiecewiseModel
 from parity.reference.replay import Reference
 from parity.results import Check
 from parity.run_spec import RunSpec
-from parity.sites import Dims, Site, family
+from parity.sites import CALL, Dims, Site, family, is_cached
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,21 @@ class Sides:
             return pair
         return Gap("left out", detail=self.left_out[piece]) if piece in self.left_out else None
 
+    def is_absent(self, site: str) -> bool:
+        """Whether a site is one that a candidate need not have, and it has not."""
+        gap = self.pairs[site]
+        return is_cached(site) and isinstance(gap, Gap) and gap.kind == "not recorded"
+
     def recorded(self, site: Site) -> Tensor | None:
         """The candidate's activation in the reference's layout; (b, t, d) for most; None where it has none."""
         pair = self.pairs[site.name]
         if not isinstance(pair, Pair):
             return None
         stored = self.dump.read(site.name)
-        value = self.run.batch.tamed(site.dims, to_torch(pair.read(stored)))
+        value = to_torch(pair.read(stored))
+        is_read = is_cached(site.name)  # or hidden, and then it may be anything
+        batch, model = self.run.batch, self.reference.working
+        value = blank(model, site, batch, value) if is_read else batch.tamed(site.dims, value)
         give_back(stored)
         return value
 
@@ -71,7 +80,7 @@ class Sides:
 def sized_sites(model: PiecewiseModel, run: RunSpec) -> tuple[Site, ...]:
     """The model's sites with the sizes of a run."""
     batch, token = run.ids.shape
-    return with_sizes(model.sites, batch, token)
+    return with_sizes(model.sites, batch, token, len(run.calls))
 
 
 def not_asked_for(model: PiecewiseModel, run: RunSpec) -> dict[Piece, str]:
@@ -113,7 +122,7 @@ def _require_all_calls(dump: Dump, model: PiecewiseModel, run: RunSpec) -> None:
     That is so where the first site has the rows of fewer tokens, and fits otherwise.
     """
     batch, token = run.ids.shape
-    sites = [site for site in model.sites if site.name in dump.entries and "token" in site.dims]
+    sites = [s for s in model.sites if s.name in dump.entries and "token" in s.dims and CALL not in s.dims]
     if not sites or token == 1:
         return
     entry, site = dump.entries[sites[0].name], sites[0]

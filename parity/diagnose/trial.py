@@ -11,6 +11,7 @@ The thresholds, and what holds them:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -140,6 +141,12 @@ def _remainder(case: Case, faulty: Tensor, floor: Tensor) -> Local | None:
     return None if local.nonfinite else local
 
 
+def _kept(by_token: Sequence[float]) -> list[float]:
+    """How many of the last tokens are right, where the first are wrong; none where no token or all are right."""
+    right = next((i for i, ratio in enumerate(by_token) if ratio <= CONFIRMED), 0)
+    return [float(len(by_token) - right)] if right else []
+
+
 def _starts(number: Number, expected: float, case: Case) -> list[float]:
     """Numbers to start from: those seen in the wild, and what the residual or a coarse grid suggests."""
     starts = [value for value in number.typical if value != expected]
@@ -148,6 +155,7 @@ def _starts(number: Number, expected: float, case: Case) -> list[float]:
         local = case.bench.local(case.at, case.site, case.truth, case.floor)
         first = local.structure.first_token if number.method == "first-token" else None
         near = [] if first is None else [float(w) for w in range(max(first - _NEAR, 1), first + 2)]
+        near += _kept(local.structure.by_token) if number.method == "first-right" else []
         return near + starts  # "the last token" has a number of its own too, which says more
     if number.log and expected > 0:
         return starts + [expected * factor for factor in (0.1, 0.5, 1.01, 2.0, 10.0)]

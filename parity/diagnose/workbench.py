@@ -12,6 +12,7 @@ from parity.faults import Fault, Scope, shows_at
 from parity.faults.roles import roles_of
 from parity.reference import one_operation
 from parity.reference.batch import Batch
+from parity.reference.compared import blank, compared_rows
 from parity.reference.floor import Local, Yardstick, local_error
 from parity.reference.one_operation import LoadedPiece, Regime
 from parity.reference.pieces import HEAD, Piece, PiecewiseModel
@@ -88,11 +89,14 @@ class Workbench:
             return fault.patch(self.scope(patched, at.piece, batch=at.input_ids), value)
 
         values = one_operation.run(model, at, sites, patch) if fault else one_operation.run(model, at, sites)
-        return {name: at.input_ids.blank(self.sites[name].dims, value) for name, value in values.items()}
+        return {name: self._blank(name, at, value) for name, value in values.items()}
 
     def candidate(self, at: LoadedPiece, site: str) -> Tensor:
         """What the candidate recorded at a site of a loaded piece, (b, t, d) at most; 0 at padding."""
-        return at.input_ids.blank(self.sites[site].dims, at.recorded[site])
+        return self._blank(site, at, at.recorded[site])
+
+    def _blank(self, site: str, at: LoadedPiece, value: Tensor) -> Tensor:
+        return blank(self.reference.working, self.sites[site], at.input_ids, value)
 
     def local(self, at: LoadedPiece, site: str, truth: Tensor, floor: Tensor, allowed: Tensor | None = None) -> Local:
         """The candidate's error at a site against any truth and floor.
@@ -115,11 +119,13 @@ class Workbench:
         self, site: str, candidate: Tensor, truth: Tensor, floor: Tensor, allowed: Tensor | None = None
     ) -> Replayed:
         one = self.sites[site]
-        summands, tokens = self.reference.working.summands(one, self.batch.shape[-1]), None
+        working = self.reference.working
+        summands, tokens = working.summands(one, self.batch.shape[-1]), None
         if "token" in one.dims:
             tokens = truth.shape[one.dims.index("token")]  # of the head perhaps the last ones alone
-        some = self.batch if tokens is None else self.batch.part(slice(None), slice(-tokens, None))
-        text = some.rows(one.dims, truth.shape, truth.device)
+        is_part = tokens is not None and tokens < self.batch.shape[1]
+        some = self.batch.part(slice(None), slice(-tokens, None)) if is_part and tokens else self.batch
+        text = compared_rows(working, one, some, truth.shape, truth.device)
         return replace(Replayed.on_its_own(one, candidate, truth, floor, summands, allowed), text=text)
 
 
@@ -133,7 +139,7 @@ def scope_of(model: PiecewiseModel, piece: Piece, sites: frozenset[str] | None =
         stored: Tensor = model.checkpoint.tensor(name)
         return stored.to(model.device, model.dtype)
 
-    return Scope(model.model, model.config, layer, index, kwargs, weight, sites=sites)
+    return Scope(model.model, model.config, layer, index, kwargs, weight, sites=sites, calls=model.calls)
 
 
 def acting(faults: Mapping[str, Fault]) -> Regime:

@@ -2,7 +2,7 @@
 
 `RunInfo.calls` has the number of tokens of each call, [9, 1, 1]. The arrays of one site are either whole, or one for
 each call under the names `NAME@0`, `NAME@1`, …; here these are joined along their token axis, to what one call with
-all tokens would have given.
+all tokens would have given. Those of a cache are put side by side (parity.dump.caches).
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from parity.dump.caches import CacheLayout, cache_layout
 from parity.dump.records import Array, Dump, Entry
 from parity.errors import DumpError
+from parity.sites import is_cached
 
 _OF_CALL = re.compile(r"(.+)@([0-9]{1,7})")
 _TOKEN = ("token", "seq", "query")
@@ -65,7 +67,7 @@ def joined(dump: Dump, *, leave_out: bool = False) -> Dump:
             groups.setdefault(found[1], {})[int(found[2])] = entry
     if not groups:
         return dump
-    sites: dict[str, _Joined] = {}
+    sites: dict[str, _Joined | CacheLayout] = {}
     for name, parts in groups.items():
         try:
             sites[name] = _site(dump, name, parts)
@@ -81,13 +83,16 @@ def joined(dump: Dump, *, leave_out: bool = False) -> Dump:
             entries[found[1]] = sites[found[1]].entry
 
     def load(site: str) -> Array:
-        return _join(dump, sites[site]) if site in sites else dump.read(site)
+        found = sites.get(site)
+        if isinstance(found, CacheLayout):
+            return found.join(dump.read)
+        return dump.read(site) if found is None else _join(dump, found)
 
     note = f"{len(sites)} of {len(groups)} sites were joined from {len(dump.info.calls or ())} calls"
     return Dump(dump.path, replace(dump.info, notes=(*dump.info.notes, note)), entries, load, dump.close)
 
 
-def _site(dump: Dump, name: str, parts: Mapping[int, Entry]) -> _Joined:
+def _site(dump: Dump, name: str, parts: Mapping[int, Entry]) -> _Joined | CacheLayout:
     path, calls = dump.path, dump.info.calls
     if calls is None:
         raise DumpError(
@@ -103,6 +108,8 @@ def _site(dump: Dump, name: str, parts: Mapping[int, Entry]) -> _Joined:
             f"{path}: {name!r} {which} of {len(calls)} — calls count from 0 — write its array of every call, or none"
         )
     ordered = [parts[call] for call in range(len(calls))]
+    if is_cached(name):
+        return cache_layout(path, name, ordered, [call_name(name, call) for call in range(len(calls))], calls)
     return _layout(path, name, ordered, calls, len(dump.info.token_ids or ((),)))
 
 

@@ -8,30 +8,32 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from parity.faults.cache_rows import SITES
 from parity.faults.fault import LAST, START, TWO_TOKENS, Change, Fault, Scope, fault, first_token
 from parity.faults.patches.attention import INSIDE, has_attention, reading, seeing, softmax_as, window_of
 from parity.faults.patches.modules import together
 from parity.faults.patches.numbers import stored_as, wide
+from parity.record.cache import reading_edited
 
 
 def _in_fp8(x: Tensor) -> Tensor:
     return stored_as(x.clamp(-448.0, 448.0), torch.float8_e4m3fn)
 
 
-def _cache_in(scope: Scope, store: Callable[[Tensor], Tensor]) -> Change:
-    return reading(scope, lambda q, k, v: (q, store(k), store(v)))
+def _cache_in(store: Callable[[Tensor], Tensor]) -> Change:
+    return reading_edited(lambda k, v, _start: (store(k), store(v)))
 
 
 @fault(
     id="kv-cache-fp8",
     title="keys and values are kept in float8 (e4m3)",
-    sites=INSIDE,
+    sites=SITES,
     fix="keep the cache in the dtype of the model, or compare with a reference that does the same",
     applies=has_attention,
     regime=True,
 )
-def kv_cache_fp8(scope: Scope) -> Change:
-    return _cache_in(scope, _in_fp8)
+def kv_cache_fp8(_scope: Scope) -> Change:
+    return _cache_in(_in_fp8)
 
 
 def _in_int8(x: Tensor) -> Tensor:
@@ -42,13 +44,13 @@ def _in_int8(x: Tensor) -> Tensor:
 @fault(
     id="kv-cache-int8",
     title="keys and values are kept in 8-bit integers, one step for each head and token",
-    sites=INSIDE,
+    sites=SITES,
     fix="keep the cache in the dtype of the model, or compare with a reference that does the same",
     applies=has_attention,
     regime=True,
 )
-def kv_cache_int8(scope: Scope) -> Change:
-    return _cache_in(scope, _in_int8)
+def kv_cache_int8(_scope: Scope) -> Change:
+    return _cache_in(_in_int8)
 
 
 def _in_fp16(x: Tensor) -> Tensor:
@@ -58,15 +60,15 @@ def _in_fp16(x: Tensor) -> Tensor:
 @fault(
     id="kv-cache-fp16",
     title="keys and values are kept in float16",
-    sites=INSIDE,
+    sites=SITES,
     fix="keep the cache in the dtype of the model (llama.cpp: --cache-type-k f32 --cache-type-v f32), or accept it",
     source="llama.cpp keeps its cache in F16 unless told otherwise",
     needs="float32",
     applies=has_attention,
     regime=True,
 )
-def kv_cache_fp16(scope: Scope) -> Change:
-    return _cache_in(scope, _in_fp16)
+def kv_cache_fp16(_scope: Scope) -> Change:
+    return _cache_in(_in_fp16)
 
 
 @fault(
@@ -90,7 +92,7 @@ _Later = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 def _seeing(scope: Scope, start: float, rule: _Later) -> Change:
     def seen(mask: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        first = first_token(start, j.numel())
+        first = first_token(start, sum(scope.calls))
         return torch.where(i >= first, rule(mask, i, j, first), mask)
 
     return seeing(scope, seen)

@@ -30,7 +30,8 @@ LAST = -1.0  # as the number of a first token: the last, whatever its number
 #   slope         by the response to a step of 1 %, or of 0.01 where the right number is 0
 #   typical-step  by the response to a step to the next larger typical number: 1 % of an eps would drown
 #   first-token   from the first token that is clearly wrong: a window ends shortly before it
-Method = Literal["slope", "typical-step", "first-token"]
+#   first-right   from the first token that is right again: what is kept begins there
+Method = Literal["slope", "typical-step", "first-token", "first-right"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Scope:
     module    the module whose site is in question; None where all of the piece is
     sites     the only sites that a patch may change; None where it may change any
     text      (b, t) true where a token of the batch is text, false where it is padding; None without padding
+    calls     how many tokens each call takes
     """
 
     model: Any
@@ -57,6 +59,7 @@ class Scope:
     module: nn.Module | None = None
     sites: frozenset[str] | None = None
     text: Tensor | None = None
+    calls: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from parity.faults.fault import Change, Fault, Scope, fault
-from parity.faults.patches.attention import has_attention, has_sinks, original, replaced, shown, softcap_of
+from parity.faults.patches.attention import has_attention, has_sinks, original, replaced, softcap_of
 from parity.faults.patches.modules import head_dim_of
 from parity.faults.patches.numbers import stored_as, wide
+from parity.record.cache import shown
 
 
 def _is_plain(scope: Scope) -> bool:

@@ -8,7 +8,7 @@ registered under the same name: without it transformers silently hands every lay
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -19,17 +19,20 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from parity.errors import UsageError
+from parity.record.cache import CACHE, attend_in_calls, by_call, is_edited, of_calls, reads_of
 
 
 @dataclass
 class _Active:
     """Attention modules in reach of a tap, with the full site name of each value inside them.
 
-    `given` are the values that the last of them was given, and what the tap made of each.
+    `given` are the values that the last of them was given, and what the tap made of each. `calls` are those that the
+    pass stands for; None where it is one of them.
     """
 
     sites: dict[nn.Module, dict[str, str]]
     tap: Callable[[str, Tensor], Tensor]
+    calls: Sequence[int] | None = None
     last: nn.Module | None = None
     given: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
@@ -74,12 +77,15 @@ def register(implementation: str) -> str:
 
 
 @contextmanager
-def attention_taps(sites: dict[nn.Module, dict[str, str]], tap: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+def attention_taps(
+    sites: dict[nn.Module, dict[str, str]], tap: Callable[[str, Tensor], Tensor], calls: Sequence[int] | None = None
+) -> Iterator[None]:
     """Let `tap` see the named values inside the given attention modules during the block.
 
-    Queries, keys (b, h, t, d), scores, probabilities (b, h, t, k) and the context (b, t, h, d).
+    Queries, keys (b, h, t, d), scores, probabilities (b, h, t, k), the context (b, t, h, d), and the keys and values
+    that are read: of a pass that stands for several `calls` those of each (b, g, calls, t, d), else (b, g, s, d).
     """
-    token = _active.set(_Active(sites, tap))
+    token = _active.set(_Active(sites, tap, calls))
     try:
         yield
     finally:
@@ -98,11 +104,39 @@ def _tapped(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             return result
         tap = active.tap
         query, key = active.take(module, "q_rope", query), active.take(module, "k_rope", key)
+
+        def compute(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> tuple[Tensor, Tensor | None]:
+            computed: tuple[Tensor, Tensor | None] = plain(module, q, k, v, mask, **kwargs)
+            return computed
+
         with _SoftmaxTap(names, tap, query.dtype):
-            context, weights = plain(module, query, key, value, mask, **kwargs)
+            context, weights = _reading(active, names, compute, (query, key, value), mask)
         return (tap(names["context"], context) if "context" in names else context), weights
 
     return attend
+
+
+def _reading(
+    active: _Active, names: dict[str, str], attend: Any, given: tuple[Tensor, Tensor, Tensor], mask: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Attention to the keys and values that are read, which are tapped."""
+    query, key, value = given
+    is_tapped = all(name in names for name in CACHE)
+    k_site, v_site = (names.get(name, "") for name in CACHE)
+    if active.calls is None:
+        if is_tapped:
+            key, value = active.tap(k_site, key), active.tap(v_site, value)
+        return attend(query, key, value, mask)  # type: ignore[no-any-return]
+    if not is_tapped:
+        if not is_edited():
+            return attend(query, key, value, mask)  # type: ignore[no-any-return]
+        return attend_in_calls(attend, query, reads_of(key, value, (key.shape[2],)), mask)
+    reads = reads_of(key, value, active.calls)
+    fresh = by_call(reads)
+    k, v = active.tap(k_site, fresh[0]), active.tap(v_site, fresh[1])
+    if (k is fresh[0] and v is fresh[1]) and not is_edited():
+        return attend(query, key, value, mask)  # type: ignore[no-any-return]
+    return attend_in_calls(attend, query, of_calls(k, v, active.calls), mask)
 
 
 def _implementation(module: nn.Module, name: str) -> Callable[..., Any]:

@@ -28,6 +28,14 @@ def container_of(model: nn.Module, layers: list[nn.Module]) -> str:
 
 
 @dataclass(frozen=True)
+class LayerCall:
+    """What transformers passed to a layer beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Link:
     """One call of a layer: what it took, the site that this value has, what it gave, and in how long a tuple."""
 
@@ -97,3 +105,25 @@ def by_name(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     parameters = list(inspect.signature(type(layer).forward).parameters.values())[2:]
     named = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     return (args, kwargs) if len(args) > len(named) else ((), dict(zip(named, args, strict=False)) | kwargs)
+
+
+@contextmanager
+def stubbed(layers: list[nn.Module], chain: Chain, stub: Callable[[int, Tensor, LayerCall], Tensor]) -> Iterator[None]:
+    """Every layer answers with `stub(index, hidden, other arguments)` in place of its own forward."""
+
+    def forward_of(index: int) -> Callable[..., Any]:
+        more = (None,) * (chain.links[index].returned - 1)
+
+        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            answer = stub(index, hidden, LayerCall(*by_name(layers[index], args, kwargs)))
+            return (answer, *more) if chain.links[index].returned else answer
+
+        return forward
+
+    try:
+        for index, layer in enumerate(layers):
+            layer.forward = forward_of(index)
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

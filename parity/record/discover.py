@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from parity.record.attention import INSIDE, attention_taps
+from parity.record.cache import CACHE
 from parity.record.chain import Chain, taken, watch_chain
 from parity.record.experts import experts_in
 from parity.record.scans import SCAN, scan_taps, scanning_modules
 from parity.record.tap import first_tensor, quiet_torch
 from parity.record.watch import NoToQuestions, Watch
-from parity.sites import Site, numbered
+from parity.sites import CALL, Site, numbered
 
 COSTLY = (".scores", ".probs")
 _SWITCH = (bool, int, float, str)
@@ -38,12 +39,15 @@ class Discovery:
     chain: Chain
 
 
-def discover(model: nn.Module, layers: Sequence[nn.Module] = (), *, inner: bool = False) -> Discovery:
+def discover(
+    model: nn.Module, layers: Sequence[nn.Module] = (), *, inner: bool = False, cached: bool = False
+) -> Discovery:
     """The sites of a transformers causal LM on the meta device, in order of execution; the model stays as it was.
 
     For sites inside attention it must have been built with an implementation of `parity.record.attention`.
     Of its decoder `layers` only the first of each kind is run: the others have sites like it.
-    `inner` adds scores and probs, which need memory that grows with the square of the tokens.
+    `inner` adds scores and probs, which need memory that grows with the square of the tokens, `cached` what attention
+    reads in each of several calls.
     Shapes hold the probe's batch and token counts; `with_sizes` puts a run's own in their place.
     """
     batch, token = _unmistakable_sizes(model)
@@ -52,20 +56,23 @@ def discover(model: nn.Module, layers: Sequence[nn.Module] = (), *, inner: bool 
     # A ready mask spares most models from looking at values that the meta device does not have; some want none.
     ready = torch.zeros(batch, 1, token, token, dtype=dtype, device="meta")
     masks: tuple[dict[str, Tensor], ...] = ({"attention_mask": ready}, {})
+    wanted = (*(value for value in INSIDE if inner or f".{value}" not in COSTLY), *(CACHE if cached else ()))
     for mask in masks:
         with suppress(RuntimeError, ValueError, IndexError, TypeError):
-            return _probed(model, layers, Watch(batch, token), inner=inner, input_ids=ids, **mask)
+            return _probed(model, layers, Watch(batch, token), wanted, input_ids=ids, **mask)
     with NoToQuestions():
-        return _probed(model, layers, Watch(batch, token), inner=inner, input_ids=ids)
+        return _probed(model, layers, Watch(batch, token), wanted, input_ids=ids)
 
 
-def _probed(model: nn.Module, layers: Sequence[nn.Module], watch: Watch, *, inner: bool, **inputs: Tensor) -> Discovery:
+def _probed(
+    model: nn.Module, layers: Sequence[nn.Module], watch: Watch, inside: Sequence[str], **inputs: Tensor
+) -> Discovery:
     for value in inputs.values():
         watch.is_new(value)  # and no longer where a module takes it
     with (
         quiet_torch(),
         _as_it_was(model),
-        _watching(model, watch, inner=inner),
+        _watching(model, watch, inside),
         watch_chain(list(layers), watch.name_of) as chain,
         _one_of_each_kind(model, layers, watch),
     ):
@@ -92,9 +99,9 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
                 kept.update(was)  # type: ignore[arg-type]
 
 
-def with_sizes(sites: Iterable[Site], batch: int, token: int) -> tuple[Site, ...]:
-    """The same sites with the shapes that a run of `batch` rows of `token` tokens gives them."""
-    sizes = {"batch": batch, "token": token, "key": token, "batch*token": batch * token}
+def with_sizes(sites: Iterable[Site], batch: int, token: int, calls: int = 1) -> tuple[Site, ...]:
+    """The same sites with the shapes that a run of `batch` rows of `token` tokens, in so many calls, gives them."""
+    sizes = {"batch": batch, "token": token, "key": token, "batch*token": batch * token, CALL: calls}
     return tuple(
         replace(site, shape=tuple(sizes.get(dim, size) for dim, size in zip(site.dims, site.shape, strict=True)))
         for site in sites
@@ -114,7 +121,7 @@ def _unmistakable_sizes(model: nn.Module) -> tuple[int, int]:
 
 
 @contextmanager
-def _watching(model: nn.Module, watch: Watch, *, inner: bool) -> Iterator[None]:
+def _watching(model: nn.Module, watch: Watch, wanted: Sequence[str]) -> Iterator[None]:
     attention: dict[nn.Module, dict[str, str]] = {}
     with ExitStack() as stack:
         for name, module in model.named_modules():
@@ -125,7 +132,6 @@ def _watching(model: nn.Module, watch: Watch, *, inner: bool) -> Iterator[None]:
                 watch.experts[name] = count
             stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(after).remove)
-            wanted = [value for value in INSIDE if inner or f".{value}" not in COSTLY]
             attention[module] = {value: f"{name}.{value}" for value in wanted}
 
         calls = Counter[str]()
@@ -133,11 +139,13 @@ def _watching(model: nn.Module, watch: Watch, *, inner: bool) -> Iterator[None]:
         def tap(site: str, value: Tensor) -> Tensor:
             module, inside = site.rsplit(".", 1)
             site, calls[site] = numbered(site, calls[site]), calls[site] + 1
-            if watch.is_new(value):
+            if inside in CACHE:
+                watch.note_copy(site, value, module, CACHE[inside])
+            elif watch.is_new(value):
                 watch.note(site, value, module, "attention" if inside in INSIDE else SCAN, INSIDE.get(inside))
             return value
 
-        stack.enter_context(attention_taps(attention, tap))
+        stack.enter_context(attention_taps(attention, tap, (watch.token,)))
         stack.enter_context(scan_taps(model, scanning_modules(model), tap))
         stack.enter_context(watch.routers)
         yield

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -24,14 +24,21 @@ Tap = Callable[[str, Tensor], Tensor]
 
 
 @contextmanager
-def tapping(model: nn.Module, sites: Iterable[Site], tap: Tap, *, every_call: bool = False) -> Iterator[None]:
+def tapping(
+    model: nn.Module,
+    sites: Iterable[Site],
+    tap: Tap,
+    *,
+    every_call: bool = False,
+    calls: Sequence[int] | None = None,
+) -> Iterator[None]:
     """Bring `tap` to the sites of `model` for the duration of the block, which is one forward pass.
 
     Outputs are tapped by forward hooks, inputs by forward pre-hooks, values inside attention by the
     attention function of `parity.record.attention` (the model must have been built with it), those inside
     state spaces and the like as `parity.record.scans` says, those of a mixture of experts as
     `parity.record.experts` says. Further calls of a module are tapped where they are among the sites, or with
-    `every_call` in any case, under their numbers.
+    `every_call` in any case, under their numbers. `calls` are those that one pass over all tokens stands for.
     Of a value that the model writes into later the tap gets a copy, and the model gets one of what the tap gives.
     """
     sites = list(sites)
@@ -52,7 +59,7 @@ def tapping(model: nn.Module, sites: Iterable[Site], tap: Tap, *, every_call: bo
             elif (name := without_call(site.name), site.where) not in hooked:
                 hooked.add((name, site.where))
                 stack.callback(_hook(module, name, site.where, each_call))
-        stack.enter_context(attention_taps(inside["attention"], each_call))
+        stack.enter_context(attention_taps(inside["attention"], each_call, calls))
         stack.enter_context(scan_taps(model, inside[SCAN], each_call))
         stack.enter_context(routing_taps(model, routers, tap))
         yield

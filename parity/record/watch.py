@@ -76,6 +76,11 @@ class Watch:
             self.sites[name] = Site(name, dims, tuple(value.shape), dtype, module, where)
             self.know(value, name)
 
+    def note_copy(self, name: str, value: Tensor, module: str, dims: Dims) -> None:
+        """Remember a site inside attention that holds a copy of another's value (any shape)."""
+        dtype = str(value.dtype).removeprefix("torch.")
+        self._put(Site(name, dims, tuple(value.shape), dtype, module, "attention"), value)
+
     def give_way(self, name: str, module: str) -> None:
         """Of the inputs of a layer's parts the last is `resid_mid`; one before it is named after its part."""
         site = self.sites.get(name)

@@ -23,11 +23,13 @@ class Batch:
 
     text       (b, t) true where a token is text, false where it is padding; None if all are text
     positions  (b, t) as the model is given them; None if it counts the tokens itself
+    calls      how many tokens each call of a candidate takes, where these are several
     """
 
     ids: Tensor
     text: Tensor | None = None
     positions: Tensor | None = None
+    calls: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, ids: Tensor | Batch) -> Batch:
@@ -56,7 +58,7 @@ class Batch:
         return self.ids.numel()
 
     def same_as(self, other: Batch) -> bool:
-        """Whether both hold the same numbers."""
+        """Whether both hold the same numbers, in whichever calls."""
         return all(_equal(getattr(self, name), getattr(other, name)) for name in ("ids", "text", "positions"))
 
     def part(self, rows: slice, tokens: slice) -> Batch:

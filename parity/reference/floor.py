@@ -35,6 +35,7 @@ from parity.reference.rows import (
     Kept,
     Rows,
     chances,
+    first_read,
     no_less_than_usual,
     ratios,
     relative,
@@ -54,7 +55,7 @@ class Local:
     the worst row over the usual floor; worst_tokens are those of up to eight such rows, of so many tokens, where rows
     are tokens'. There are rows of so many kinds (row_sums.alike), each of so many numbers (width).
     reference_rel is the reference's own error alone. way says in words which legal way the site was measured against,
-    where it was not the reference's.
+    where it was not the reference's. first_read is the first call that reads something wrong of a cache.
     bit_equal means: the same bits as the reference in the working dtype on the same inputs.
     """
 
@@ -78,6 +79,7 @@ class Local:
     nonfinite_inputs: bool
     reference_nonfinite: int
     structure: Structure
+    first_read: int | None = None
     way: str = ""
 
 
@@ -181,4 +183,5 @@ def _local(site: Replayed, rows: Rows, allowed: Floats | None, kept: Kept, worki
         nonfinite_inputs=rows.counts["truth nonfinite"] > 0,
         reference_nonfinite=rows.counts["floor nonfinite"],
         structure=structure(rows, strict, dims, shape, kept),
+        first_read=first_read(rows, strict, dims, shape, kept),
     )

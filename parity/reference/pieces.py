@@ -8,15 +8,15 @@ and what the stubs were handed (mask, position embeddings, …) is kept for the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from parity.record.chain import by_name, container_of, find_layers
+from parity.record.chain import LayerCall, container_of, find_layers, stubbed
 from parity.record.discover import Discovery, discover
 from parity.record.experts import IN_ROUTER
 from parity.record.tap import Tap, first_tensor, quiet_torch, tapping
@@ -25,21 +25,13 @@ from parity.reference.build import build
 from parity.reference.checkpoint import Checkpoint
 from parity.reference.precision import promoted
 from parity.reference.weights import cast, check_complete, fill_buffers, layer_of_key, move, read, replace_numbers
-from parity.sites import Site, without_call
+from parity.sites import Site, is_cached, without_call
 
 EMBED, HEAD = "embed", "head"
 Piece = str | int  # EMBED, HEAD, or the number of a layer
 # A checkpoint of at most so many bytes is read once and stays: to load its pieces again would take longer than
 # to run them.
 SMALL = 32 << 20
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What transformers passed to a layer beside the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 class _StopPassError(Exception):
@@ -70,20 +62,30 @@ class PiecewiseModel:
         if original is None:
             # The meta kernel of the default grouped product takes bfloat16 alone.
             with self._experts("batched_mm"):
-                self._found: Discovery = discover(self.model, self.layers, inner=inner)
+                self._found: Discovery = discover(self.model, self.layers, inner=inner, cached=not inner)
         else:
             self._found = original._found
-        self.sites = self._found.sites
         self.is_cut = bool(self.layers) and self._found.chain.is_whole(len(self.layers))
         self.layers = self.layers if self.is_cut else []
         self._container = container_of(self.model, self.layers)
-        self._sites = self._sort_sites()
-        self._calls: list[_Call] = []
+        self._take_sites([site for site in self._found.sites if not is_cached(site.name)])
+        self._calls: list[LayerCall] = []
         self._prepared: Batch | None = None  # what the calls were captured for
         self._held: set[Piece] = set()
         self._original = original
         self.is_small = checkpoint.size <= SMALL
         self._is_whole = False  # all weights of a small model are in memory
+
+    def with_caches(self) -> Self:
+        """This model with what attention reads of a cache among its sites, where it can be cut."""
+        # What a call reads is known by the masks that layers are given.
+        if self.is_cut:
+            self._take_sites(self._found.sites)
+        return self
+
+    def _take_sites(self, sites: Iterable[Site]) -> None:
+        self.sites = tuple(sites)
+        self._sites = self._sort_sites()
 
     @property
     def head_dim(self) -> int | None:
@@ -95,6 +97,7 @@ class PiecewiseModel:
         other = PiecewiseModel(self.checkpoint, dtype, str(self.device), self.attention, original=self)
         # The grouped product of experts has no float64 kernel.
         other.config._experts_implementation = "eager"
+        other._take_sites(self.sites)
         return other
 
     @contextmanager
@@ -173,15 +176,16 @@ class PiecewiseModel:
 
     @contextmanager
     def _running(self, piece: Piece, tap: Tap) -> Iterator[None]:
-        with quiet_torch(), promoted(self.dtype), tapping(self.model, self._sites[piece], tap):
+        with quiet_torch(), promoted(self.dtype), tapping(self.model, self._sites[piece], tap, calls=self.calls):
             yield
 
     def prepare(self, input_ids: Tensor | Batch) -> None:
         """Capture what transformers hands to each layer beside hidden states, for token ids (b, t); once for each."""
         batch = Batch.of(input_ids)
-        if not self.is_cut or (self._prepared is not None and self._prepared.same_as(batch)):
+        ready = self._prepared
+        if not self.is_cut or (ready is not None and ready.calls == batch.calls and ready.same_as(batch)):
             return
-        calls: list[_Call] = []
+        calls: list[LayerCall] = []
         with self.loaded(EMBED):
             self._embed(batch, lambda _site, value: value, calls)
         self._calls, self._prepared = calls, replace(batch, ids=batch.ids.clone())
@@ -190,17 +194,17 @@ class PiecewiseModel:
         """Hidden states (b, t, hidden) that the first layer takes, from token ids (b, t)."""
         return self._embed(Batch.of(input_ids), tap, [])
 
-    def _embed(self, batch: Batch, tap: Tap, calls: list[_Call]) -> Tensor:
+    def _embed(self, batch: Batch, tap: Tap, calls: list[LayerCall]) -> Tensor:
         captured: list[Tensor] = []
 
-        def capture(index: int, hidden: Tensor, call: _Call) -> Tensor:
+        def capture(index: int, hidden: Tensor, call: LayerCall) -> Tensor:
             calls.append(call)
             captured.append(hidden)
             if index == len(self.layers) - 1:
                 raise _StopPassError
             return hidden
 
-        with self._stubbed(capture), self._running(EMBED, tap):
+        with stubbed(self.layers, self._found.chain, capture), self._running(EMBED, tap):
             try:
                 self.model(**batch.arguments(self.model, self.device), use_cache=False)
             except _StopPassError:
@@ -223,10 +227,10 @@ class PiecewiseModel:
         """
         last = len(self.layers) - 1
 
-        def resume(index: int, stubbed: Tensor, _call: _Call) -> Tensor:
+        def resume(index: int, stubbed: Tensor, _call: LayerCall) -> Tensor:
             return hidden if index == last and hidden is not None else stubbed
 
-        with self._stubbed(resume), self._running(HEAD, tap):
+        with stubbed(self.layers, self._found.chain, resume), self._running(HEAD, tap):
             logits: Tensor = self.model(
                 **Batch.of(input_ids).arguments(self.model, self.device), use_cache=False
             ).logits
@@ -257,6 +261,12 @@ class PiecewiseModel:
             return None
         return self._found.chain.sources[piece if isinstance(piece, int) else -1]
 
+    @property
+    def calls(self) -> tuple[int, ...]:
+        """How many tokens each call takes that the prepared token ids are run in."""
+        ready = self._prepared
+        return () if ready is None else ready.calls or tuple(ready.shape[1:])
+
     def arguments(self, layer: int) -> dict[str, Any]:
         """What a layer gets beside hidden states, for the prepared token ids; changing it changes that call."""
         return self._calls[layer].kwargs
@@ -276,24 +286,3 @@ class PiecewiseModel:
             end = end if piece is None else HEAD
             sorted_sites[end if piece is None else piece].append(site)
         return sorted_sites
-
-    @contextmanager
-    def _stubbed(self, stub: Callable[[int, Tensor, _Call], Tensor]) -> Iterator[None]:
-        """Every layer answers with `stub(index, hidden, other arguments)` in place of its own forward."""
-
-        def forward_of(index: int) -> Callable[..., Any]:
-            more = (None,) * (self._found.chain.links[index].returned - 1)
-
-            def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-                answer = stub(index, hidden, _Call(*by_name(self.layers[index], args, kwargs)))
-                return (answer, *more) if self._found.chain.links[index].returned else answer
-
-            return forward
-
-        try:
-            for index, layer in enumerate(self.layers):
-                layer.forward = forward_of(index)
-            yield
-        finally:
-            for layer in self.layers:
-                del layer.forward

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from parity.record.tap import Tap
 from parity.reference.batch import Batch
+from parity.reference.compared import compared_rows
 from parity.reference.legal_ways import straying
 from parity.reference.one_operation import LoadedPiece, Regime, no_regime
 from parity.reference.passes import Pass, mean_square
@@ -236,12 +237,11 @@ class Reference:
         return rounded
 
     def _given(self, site: Replayed, batch: Batch, strayed: list[Pass], jitter: bool) -> Replayed:
-        site = replace(site, text=batch.rows(site.site.dims, site.truth.shape))
+        text = compared_rows(self.working, site.site, batch, site.truth.shape)
         # Where a regime rounds coarsely, the smallest move may flip it: fusing would excuse anything.
-        site = replace(site, jitter=site.truth) if site.site.name in self.changed else site
-        return self._allowing(site, strayed, jitter) if strayed else site
-
-    def _allowing(self, site: Replayed, strayed: list[Pass], jitter: bool) -> Replayed:
+        site = replace(site, text=text, jitter=site.truth if site.site.name in self.changed else site.jitter)
+        if not strayed:
+            return site
         allowed = mean_square(site.truth, [one.at(site.site.name) for one in strayed])
         # The square of a stochastic rounding is twice that of one to nearest.
         return replace(site, allowed=allowed if self._sums_show or jitter else allowed / 2)

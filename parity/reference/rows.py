@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from parity.reference import chance
 from parity.results import Structure
-from parity.sites import Dims
+from parity.sites import CALL, Dims
 
 _PROFILE_BINS = 256
 # A token whose ratio is above this counts as the first one that is wrong.
@@ -150,10 +150,19 @@ def structure(rows: Rows, strict: Floats, dims: Dims, shape: tuple[int, ...], ke
         by_head=tuple(by_head.tolist()),
         channel=channel,
         channel_share=float(rows.channels[channel] / rows.channels.sum()) if energy else 0.0,
-        first_token=next((i for i, value in enumerate(by_token.tolist()) if value > _FIRST), None),
+        first_token=_first(by_token),
         elements=rows.rr.size * shape[-1],
         pooled=_pooled(by_token),
     )
+
+
+def first_read(rows: Rows, strict: Floats, dims: Dims, shape: tuple[int, ...], kept: Kept = None) -> int | None:
+    """The first call that reads something wrong of a cache, for values of this shape; None where no call does."""
+    return _first(_profile(_placed(rows.rr, kept), _placed(strict, kept), dims, shape, CALL))
+
+
+def _first(profile: Floats) -> int | None:
+    return next((i for i, value in enumerate(profile.tolist()) if value > _FIRST), None)
 
 
 def _profile(rr: Floats, floor: Floats, dims: Dims, shape: tuple[int, ...], axis: str) -> Floats:

@@ -77,8 +77,16 @@ class Bench:
     def scope(self, piece: Piece) -> Scope:
         model = self.model
         if not isinstance(piece, int):
-            return Scope(model.model, model.config, None, None, {}, self.weight)
-        return Scope(model.model, model.config, model.layers[piece], piece, model._calls[piece].kwargs, self.weight)
+            return Scope(model.model, model.config, None, None, {}, self.weight, calls=model.calls)
+        return Scope(
+            model.model,
+            model.config,
+            model.layers[piece],
+            piece,
+            model.arguments(piece),
+            self.weight,
+            calls=model.calls,
+        )
 
 
 @pytest.fixture(scope="session")
@@ -301,8 +309,8 @@ def stock_layer(case: Case) -> Iterator[tuple[tuple[Scope, Run], tuple[Scope, Ru
         handle.remove()
         (args, kwargs), state = calls[0], model.state_dict()
         scopes = (
-            Scope(model, model.config, layers[MIDDLE], MIDDLE, kwargs, stored, text=text),
-            Scope(model, model.config, None, None, {}, stored, text=text),
+            Scope(model, model.config, layers[MIDDLE], MIDDLE, kwargs, stored, text=text, calls=(TOKENS,)),
+            Scope(model, model.config, None, None, {}, stored, text=text, calls=(TOKENS,)),
         )
 
         def run_layer() -> Tensor:

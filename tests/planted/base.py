@@ -251,6 +251,7 @@ def attention_with(turn: Turn) -> Callable[..., Tensor]:
         q, k = self.q_rope(turn(self, "q", q, place)), self.k_rope(turn(self, "k", k, place))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
+        k, v = self.cache_k(k), self.cache_v(v)
         out: Tensor = self.o_proj(self.context(self.attend(q, k, v, mask)).reshape(b, t, -1))
         return out
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from impl.qwen3 import Config
-from parity.faults import bounds, experts, padding, rope_scaling, rope_tables, router, scans
+from parity.faults import bounds, cache_rows, experts, padding, rope_scaling, rope_tables, router, scans
 
 # The wrong number of a bug, on a checkpoint and a prompt of so many tokens.
 Truth = Callable[[Config, int], float]
@@ -143,6 +143,7 @@ UNPLANTED: dict[str, str] = {
     ),
     **dict.fromkeys(("position-decode-ahead", "position-decode-behind", "position-restart"), _DECODING),
     "cache-window-stands": _DECODING,
+    **{fault.id: "several calls: tests.planted.caches" for fault in cache_rows.FAULTS},
     **{fault.id: _PADDING for fault in padding.FAULTS},
     **dict.fromkeys(("window-ignored", "window-plus-one", "window-minus-one", "window-of-other-layers"), _WINDOW),
     **dict.fromkeys(("rope-full", "qk-norm-separate", "norm-rms-for-layernorm", "norm-one-forgotten"), _FOREIGN),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from impl.qwen3 import Attention, Cache, Qwen3, rope_tables, rotate
+from impl.qwen3 import Attention, Qwen3, rope_tables, rotate
 from tests.planted.base import ROPE, Place, attention_with, rebind
 
 # Positions (t) of a later call, and how many tokens came before it -> positions.
@@ -64,46 +64,6 @@ def _hidden(hide: Hide) -> Callable[[Qwen3], None]:
     return apply
 
 
-class _WrongSlot(Cache):
-    """Overwrites the last key and value of the prompt with those of the first token decoded."""
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        first = layer in self.layers and not hasattr(self, f"_done{layer}")
-        k, v = super().extend(layer, k, v)
-        if first:
-            setattr(self, f"_done{layer}", True)
-            for x in (k, v):
-                x[:, :, -2] = x[:, :, -1]
-        return k, v
-
-
-class _Rounded(Cache):
-    """Keeps keys and values in float8."""
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        low = torch.float8_e4m3fn
-        return super().extend(layer, k.to(low).to(k.dtype), v.to(low).to(v.dtype))
-
-
-class _StaleRow(Cache):
-    """The third row is that of the second, once the cache is read again."""
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        again = layer in self.layers
-        k, v = super().extend(layer, k, v)
-        if again:
-            for x in (k, v):
-                x[:, :, 2] = x[:, :, 1]
-        return k, v
-
-
-def _cache(kind: type[Cache]) -> Callable[[Qwen3], None]:
-    def apply(model: Qwen3) -> None:
-        model.new_cache = kind  # type: ignore[method-assign]
-
-    return apply
-
-
 LATE: tuple[LateBug, ...] = (
     LateBug("positions-zero", _positions(lambda p, _past: p * 0), ROPE, ("position-decode-zero",)),
     LateBug("positions-ahead", _positions(lambda p, _past: p + 1), ROPE, ("position-decode-ahead",)),
@@ -114,9 +74,6 @@ LATE: tuple[LateBug, ...] = (
     LateBug(
         "last-overwritten", _hidden(lambda i, j, _, n: (j == n - 1) & (i >= n)), CONTEXT, ("cache-overwrites-last",)
     ),
-    LateBug("cache-float8", _cache(_Rounded), CONTEXT, ("kv-cache-fp8",)),
-    LateBug("wrong-slot", _cache(_WrongSlot), CONTEXT, ()),
-    LateBug("stale-row", _cache(_StaleRow), CONTEXT, ()),
 )
 # These begin with a chunk of a prompt that is read after another, (5, 8).
 LATE_CHUNK: tuple[LateBug, ...] = (

@@ -141,3 +141,39 @@ def test_arrays_of_calls_need_their_sizes(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "a", {"x@0": WHOLE[:, :4], "x@1": WHOLE[:, 4:]}, {})
     with pytest.raises(DumpError, match=r"single calls — found 'x@0' — say how many tokens each call had"):
         open_dump(tmp_path / "a")
+
+
+# -- what attention read of a cache --------------------------------------------------------------------------
+
+
+def cache_of(tmp_path: Path, *sizes: int, **metadata: Any) -> Any:
+    """The cache of a run in three calls with so many rows in each; each row holds its number, from 1."""
+    parts = [np.broadcast_to(np.arange(1, 10, dtype=np.float32)[:, None], (1, 2, 9, 3))[:, :, :n] for n in sizes]
+    return written(tmp_path / "a.safetensors", {"x.cache_k": [np.ascontiguousarray(p) for p in parts]}, **metadata)
+
+
+def test_the_rows_that_calls_read_lie_side_by_side(tmp_path: Path) -> None:
+    with open_dump(cache_of(tmp_path, 4, 5, 6)) as dump:
+        assert dump.entries["x.cache_k"].dims == ("batch", "head", "call", "token", "head_dim")
+        rows = dump.read("x.cache_k")[0, 0, :, :, 0]
+    assert rows.tolist() == [[1, 2, 3, 4, 0, 0], [1, 2, 3, 4, 5, 0], [1, 2, 3, 4, 5, 6]]
+    assert not np.signbit(rows).any()
+
+
+def test_a_cache_that_keeps_the_last_rows_lacks_the_first(tmp_path: Path) -> None:
+    with open_dump(cache_of(tmp_path, 4, 3, 3)) as dump:
+        rows = dump.read("x.cache_k")[0, 0, :, :, 0]
+    assert rows[2].tolist() == [0, 0, 0, 1, 2, 3]
+    assert np.signbit(rows[2]).tolist() == [True, True, True, False, False, False]
+
+
+def test_what_a_buffer_holds_beyond_the_rows_is_not_read(tmp_path: Path) -> None:
+    dims = {f"x.cache_k@{call}": "batch head token head_dim" for call in range(3)}
+    with open_dump(cache_of(tmp_path, 9, 9, 9, dims=dims)) as dump:
+        assert dump.read("x.cache_k")[0, 0, :, :, 0].tolist()[0] == [1, 2, 3, 4, 0, 0]
+
+
+def test_a_cache_without_an_axis_of_rows_is_one_line(tmp_path: Path) -> None:
+    parts = [numbers(1, 2, n, 3 + n) for n in (4, 5, 6)]
+    with pytest.raises(DumpError, match=r"no axis has the 4, 5, 6 rows that the calls read"):
+        open_dump(written(tmp_path / "a.safetensors", {"x.cache_v": parts}))

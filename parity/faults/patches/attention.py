@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from parity.faults.fault import Change, Scope, attribute
 from parity.faults.patches.modules import attention_of, forward, head_dim_of
+from parity.record.cache import shown
 from parity.record.scans import source_of
 
 # Where a change inside attention first shows.
@@ -165,15 +166,6 @@ def visible(mask: Any, q: Tensor, k: Tensor) -> Tensor:
     if not isinstance(mask, Tensor):
         return torch.ones(q.shape[0], 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
     return shown(mask)
-
-
-def shown(mask: Tensor) -> Tensor:
-    """Where a mask (b, 1, t, s) hides nothing, as booleans of its shape; it may be additive or boolean.
-
-    Additive masks hide by the least number of their dtype, to which others may have been added: below half of it
-    nothing else lies.
-    """
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def hiding(hidden: Tensor, dtype: torch.dtype) -> Tensor:
