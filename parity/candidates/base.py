@@ -28,6 +28,7 @@ KINDS: dict[str, str] = {
     "hf": "parity.candidates.transformers_model:TransformersModel",
     "gguf": "parity.candidates.foreign:Gguf",
     "onnx": "parity.candidates.foreign:Onnx",
+    "mlx": "parity.candidates.foreign:Mlx",
 }
 
 

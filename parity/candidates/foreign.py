@@ -39,6 +39,7 @@ class Foreign(Candidate):
 
     kind: str
     program: str
+    dump = ".npz"
     options: Mapping[str, tuple[str, ...]] = {}
 
     def __init__(self, rest: str, options: Mapping[str, str], names: NameMap) -> None:
@@ -69,7 +70,7 @@ class Foreign(Candidate):
 
     def record(self, run: RunSpec, sites: Sequence[Site], path: Path) -> Dump:
         """Let the producer run the file twice, with taps and without. Raises CandidateError if it fails."""
-        out, untapped = path.with_suffix(".npz"), path.with_suffix(".untapped.npy")
+        out, untapped = path.with_suffix(self.dump), path.with_suffix(".untapped.npy")
         asked = {"token_ids": run.token_ids, "sites": [_described(site) for site in sites]}
         said = self._produce(path.with_suffix(".said.json"), asked | {"out": str(out), "untapped": str(untapped)})
         dump = rename(open_dump(out), self._names)
@@ -148,3 +149,11 @@ class Onnx(Foreign):
     kind = "onnx"
     program = "run_onnx.py"
     options = {"names_from": ()}  # noqa: RUF012 - nobody writes to it
+
+
+class Mlx(Foreign):
+    """`mlx:DIR`: a checkpoint in MLX, as mlx-lm runs it."""
+
+    kind = "mlx"
+    program = "run_mlx.py"
+    dump = ".safetensors"  # which has bfloat16
