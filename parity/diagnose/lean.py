@@ -73,13 +73,16 @@ def sums_of(site: str, candidate: Tensor, truth: Tensor, floor: Tensor, moved: T
     return Sums(site, float(rg.sum()), float(eg.sum()), float(gg.sum()), noise, shared, own, size, len(rg))
 
 
-def is_coherent(found: Sequence[Sums]) -> bool:
-    """Whether the sites lean farther than anything legal does."""
+def is_coherent(found: Sequence[Sums], kept: float = 0.0) -> bool:
+    """Whether the sites lean farther than anything legal does.
+
+    `kept` is the slope of the right constant as the working dtype keeps it, where ports may.
+    """
     response, noise = sum(s.response for s in found), sum(s.noise for s in found)
     if not response or not noise or sum(s.rows for s in found) < _LEAST_ROWS:
         return False
     slope, null = slope_of(found), _null(found)
-    beyond = max(slope - max(null, 0.0), min(null, 0.0) - slope)
+    beyond = max(slope - max(null, kept, 0.0), min(null, kept, 0.0) - slope)
     sigmas = beyond * response / math.sqrt(noise)
     effect = abs(slope) * math.sqrt(response / max(sum(s.size for s in found), 1e-300))
     return effect > LEAST_EFFECT and beyond > _LEAST_SLOPE and sigmas > SIGMAS and beyond > _TIMES_NULL * abs(null)

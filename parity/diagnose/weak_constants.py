@@ -4,7 +4,8 @@ A wrong eps moves each number by less than its rounding, but always in the direc
 residual of every site of a family is regressed on that direction: with rows weighted by their floor, the slope
 is 0 for rounding and 1 for the fault. Rounding may lean too: an operation that rounds twice has a bias, which a
 candidate that rounds once does not share. So every slope between 0 and that of the reference's own rounding on the
-same inputs, the null, is legal, and a candidate is accused only if it leans far beyond these.
+same inputs, the null, is legal, and a candidate is accused only if it leans far beyond these. So is every slope up
+to that of a factor rounded to the working dtype, where a port may keep it so: MLX does this with attention's scale.
 
 The thresholds, all on the slope (1 is the whole fault), and what holds them:
 
@@ -24,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from parity.diagnose.lean import SIGMAS, Sums, evidence, is_coherent, reading, slope_of, sums_of
@@ -56,11 +58,11 @@ def weak_constants(sites: Sequence[Measurement], bench: Workbench, catalogue: It
                     sums.setdefault(key, []).append(found)
                     steps[key] = (expected, step)
     by_id = {fault.id: fault for fault in faults}
-    accused = {
-        key: guilty
-        for key, found in sums.items()
-        if (guilty := _guilty(found)) and _is_possible(by_id[key[0]], reading(guilty)[0], *steps[key])
-    }
+    accused = {}
+    for key, leans in sums.items():
+        guilty = _guilty(leans, _kept(by_id[key[0]], *steps[key], bench))
+        if guilty and _is_possible(by_id[key[0]], reading(guilty)[0], *steps[key]):
+            accused[key] = guilty
     best: dict[str, tuple[str, str]] = {}
     for key, guilty in accused.items():
         rival = best.get(key[1])
@@ -186,14 +188,23 @@ def _step(fault: Fault, expected: float) -> float:
     return expected * 0.01 if expected else 0.01
 
 
-def _guilty(found: list[Sums]) -> list[Sums]:
+def _kept(fault: Fault, expected: float, step: float, bench: Workbench) -> float:
+    """The slope of the right number as the working dtype keeps it; 0 if ports may not round it."""
+    assert fault.number is not None, "unreachable because only faults with a number are regressed"
+    if not fault.number.in_dtype:
+        return 0.0
+    rounded = torch.tensor(expected, dtype=torch.float64).to(bench.reference.working.dtype)
+    return (float(rounded) - expected) / step
+
+
+def _guilty(found: list[Sums], kept: float = 0.0) -> list[Sums]:
     """The sites of a family at which the constant is wrong: all of them together, or those that show it alone."""
-    if is_coherent(found):
+    if is_coherent(found, kept):
         slope = slope_of(found)
         agreeing = [s for s in found if s.sigmas < SIGMAS or abs(s.slope - slope) <= _AGREE * abs(slope)]
         if len(agreeing) == len(found):
             return found
-    alone = [one for one in found if is_coherent([one])]
+    alone = [one for one in found if is_coherent([one], kept)]
     # A wrong constant moves the numbers of all its sites one way; rounding leans this way here and that way there.
     return alone if len({one.slope > 0 for one in alone}) == 1 else []
 

@@ -26,7 +26,7 @@ _SCALED = (*INSIDE, IN_ATTENTION)
     source="emmy#412",
     needs=TWO_TOKENS,
     applies=has_scale,
-    number=Number(name="scale", expected=scale_of, typical=(1.0, 0.125, 128**-0.5, 0.0625)),
+    number=Number(name="scale", expected=scale_of, typical=(1.0, 0.125, 128**-0.5, 0.0625), in_dtype=True),
 )
 def attention_scale(scope: Scope, scale: float) -> Change:
     return scaled(scope, scale)

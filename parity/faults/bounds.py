@@ -137,6 +137,7 @@ def logits_softcap_other(scope: Scope, cap: float) -> Change:
         name="embedding_multiplier",
         expected=lambda s: float(s.model.base_model.embedding_multiplier),
         typical=(1.0, 12.0),
+        in_dtype=True,
     ),
 )
 def embedding_multiplier(scope: Scope, value: float) -> Change:

@@ -72,6 +72,7 @@ class Number:
     log       whether errors are ratios rather than differences
     discrete  whether there may be no value between two others, so that only the typical ones can be tried
     method    how other values than the typical ones are found
+    in_dtype  whether ports may keep it in the working dtype, as a factor of activations: its rounding is then legal
     """
 
     name: str
@@ -80,6 +81,7 @@ class Number:
     log: bool = True
     discrete: bool = False
     method: Method = "slope"
+    in_dtype: bool = False
 
 
 # The first token that a fault of decoding makes wrong: usually the first that was decoded.

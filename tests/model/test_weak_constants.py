@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from parity.candidates.base import open_candidate
 from parity.compare.inject import Injected
@@ -26,6 +28,7 @@ from tests.planted import CLEAN, build
 from tests.planted.base import norms
 
 NUMBERS = tuple(fault for fault in CATALOGUE if fault.number)
+SCALE = next(fault for fault in NUMBERS if fault.id == "attention-scale")
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,25 @@ def test_a_legal_variant_is_not_accused(model: Path, variant: str, tokens: int) 
     found = diff(asked, open_candidate(build(chosen, model, "float16")))
     assert found.findings == ()
     assert found.verdict == "match"
+
+
+@pytest.mark.slow
+def test_a_scale_kept_in_the_working_dtype_is_no_other_number(checkpoint: Callable[..., Path]) -> None:
+    """12 ** -0.5 is 0.13 % larger in bfloat16; one percent more is neither that number nor its rounding."""
+    path = checkpoint("llama", num_hidden_layers=2)
+    asked = replace(question(path, 130), token_ids=(tuple(range(130)),), faults=(SCALE,))
+    module = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="sdpa")
+
+    def run(factor: float) -> Comparison:
+        for layer in module.model.layers:
+            layer.self_attn.scaling = float(torch.tensor(factor * 12**-0.5).bfloat16())
+        return diff(asked, open_candidate(module))
+
+    right = run(1.0)
+    assert (right.verdict, right.findings) == ("match", ())
+    (finding,) = run(1.01).findings
+    assert finding.fault is not None
+    assert finding.fault.reads["scale"].value == pytest.approx(1.01 * 12**-0.5, rel=3e-3)
 
 
 def leaner(site: str, slope: float) -> Sums:

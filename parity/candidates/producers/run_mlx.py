@@ -22,13 +22,12 @@ if missing := [name for name in ("mlx", "mlx_lm") if find_spec(name) is None]:
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.utils import load_model
 
 Site = Mapping[str, Any]
 """`name`, `module`, `where` and `dims` of one of the reference."""
 
 # Whose modules mean the same as those of that name in transformers.
-KNOWN = ("qwen3",)
+KNOWN = ("qwen3", "llama")
 FUSED = "model.layers.*.mlp.act_fn"  # MLX computes it within the product
 ATTENTION = "scaled_dot_product_attention"
 IN_ATTENTION = ("q_rope", "k_rope", "context")
@@ -118,17 +117,32 @@ def run(model: Any, ids: Any, sites: Sequence[Site]) -> tuple[Any, dict[str, Any
     return logits, found
 
 
+def require_known(folder: Path) -> None:
+    """Stop if the modules of config.json's model type are not known here."""
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    if model_type not in KNOWN:
+        raise SystemExit(f"the modules of {model_type!r} are not known here, only those of {', '.join(KNOWN)}")
+
+
+def stored_dtype(folder: Path) -> str:
+    """The dtype of the norms, in which MLX computes: it keeps what a file has, and quantizes no norm."""
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, value in mx.load(str(file)).items():
+            if name.endswith("norm.weight"):
+                return str(value.dtype).rpartition(".")[2]
+    raise SystemExit(f"no norm.weight in the *.safetensors of {folder}")
+
+
 def main() -> None:
     """Run the rows of the request, with taps and without, and write what there was at the sites."""
     request = json.load(sys.stdin)
-    model, config = load_model(Path(request["file"]))
-    if config["model_type"] not in KNOWN:
-        raise SystemExit(
-            f"the modules of {config['model_type']!r} are not known here, only those of {', '.join(KNOWN)}"
-        )
-    dtype = str(model.model.norm.weight.dtype).rpartition(".")[2]
-    runtime = f"MLX {version('mlx')}, mlx-lm {version('mlx-lm')}, {mx.default_device()}, {dtype}"
+    folder = Path(request["file"])
+    require_known(folder)
+    dtype = stored_dtype(folder)
     if "out" in request:
+        from mlx_lm.utils import load_model  # it takes seconds, as it imports transformers
+
+        model, _ = load_model(folder)
         ids, sites = mx.array(request["token_ids"]), request["sites"]
         plain = model(ids)
         mx.eval(plain)
@@ -136,6 +150,7 @@ def main() -> None:
         _, found = run(model, ids, sites)
         dims = {site["name"]: " ".join(site["dims"]) for site in sites if site["name"] in found}
         mx.save_safetensors(request["out"], found, {"parity.dims": json.dumps(dims)})
+    runtime = f"MLX {version('mlx')}, mlx-lm {version('mlx-lm')}, {mx.default_device()}, {dtype}"
     Path(request["said"]).write_text(json.dumps({"runtime": runtime, "dtype": dtype, "not_observable": [FUSED]}))
 
 
