@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from contextlib import suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from parity.errors import CandidateError, ModelError, ParityError, UsageError
 from parity.reference.checkpoint import EMBEDDED, Checkpoint, find, looks_like_hub_id
 from parity.reference.tokenizer import require_tokenizer
-from parity.untrusted import what_is_no_file
+from parity.untrusted import require_content, what_is_no_file
 
 DTYPES = ("float32", "bfloat16", "float16")
 OWN = "checkpoint"  # as --weights: the model's own
@@ -79,6 +80,13 @@ def _check_rows(checkpoint: Checkpoint, rows: Rows) -> None:
             raise UsageError(
                 f"token id {outside} is outside the vocabulary of {checkpoint.name} (0 … {vocabulary - 1})."
             )
+
+
+def check_file(path: Path) -> None:
+    """Raise DumpError if there is no dump to open: the libraries that read arrays take a while to load."""
+    with suppress(OSError):  # which opening it says better
+        if not path.is_dir():
+            require_content(path)
 
 
 def check_output(path: Path, *, hashed: bool = False) -> None:

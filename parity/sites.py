@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 _LAYER_NUMBER = re.compile(r"(?:(?<=^)|(?<=\.))(\d+)(?=\.|$)")
+
+_NUMBER = re.compile(r"\d+")
 
 Dims = tuple[str, ...]
 
@@ -62,10 +65,12 @@ def is_cached(site: str) -> bool:
     return without_call(site).rpartition(".")[2] in CACHED
 
 
-def shows_at_end(site: str, end: str) -> bool:
-    """Whether a site's name ends in `end` at a dot; the empty end is a layer's own output."""
-    site = without_call(site)
-    return site == end or site.endswith(f".{end}") if end else re.search(r"\.\d+$", site) is not None
+@lru_cache(maxsize=1 << 16)
+def ends_of(site: str) -> frozenset[str]:
+    """All that a site's name ends in at a dot, itself included; the empty end is a layer's own output."""
+    parts = without_call(site).split(".")
+    is_layer = len(parts) > 1 and _NUMBER.fullmatch(parts[-1]) is not None
+    return frozenset(".".join(parts[start:]) for start in range(len(parts))) | ({""} if is_layer else set())
 
 
 def family(site: str) -> str:

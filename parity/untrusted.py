@@ -7,6 +7,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from parity.errors import DumpError
+
 DEEPEST = 32  # levels of nesting: the deepest of ours are 3
 
 
@@ -22,6 +24,16 @@ def parse_json(text: str | bytes, *, unique: bool = True) -> Any:
         if not level:
             return value
     raise ValueError(f"nested more than {DEEPEST} deep")
+
+
+def require_content(path: Path) -> None:
+    """Raise DumpError unless `path` is a file with something in it."""
+    if not path.exists():
+        raise DumpError(f"{path}: does not exist — no such file — check the name, or record the run first")
+    if what := what_is_no_file(path):
+        raise DumpError(f"{path}: is {what} — expected a file — name a file that holds the dump")
+    if path.stat().st_size == 0:
+        raise DumpError(f"{path}: is an empty file — 0 bytes — record the run again")
 
 
 def what_is_no_file(path: Path) -> str:

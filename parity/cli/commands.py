@@ -12,22 +12,14 @@ from parity.cli.comparing import diff_candidate, diff_injected
 from parity.cli.console import explain, observed, print_json, writable, write_engines, write_report
 from parity.cli.hashes import are_hashes, diff_hashes
 from parity.cli.run_options import with_run_options
-from parity.cli.scale import diff_on_engine, merge, write_part
+from parity.cli.scale import diff_on_engine, write_part
 from parity.options import IMPL, WHAT, RunOptions
-from parity.preflight import check_options, check_output
+from parity.preflight import check_file, check_options, check_output
 from parity.reference.checkpoint import EMBEDDED
 from parity.results import Comparison
 
 if TYPE_CHECKING:
     from parity.engine_report import Contrast
-
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    help="Where does a port of a language model differ from transformers, and is it a bug or rounding?",
-)
 
 _OUT = "What comes out"
 _WHO = "Who computes"
@@ -51,30 +43,6 @@ Json = Annotated[bool, typer.Option("--json", help="The report alone, as JSON on
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every site.", rich_help_panel=_OUT)]
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            print(version("parity"))
-        except PackageNotFoundError:
-            print("not installed")
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")
-    ] = False,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
-    ] = False,
-) -> None:
-    """Set what holds for every command (the debug flag is read by `main`, outside of typer)."""
-
-
-@app.command()
 @with_run_options()
 def diff(
     run: RunOptions,
@@ -128,7 +96,6 @@ def diff(
     raise typer.Exit(comparison.exit_code)
 
 
-@app.command()
 @with_run_options("faults", "noise", "power", "allow_unexamined", "layers", "exact")
 def record(
     run: RunOptions,
@@ -158,7 +125,6 @@ def record(
         print(f"not recorded, no module of this name: {site}")
 
 
-@app.command()
 def check(
     dump: Annotated[Path, typer.Argument(help="The dump to look at.")],
     model: Model = None,
@@ -170,6 +136,7 @@ def check(
 
     Exit code 0: every site can be measured, 1: some cannot, 2: trouble.
     """
+    check_file(dump)
     from rich.console import Console
 
     from parity.dump import open_dump
@@ -187,7 +154,6 @@ def check(
     raise typer.Exit(0 if found.is_complete else 1)
 
 
-@app.command()
 def sites(
     model: Model = None,
     inner: Annotated[bool, typer.Option("--inner", help="Also scores and probs.")] = False,
@@ -207,7 +173,6 @@ def sites(
         print(f"{s.name:{width}}  {axes}  {s.dtype}")
 
 
-@app.command()
 def report(
     old: Annotated[Path, typer.Argument(help="A report.json.")],
     new: Annotated[Path | None, typer.Argument(help="A later one: show what changed.")] = None,
@@ -236,10 +201,6 @@ def report(
     raise typer.Exit(1 if found.is_worse else 0)
 
 
-app.command()(merge)
-
-
-@app.command()
 def faults(
     word: Annotated[str | None, typer.Argument(help="The id of one to explain, or a word to search for.")] = None,
     more: UserFaults = None,
@@ -266,7 +227,6 @@ def faults(
             print(f"{fault.id:{width}}  {fault.title}")
 
 
-@app.command()
 @with_run_options(
     "noise", "power", "attention", "inner", "allow_unexamined", "decode", "greedy", "chunks", "layers", "exact"
 )

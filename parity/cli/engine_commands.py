@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from parity.cli.commands import Candidate, Json, Model, Names, TrustRemoteCode, app
+from parity.cli.commands import Candidate, Json, Model, Names, TrustRemoteCode
 from parity.cli.console import observed, print_json
 from parity.cli.run_options import with_run_options
 from parity.errors import UsageError
@@ -23,7 +23,6 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …", rich_help_pa
 Attention = Annotated[str, typer.Option(help="The reference's attention: eager or sdpa.", rich_help_panel=HOW)]
 
 
-@app.command()
 def logprobs(
     rollout: Annotated[Path, typer.Argument(help="Token ids with log-probabilities: JSON lines or safetensors.")],
     model: Model = None,
@@ -70,7 +69,6 @@ def logprobs(
     raise typer.Exit(report.exit_code)
 
 
-@app.command()
 @with_run_options(
     "chunks", "decode", "greedy", "noise", "power", "allow_unexamined", "faults", "layers", "accept", "exact"
 )

@@ -14,9 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-import parity.cli.engine_commands
-import parity.cli.show_command  # noqa: F401 - their commands are added to the app
-from parity.cli.commands import app
+from parity.cli.app import app_for
 from parity.errors import ParityError, printable
 
 TERMINATED = 128 + signal.SIGTERM
@@ -33,7 +31,8 @@ def main() -> None:
         _show_what_is_survived()
     with _terminable() as terminated:
         try:
-            app([argument for argument in sys.argv[1:] if argument != "--debug"], prog_name="parity")
+            arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+            app_for(arguments)(arguments, prog_name="parity")
         except ParityError as error:
             if debug:
                 raise

@@ -16,7 +16,7 @@ from parity.cli.hashes import are_hashes
 from parity.cli.scale import check_scale
 from parity.errors import UsageError
 from parity.options import RunOptions
-from parity.preflight import check_injection, check_options, check_spec
+from parity.preflight import check_file, check_injection, check_options, check_spec
 
 
 def with_run_options(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -63,6 +63,8 @@ def _check_first(
         files = [Path(candidate)]
     check_scale(others.get("shard"), others.get("engine"), others.get("workers", 1), len(files), options.device)
     check_options(options, has_dump=bool(files))
+    for path in files:
+        check_file(path)
     if names or files:
         from parity.dump import load_names, open_dump
 

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parity.cli.commands import Json, Names, TrustRemoteCode, Verbose, app
+from parity.cli.commands import Json, Names, TrustRemoteCode, Verbose
 from parity.cli.console import observed, print_json, writable
 
 if TYPE_CHECKING:
     from parity.show.lens import LensLine
 
 
-@app.command()
 def show(
     dump: Annotated[Path, typer.Argument(help="The dump to look at.")],
     site: Annotated[

@@ -15,7 +15,7 @@ from parity.diagnose.trial import Trial
 from parity.faults import Fault
 from parity.faults.fault import ROLES
 from parity.results import FaultMatch, Finding, Reading
-from parity.sites import layer_of, shows_at_end
+from parity.sites import ends_of, layer_of
 
 # A rival this much worse than the best is another fault; below, the two cannot be told apart.
 _CLEARLY_WORSE = 1.5
@@ -117,7 +117,7 @@ def _share_of_clean(fault: Fault, cells: Cells, clean: frozenset[str]) -> float:
     layers = {layer_of(site) for site in cells}
     here = [site for site in clean if layer_of(site) in layers]
     ends = [end for end in fault.sites if end not in ROLES]
-    return sum(any(shows_at_end(site, end) for site in here) for end in ends) / max(len(ends), 1)
+    return sum(any(end in ends_of(site) for site in here) for end in ends) / max(len(ends), 1)
 
 
 def _explained(

@@ -16,7 +16,7 @@ from parity.diagnose.trial import Case
 from parity.faults import Fault, Scope
 from parity.faults.fault import Change, plain, weight
 from parity.faults.patches.modules import EMBEDDING_SITES, forward, together
-from parity.sites import short, shows_at_end
+from parity.sites import ends_of, short
 
 # Channels of the same weights agree as far as rounding allows; those of others by chance.
 _SAME = 0.98
@@ -58,7 +58,7 @@ def read_columns(case: Case) -> Fault | None:
 def read_ids(case: Case) -> Fault | None:
     """The token ids whose rows of the embedding were taken, where they are not those given; None elsewhere."""
     site = case.bench.sites[case.site]
-    if not any(shows_at_end(case.site, end) for end in EMBEDDING_SITES):
+    if ends_of(case.site).isdisjoint(EMBEDDING_SITES):
         return None
     scope = case.bench.scope(case.bench.reference.precise, case.at.piece)
     module, given = scope.model.get_submodule(site.module), case.at.input_ids.ids

@@ -24,7 +24,7 @@ from parity.faults import Fault, Scope
 from parity.faults.fault import plain
 from parity.faults.patches.rope import ROTATED, frequencies, has_tables, positions_of, turning_by
 from parity.reference.one_operation import LoadedPiece
-from parity.sites import shows_at_end
+from parity.sites import ends_of
 
 # Tokens that a fit starts with, by how much more it goes on, and how many are enough to read from.
 _FIRST, _MORE, _ENOUGH = 3, 1.8, 256
@@ -86,7 +86,7 @@ def _is_across(case: Case) -> bool:
     """Whether the operations behind a site turn queries and keys that were not recorded."""
     names = [site.name for site in case.bench.reference.working.sites_of(case.at.piece)]
     behind = span_before(names, names.index(case.site), lambda name: name in case.at.recorded)
-    return any(shows_at_end(site, end) for site in behind for end in ROTATED)
+    return any(not ends_of(site).isdisjoint(ROTATED) for site in behind)
 
 
 # -- angles ----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from parity.errors import DumpError
-from parity.untrusted import what_is_no_file
+from parity.untrusted import require_content
 
 _HOST = f"@{socket.gethostname()}"  # others, on a shared disk, have processes of their own
 
@@ -142,12 +142,7 @@ class Outlet(io.FileIO):
 def require_file(path: Path) -> None:
     """Raise DumpError unless `path` is a file with something in it."""
     with reading(path):
-        if not path.exists():
-            raise DumpError(f"{path}: does not exist — no such file — check the name, or record the run first")
-        if what := what_is_no_file(path):
-            raise DumpError(f"{path}: is {what} — expected a file — name a file that holds the dump")
-        if path.stat().st_size == 0:
-            raise DumpError(f"{path}: is an empty file — 0 bytes — record the run again")
+        require_content(path)
 
 
 def require_stored(what: str, needed: int, stored: int) -> None:

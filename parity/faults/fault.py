@@ -14,7 +14,7 @@ from typing import Any, Literal, NotRequired, TypedDict, Unpack
 
 from torch import Tensor, nn
 
-from parity.sites import shows_at_end
+from parity.sites import ends_of
 
 TWO_TOKENS = "two tokens or more"
 # What a site may be in any decoder, whatever it is called there; parity.faults.roles tells which is which.
@@ -163,7 +163,7 @@ def shows_at(fault: Fault, site: str, roles: Collection[str] = ()) -> bool:
 
     The empty end stands for the output of a layer.
     """
-    return any(end in roles or shows_at_end(site, end) for end in fault.sites)
+    return not (ends_of(site).isdisjoint(fault.sites) and frozenset(roles).isdisjoint(fault.sites))
 
 
 # -- changing a model for the length of a block --------------------------------------------------------------

@@ -20,11 +20,11 @@ class KnownSite:
 
 def known_sites(model: str, *, inner: bool = False, trust_remote_code: bool = False) -> list[KnownSite]:
     """The sites of a model in order of execution. Raises ModelError when there is no such model."""
+    checkpoint = find(model, trust_remote_code=trust_remote_code)  # what is wrong with it is said before torch is there
     import torch
 
     from parity.record.discover import with_sizes
     from parity.reference.pieces import PiecewiseModel
 
-    checkpoint = find(model, trust_remote_code=trust_remote_code)
     built = PiecewiseModel(checkpoint, getattr(torch, default_dtype(checkpoint)), inner=inner)
     return [KnownSite(s.name, s.dims, s.shape, s.dtype) for s in with_sizes(built.sites, batch=0, token=0)]

@@ -86,6 +86,7 @@ class PiecewiseModel:
     def _take_sites(self, sites: Iterable[Site]) -> None:
         self.sites = tuple(sites)
         self._sites = self._sort_sites()
+        self._owner = {site.name: piece for piece, sites in self._sites.items() for site in sites}
 
     @property
     def head_dim(self) -> int | None:
@@ -253,7 +254,7 @@ class PiecewiseModel:
 
     def piece_of(self, site: str) -> Piece:
         """The piece that computes a site."""
-        return next(piece for piece, sites in self._sites.items() if any(s.name == site for s in sites))
+        return self._owner[site]
 
     def source_of(self, piece: Piece) -> str | None:
         """The site of the hidden states that go into a piece; None where it is not a site, or nothing goes in."""
@@ -282,7 +283,6 @@ class PiecewiseModel:
         sorted_sites: dict[Piece, list[Site]] = {piece: [] for piece in self.pieces}
         end = self.pieces[0]
         for site in self.sites:
-            piece = owner.get(site.module)
-            end = end if piece is None else HEAD
-            sorted_sites[end if piece is None else piece].append(site)
+            end = HEAD if site.module in owner else end
+            sorted_sites[owner.get(site.module, end)].append(site)
         return sorted_sites

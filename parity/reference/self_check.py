@@ -40,6 +40,7 @@ _MASKED = 1e30
 _LARGEST = 8 << 30
 
 Values = dict[str, Tensor]
+Twins = list[tuple[str, nn.Module, nn.Module | None]]
 _done: dict[tuple[Any, ...], list[Check]] = {}
 
 
@@ -61,14 +62,14 @@ def checked(reference: Reference, input_ids: Tensor | Batch) -> list[Check]:
     pieces = pieces_to_check(working)
     expected = _stock_values(working, batch, pieces)
     differing: list[str] = []
-    copied: dict[str, bool] = {}
+    twins, copied = _twins(reference), dict[str, bool]()
     apart: list[str] = []
     hidden = None
     for piece in pieces:
         mine: Values = {}
         with working.loaded(piece), reference.precise.loaded(piece):
             # Running may change a table to suit the tokens, so numbers are looked at first, and once.
-            copied |= _copied(reference, copied)
+            copied |= _copied(twins, reference.precise.dtype, copied)
             before, hidden = hidden, working.run(piece, batch, hidden, _into(mine))
             differing += [
                 site for site, value in mine.items() if site in expected and not _equal(value, expected[site])
@@ -180,22 +181,32 @@ def _equal(mine: Tensor, other: Tensor) -> bool:
     return same and bool(((mine == other) | (mine.isnan() & other.isnan())).all())
 
 
-def _copied(reference: Reference, known: Collection[str]) -> dict[str, bool]:
-    """Which parameters and buffers in memory are the reference's own numbers, in the precision of the truth.
+def _twins(reference: Reference) -> Twins:
+    """Every module of the truth by name, with the reference's own."""
+    theirs = dict(reference.working.model.named_modules(remove_duplicate=False))
+    every = reference.precise.model.named_modules(remove_duplicate=False)
+    return [(name, module, theirs.get(name)) for name, module in every]
+
+
+def _copied(twins: Twins, dtype: torch.dtype, known: Collection[str]) -> dict[str, bool]:
+    """Which parameters and buffers in memory are the reference's own numbers, in the dtype of the truth.
 
     Those that are known already are not looked at again.
     """
-    precise, theirs = reference.precise, _numbers(reference.working.model)
     return {
-        name: mine.dtype is precise.dtype and name in theirs and torch.equal(mine, theirs[name].to(mine.dtype))
-        for name, mine in _numbers(precise.model).items()
+        name: mine.dtype is dtype and name in theirs and torch.equal(mine, theirs[name].to(mine.dtype))
+        for at, module, other in twins
+        for theirs in (_numbers(at, other),)
+        for name, mine in _numbers(at, module).items()
         if name not in known and mine.is_floating_point()
     }
 
 
-def _numbers(model: nn.Module) -> Values:
-    every = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-    return {name: value for name, value in every if not value.is_meta}
+def _numbers(at: str, module: nn.Module | None) -> Values:
+    """A module's own parameters and buffers that are in memory, by their full names."""
+    own = () if module is None else (*module._parameters.items(), *module._buffers.items())
+    there = ((name, value) for name, value in own if value is not None and not value.is_meta)
+    return {f"{at}.{name}" if at else name: value for name, value in there}
 
 
 def _apart(reference: Reference, piece: Piece, batch: Batch, before: Tensor | None, mine: Values) -> list[str]:

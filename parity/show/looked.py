@@ -13,7 +13,7 @@ from parity.errors import UsageError
 from parity.observer import Observer
 from parity.show.statistics import Distance, SiteStatistics, distance, statistics
 from parity.show.views import View, view
-from parity.sites import group_label, layer_of, shows_at_end
+from parity.sites import ends_of, group_label, layer_of
 
 if TYPE_CHECKING:
     from parity.show.lens import LensLine
@@ -98,7 +98,7 @@ def chosen(dump: Dump, wanted: str | None) -> list[str]:
     tests: tuple[Callable[[str], bool], ...] = (
         lambda name: fnmatch.fnmatchcase(name, wanted),
         lambda name: layer_of(name) is not None and group_label(name) == wanted,
-        lambda name: shows_at_end(name, wanted),
+        lambda name: wanted in ends_of(name),
     )
     for test in tests:
         if found := [name for name in dump.entries if test(name)]:
@@ -131,7 +131,7 @@ def _output(group: Sequence[SiteStatistics]) -> SiteStatistics | None:
     """The site of a layer itself; outside the layers, the last of those that share a label."""
     if layer_of(group[0].site) is None:
         return group[-1]
-    return next((site for site in group if shows_at_end(site.site, "")), None)
+    return next((site for site in group if "" in ends_of(site.site)), None)
 
 
 def _title(dump: Dump) -> str:

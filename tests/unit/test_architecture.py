@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from parity.cli.app import COMMANDS
 from tests.conftest import ROOT, environment
 from tests.unit.sources import sources
 
 # From the ground up; each floor may import what is named beside it, and nothing else of parity.
 FLOORS: dict[str, set[str]] = {
     "errors": set(),
-    "untrusted": set(),
+    "untrusted": {"errors"},
     "load_object": {"errors"},
     "sites": set(),
     "columns": set(),
@@ -305,14 +308,14 @@ def test_what_tests_share_is_in_no_test(path: Path) -> None:
 
 # -- light ---------------------------------------------------------------------------------------------------
 
-_HELP = """
+_RUN = """
 import sys
 sys.argv = ["parity", *{arguments!r}]
 from parity.cli import main
 try:
     main()
 except SystemExit as stop:
-    assert not stop.code, stop.code
+    assert (stop.code or 0) == {code}, stop.code
 """
 
 
@@ -329,16 +332,34 @@ def loaded_by(code: str) -> set[str]:
     "code",
     [
         "import parity",
-        _HELP.format(arguments=["--help"]),
-        _HELP.format(arguments=["--version"]),
-        _HELP.format(arguments=["diff", "--help"]),
-        _HELP.format(arguments=["record", "--help"]),
-        _HELP.format(arguments=["sites", "--help"]),
+        _RUN.format(arguments=["--help"], code=0),
+        _RUN.format(arguments=["--version"], code=0),
+        _RUN.format(arguments=["diff", "--help"], code=0),
+        _RUN.format(arguments=["record", "--help"], code=0),
+        _RUN.format(arguments=["sites", "--help"], code=0),
+        _RUN.format(arguments=["sites", "--model", "/nowhere"], code=2),
+        _RUN.format(arguments=["diff", "nowhere.h5"], code=2),
+        _RUN.format(arguments=["check", "nowhere.h5"], code=2),
     ],
-    ids=["import", "--help", "--version", "diff --help", "record --help", "sites --help"],
+    ids=[
+        *("import", "--help", "--version", "diff --help", "record --help", "sites --help"),
+        *("sites of no model", "diff of no dump", "check of no dump"),
+    ],
 )
 def test_nothing_heavy_is_loaded(code: str) -> None:
     assert loaded_by(code) == set()
+
+
+def test_help_builds_no_command() -> None:
+    code = _RUN.format(arguments=["--help"], code=0) + "\nassert 'parity.cli.commands' not in sys.modules"
+    assert loaded_by(code) == set()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_of_commands_says_what_each_says_of_itself(name: str) -> None:
+    where, summary = COMMANDS[name]
+    command = getattr(import_module(f"parity.cli.{where}"), name)
+    assert inspect.getdoc(command).partition("\n\n")[0].replace("\n", " ") == summary
 
 
 def test_something_heavy_would_be_noticed() -> None:
@@ -362,7 +383,7 @@ def too_long(source: str) -> Iterator[str]:
             given = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
             count = len(given) - (given[:1] in (["self"], ["cls"]))
             # What a command takes is what its user may say.
-            if count > MOST_PARAMETERS and not node.decorator_list:
+            if count > MOST_PARAMETERS and node.name not in COMMANDS:
                 yield f"{node.name}: {count} parameters"
 
 

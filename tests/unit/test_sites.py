@@ -2,7 +2,7 @@
 
 import pytest
 
-from parity.sites import family, group_label, layer_of, short
+from parity.sites import ends_of, family, group_label, layer_of, short
 
 NAMES = [
     # name, family, layer, short, group label
@@ -46,3 +46,9 @@ def test_families_gather_layers_and_keep_experts_apart() -> None:
     assert family("model.layers.1.mlp.experts.3") == family("model.layers.27.mlp.experts.3")
     assert family("model.layers.1.mlp.experts.3") != family("model.layers.1.mlp.experts.4")
     assert family(family("model.layers.1.mlp")) == "model.layers.*.mlp"
+
+
+def test_a_name_ends_at_its_dots_and_a_layer_in_nothing_too() -> None:
+    assert ends_of("model.layers.3.mlp#1") == {"mlp", "3.mlp", "layers.3.mlp", "model.layers.3.mlp"}
+    assert ends_of("layers.3") == {"", "3", "layers.3"}
+    assert "" not in ends_of("model.layer3") | ends_of("3")

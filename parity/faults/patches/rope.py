@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -65,7 +66,8 @@ def _layer_type(scope: Scope) -> str | None:
 
 def _rotary_module(scope: Scope) -> Any:
     decoder = scope.model.get_decoder() or scope.model.base_model
-    return next((m for m in decoder.modules() if makes_tables(m)), None)
+    # Nearly always it is the decoder's own, and to look through all layers takes long.
+    return next((m for m in chain(decoder.children(), decoder.modules()) if makes_tables(m)), None)
 
 
 def has_tables(scope: Scope) -> bool:
