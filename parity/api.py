@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from parity.candidates.base import Candidate, dump_file, open_candidate, require_calls
+from parity.candidates.base import Candidate, dump_file, open_candidate
 from parity.dump import copy_as_safetensors, open_dump, write_tokens
 from parity.errors import UsageError
 from parity.observer import Observer
@@ -140,7 +139,7 @@ def recorded(
                 copy_as_safetensors(dump, path)
             ids = done.ids.rename(path.with_suffix(".tokens.txt"))
         return replace(done, ids=ids)
-    from parity.compare.recording import record_reference
+    from parity.compare.recording import record_candidate, record_reference
     from parity.run_spec import run_spec
 
     run = run_spec(options)
@@ -154,9 +153,7 @@ def recorded(
     elif candidate is None:
         record_reference(run, path, model, observer or Observer())
     else:
-        require_calls(candidate, run)
-        with closing(candidate), candidate.record(run, model.sites, path) as dump:
-            missing = tuple(site.name for site in model.sites if site.name not in dump.entries)
+        missing = record_candidate(run, candidate, model, path)
     ids = path.with_suffix(".tokens.txt")
     write_tokens(ids, run.token_ids)
     return Recorded(ids, len(run.token_ids[0]), missing)

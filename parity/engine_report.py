@@ -44,6 +44,7 @@ class Positions:
 class Contrast:
     """Two engines, each judged on its own inputs, and their distance from each other.
 
+    engines    what each dump says that it is of; the file's name where it says nothing
     weights    how their checkpoints differ; empty where both ran the same
     agreeing   positions at which both have the same top token, of `positions`; None where one has no logits
     """
@@ -52,6 +53,7 @@ class Contrast:
     second: Comparison
     distances: tuple[Distance, ...]
     logprobs: tuple[Positions, ...]
+    engines: tuple[str, ...] = ("", "")
     weights: str = ""
     agreeing: int | None = None
     positions: int = 0

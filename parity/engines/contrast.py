@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from parity.candidates.base import Candidate, dump_file
+from parity.candidates.base import dump_file
 from parity.compare.pipeline import compare, opened
 from parity.compare.sides import Sides
 from parity.dump import RunInfo
@@ -29,7 +29,8 @@ def contrast(
 ) -> Contrast:
     """Judge both dumps and measure their distance. Raises ParityError, IncomparableError if the tokens differ."""
     engines = [dump_file(path, names) for path in dumps]
-    runs = [_run_of(engine, options, command) for engine in engines]
+    said = [engine.said() for engine in engines]
+    runs = [_run_of(one, options, command) for one in said]
     _require_same_tokens(dumps, runs)
     references = [Reference(runs[0].model())]
     references.append(references[0] if _same(runs) else Reference(runs[1].model()))
@@ -44,12 +45,12 @@ def contrast(
         distances, ends = _distances(sides[0], sides[1])
     agreeing, positions, logprobs = _ends(ends, runs[0].ids)
     first, second = found
-    return Contrast(first, second, tuple(distances), logprobs, _weights(runs), agreeing, positions)
+    called = tuple(info.producer or engine.name for info, engine in zip(said, engines, strict=True))
+    return Contrast(first, second, tuple(distances), logprobs, called, _weights(runs), agreeing, positions)
 
 
-def _run_of(engine: Candidate, options: RunOptions, command: str) -> RunSpec:
+def _run_of(said: RunInfo, options: RunOptions, command: str) -> RunSpec:
     """The run of one engine: on the model that was asked for, or on its own where that has other weights."""
-    said = engine.said()
     if options.model is not None and said.fingerprint is not None and said.model:
         asked = find(options.model, trust_remote_code=options.trust_remote_code)
         if asked.fingerprint() != said.fingerprint and _is_at_hand(said):

@@ -12,7 +12,7 @@ from torch import Tensor
 from parity.candidates.base import Candidate, require_calls
 from parity.candidates.recording import Call
 from parity.candidates.torch_module import TorchModule
-from parity.compare.recording import reference_info, run_reference
+from parity.compare.recording import info_of, reference_info, run_reference
 from parity.dump import RunInfo
 from parity.dump.calls import call_name
 from parity.dump.hashes import HashSink
@@ -55,7 +55,7 @@ def _of_candidate(
         candidate.record(run, model.sites, Path(folder) / "recorded.h5") as dump,
     ):
         sink.add_all(dump)
-        return dump.info, set(dump.entries)
+        return info_of(dump, candidate, run), set(dump.entries)
 
 
 def _of_module(run: RunSpec, module: TorchModule, model: PiecewiseModel, sink: HashSink) -> set[str]:

@@ -50,7 +50,7 @@ def headline(c: Contrast) -> str:
 def sentences(c: Contrast) -> Iterator[str]:
     """What follows the headline, a sentence each."""
     for name, side in (("first", c.first), ("second", c.second)):
-        yield f"{name}: {side.environment.candidate}, {side.environment.working_dtype}; {side.answer}"
+        yield f"{name}: {called(c, side)}, {side.environment.working_dtype}; {side.answer}"
         layers = count_layers(side)
         for finding in side.findings:
             fault = f": {finding.fault.title}" if finding.fault else ": no known fault matched"
@@ -68,6 +68,12 @@ def sentences(c: Contrast) -> Iterator[str]:
     for span in c.logprobs:
         tokens = f"token {span.start}" if span.start == span.end else f"tokens {span.start} to {span.end}"
         yield f"{tokens}: mean |Δ log p| {span.mean_abs:.3g}, rounding makes {span.floor:.3g}"
+
+
+def called(c: Contrast, side: Comparison) -> str:
+    """An engine as its dump calls it, and the dump."""
+    file, name = side.environment.candidate, c.engines[side is c.second]
+    return f"{name} ({file})" if name and name != file else file
 
 
 def show_contrast(c: Contrast, console: Console) -> None:

@@ -11,9 +11,14 @@ from typing import Any
 import pytest
 
 import parity
+from parity.engine_report import Contrast
+from parity.engines.contrast import contrast
 from parity.errors import CandidateError
+from parity.observer import Observer
+from parity.options import RunOptions
 from parity.results import Comparison
 from tests.conftest import slow_but
+from tests.gguf_file import write_gguf
 from tests.onnx_file import changed, export, with_eps, with_sum_in_norm, with_theta, without_metadata
 
 missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
@@ -160,3 +165,36 @@ def test_what_is_wrong_with_a_spec_is_said(small: Path, tmp_path: Path) -> None:
         diff(file, small, "?opt=all")
     with pytest.raises(CandidateError, match="no such file"):
         diff(tmp_path / "none.onnx", small)
+
+
+@engine
+@pytest.mark.skipif(find_spec("xllamacpp") is None, reason="xllamacpp is not installed")
+@pytest.mark.slow
+def test_llama_cpp_and_onnx_runtime_stand_side_by_side(checkpoint: Any, tmp_path: Path) -> None:
+    small: Path = checkpoint("qwen3", layers=2)
+    exported = export(small, tmp_path / "model.onnx")
+    files = {"llama": write_gguf(small, tmp_path / "right.gguf")}
+    files["other"] = write_gguf(small, tmp_path / "other.gguf", qwen3__rope__freq_base=10000.0)
+    engines = {name: f"gguf:{file}" for name, file in files.items()} | {"onnx": f"onnx:{exported}"}
+    run = {"model": str(small), "tokens": " ".join(str(37 * i % 301) for i in range(24)), "dtype": "float32"}
+    for name, spec in engines.items():
+        done = parity.record(tmp_path / f"{name}.h5", spec, **run)
+        assert done.missing == (() if name == "onnx" else tuple(f"model.layers.{n}.mlp.act_fn" for n in (0, 1)))
+    assert not list(tmp_path.glob("*.npz")), "what a runtime leaves beside its dump"
+
+    def beside(first: str, second: str) -> Contrast:
+        dumps = (tmp_path / f"{first}.h5", tmp_path / f"{second}.h5")
+        return contrast(dumps, None, RunOptions(model=str(small), power=False), "", Observer())
+
+    right = beside("llama", "onnx")
+    assert (right.verdict, right.agreeing, right.positions) == ("match", 24, 24)
+    assert right.engines == (f"{engines['llama']}?kv=f32&fa=off", engines["onnx"])
+    measured = {d.site: d for d in right.distances}
+    assert len(measured) == 37
+    # As far apart as two that round apart, and each explained by its own rounding.
+    assert max(d.ratio for d in right.distances) < 3
+    assert not measured["lm_head"].bit_equal
+    wrong = beside("other", "onnx")
+    assert (wrong.first.verdict, wrong.second.verdict) == ("diverged", "match")
+    assert {f.fault.id for f in wrong.first.findings if f.fault} == {"rope-theta"}
+    assert {d.site: d.ratio for d in wrong.distances}["model.layers.0.self_attn.q_rope"] > 1000
