@@ -30,6 +30,10 @@ def diff(
     options    those of `parity diff`: model, prompt, prompt_file, tokens, dtype, device, attention, inner, …
 
     Raises ParityError, with one line that says what is wrong, what was found and how to mend it.
+
+    >>> comparison = diff("impl.qwen3:load", prompt="Hello", power=False)
+    >>> comparison.verdict, comparison.exit_code, len(comparison.findings)
+    ('match', 0, 0)
     """
     chosen = run_options(options, "parity.diff")
     command = chosen.command(str(candidate), names) if isinstance(candidate, (str, Path)) else []
@@ -114,6 +118,12 @@ def record(
     *.safetensors), and the token ids beside it; `hashed`, hashes of their bits alone (*.safetensors).
 
     The other arguments are those of `diff`. Raises ParityError.
+
+    >>> record("ref.h5", prompt="The sky is").tokens
+    4
+    >>> with open_dump("ref.h5") as dump:
+    ...     dump.entries["model.layers.3.self_attn.q_rope"].dims, dump.read("lm_head").shape
+    (('batch', 'head', 'token', 'head_dim'), (1, 4, 1000))
     """
     opened = None if candidate is None else open_candidate(candidate, names)
     return recorded(Path(path), opened, run_options(options, "parity.record"), observer, hashed=hashed)

@@ -236,7 +236,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Environment:
-    """What was run, and how to run it again."""
+    """What was run, and how to run it again. `calls` are the tokens of each call, empty where there was but one."""
 
     model: str
     fingerprint: str
@@ -254,17 +254,17 @@ class Environment:
     created: str
     seconds: dict[str, float]
     options: dict[str, str] = field(default_factory=dict)
+    calls: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison(Showing):
     """Everything that one `parity diff` knows.
 
     headline     what the verdict rests on, and
     answer       how far off the logits are: sentences for people (parity.words), which no code reads back
     inconclusive why the run is inconclusive; None otherwise
-    noise_ratio  distance of the candidate's logits from the exact ones, in standard deviations of the noise that
-                 stochastic rounding estimates; None where it was not asked for
+    noise_ratio  distance of the logits from the exact ones, in standard deviations of stochastic rounding; None: unasked
     troubles     stages that failed, without which the verdict came out
     weights      the error of each tensor, where the reference computed with the candidate's own weights
     accepted     what would be findings, but for precision regimes that the user accepts and that were proved there

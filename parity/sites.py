@@ -74,7 +74,11 @@ def ends_of(site: str) -> frozenset[str]:
 
 
 def family(site: str) -> str:
-    """The site's name with `*` for the layer number: what a bug in all layers has in common."""
+    """The site's name with `*` for the layer number: what a bug in all layers has in common.
+
+    >>> family("model.layers.3.self_attn.q_rope")
+    'model.layers.*.self_attn.q_rope'
+    """
     return _LAYER_NUMBER.sub("*", site, count=1)
 
 
@@ -85,7 +89,11 @@ def layer_of(site: str) -> int | None:
 
 
 def short(site: str) -> str:
-    """The site's name inside its layer (`self_attn.q_rope`), or the whole name outside the layers."""
+    """The site's name inside its layer, or the whole name outside the layers.
+
+    >>> short("model.layers.3.self_attn.q_rope"), short("model.layers.3"), short("lm_head")
+    ('self_attn.q_rope', 'output', 'lm_head')
+    """
     found = _LAYER_NUMBER.search(site)
     return site[found.end() + 1 :] or "output" if found else site
 
@@ -98,6 +106,9 @@ def branch(site: str) -> str:
     """The side branch of its layer that a site lies on: q, k, v, gate, up, or "" for the trunk.
 
     What lies on one branch is not read on another; the trunk reads them all.
+
+    >>> branch("model.layers.3.self_attn.q_rope"), branch("model.layers.3.mlp.act_fn"), branch("model.layers.3")
+    ('q', 'gate', '')
     """
     last = site.rsplit(".", 1)[-1]
     return "gate" if last == "act_fn" else _BRANCHES.get(last.split("_")[0], "")
@@ -109,7 +120,11 @@ def is_stream(site: str) -> bool:
 
 
 def group_label(site: str) -> str:
-    """What a per-layer table calls the row that this site belongs to: `layers.3`, `embed_tokens`, `lm_head`."""
+    """What a per-layer table calls the row that this site belongs to.
+
+    >>> group_label("model.layers.3.mlp.act_fn"), group_label("model.embed_tokens")
+    ('layers.3', 'embed_tokens')
+    """
     found = _LAYER_NUMBER.search(site)
     if not found:
         return site.rsplit(".", 1)[-1]

@@ -34,7 +34,11 @@ _keep: ContextVar[Callable[[str, Any], None] | None] = ContextVar("_keep", defau
 
 
 def tap(site: str, value: T) -> T:
-    """Show a value of any shape, of numpy, torch, JAX or MLX, to the recording that goes on, if any; returns it."""
+    """Show a value of any shape, of numpy, torch, JAX or MLX, to the recording that goes on, if any; returns it.
+
+    >>> tap("model.norm", 1.5)
+    1.5
+    """
     if (keep := _keep.get()) is not None:
         keep(site, value)
     return value
@@ -50,6 +54,13 @@ def recording(
     dims       axes of sites or of families of them: {"model.layers.*.self_attn.q_rope": "batch head token head_dim"}
 
     Raises UsageError for a value that is no array, and DumpError if a site is tapped twice.
+
+    >>> import numpy as np
+    >>> with recording("port.h5", [[5, 17, 3]], dims={"model.norm": "batch token feature"}):
+    ...     hidden = tap("model.norm", np.ones((1, 3, 8), dtype=np.float32))
+    >>> from parity.dump import open_dump
+    >>> open_dump("port.h5").entries["model.norm"].shape
+    (1, 3, 8)
     """
     from parity.dump import ArchiveWriter, RunInfo, lookup
 
@@ -65,7 +76,11 @@ def recording(
 
 
 def with_taps(function: Callable[P, T]) -> Callable[P, tuple[T, dict[str, Any]]]:
-    """The same function, returning beside its result what it taps, by site; it may be jitted, and a body of a scan."""
+    """The same function, returning beside its result what it taps, by site; it may be jitted, and a body of a scan.
+
+    >>> with_taps(lambda x: tap("model.norm", 2 * x) + 1)(3)
+    (7, {'model.norm': 6})
+    """
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> tuple[T, dict[str, Any]]:

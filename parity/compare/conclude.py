@@ -167,4 +167,5 @@ def _environment(sides: Sides, measured: Measured, observer: Observer) -> Enviro
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds={what: round(seconds, 3) for what, seconds in observer.seconds.items()},
         options=run.options.given(),
+        calls=run.calls if len(run.calls) > 1 else (),
     )

@@ -32,6 +32,7 @@ SETTINGS: Any = {
     "savefig.facecolor": "white",
     "path.simplify": False,
 }
+DPI = 110
 INK, SOFT, GOOD, BAD = "#1c2126", "#74807c", "#1f6b46", "#b5355c"
 # The colours of the page's map, light to dark; the last is for what was not measured.
 COLOURS = ("#eaf0ee", "#fdebc3", "#fdd28f", "#f9ab69", "#e8714f", "#b5355c", "#57184f")
@@ -43,7 +44,16 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    class Picture(Figure):
+        """Shows itself in a notebook, whether or not pyplot is loaded there."""
+
+        def _repr_png_(self) -> bytes:
+            drawn = io.BytesIO()
+            with drawing():
+                laid_out(self).savefig(drawn, format="png", dpi=DPI, metadata={"Software": None})
+            return drawn.getvalue()
+
+    figure = Picture(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
     return figure, list(axes.flat)

@@ -9,11 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from parity.errors import UsageError
 from parity.predictions import LogitSample, NextToken, Token
 from parity.report.canvas import (
     BAD,
     COLOURS,
     DARK,
+    DPI,
     GOOD,
     INK,
     SOFT,
@@ -57,9 +59,18 @@ def write(comparison: Comparison, folder: Path, whole: Whole = nullcontext) -> d
             for suffix, metadata in (("svg", {"Date": None, "Creator": None}), ("png", {"Software": None})):
                 path = folder / f"{name}.{suffix}"
                 with whole(path) as target:
-                    figure.savefig(target, format=suffix, dpi=110, metadata=metadata)
+                    figure.savefig(target, format=suffix, dpi=DPI, metadata=metadata)
                 written[path.name] = path
     return written
+
+
+def picture(comparison: Comparison, name: str) -> Figure:
+    """One of the pictures as a figure. Raises UsageError where the Comparison has none of that name."""
+    drawn = _pictures(comparison)
+    if name not in drawn:
+        raise UsageError(f"there is no picture {name!r} of this comparison. It has: {', '.join(drawn) or 'none'}.")
+    with drawing():
+        return drawn[name]()
 
 
 def _pictures(comparison: Comparison) -> dict[str, Callable[[], Figure]]:

@@ -54,7 +54,11 @@ def times(ratio: float | None) -> str:
 
 
 def percent(share: float) -> str:
-    """A share in percent; close to 1 it keeps the digits that matter: 99.9998 %."""
+    """A share in percent; close to 1 it keeps the digits that matter.
+
+    >>> percent(0.5), percent(0.999998)
+    ('50 %', '99.9998 %')
+    """
     if not math.isfinite(share):
         return number(share)
     digits = 4 if 0.99 < share < 1 else 1
@@ -63,7 +67,11 @@ def percent(share: float) -> str:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Numbers as text, sorted: 0-3, 7, 9-12."""
+    """Numbers as text, sorted.
+
+    >>> ranges([9, 0, 1, 2, 3, 7])
+    '0-3, 7, 9'
+    """
     parts: list[list[int]] = []
     for value in sorted(set(numbers)):
         if parts and value == parts[-1][-1] + 1:
@@ -85,7 +93,11 @@ def ulp_bins() -> list[str]:
 
 
 def constant(value: float, digits: int = 6) -> str:
-    """A constant as one writes it in a config: 1e6, 1e-5, 0.125."""
+    """A constant as one writes it in a config.
+
+    >>> constant(1e6), constant(1e-5), constant(0.125)
+    ('1e6', '1e-5', '0.125')
+    """
     if not math.isfinite(value):
         return number(value)
     mantissa, _, exponent = f"{value:.{max(digits - 1, 0)}e}".partition("e")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from parity.columns import COLUMNS
+from parity.errors import UsageError
 from parity.report import json as report_json
 from parity.report.html import fragment, render
 from tests.report_example import EVIL, everything, hostile, matching
@@ -90,3 +91,18 @@ def test_it_is_saved_as_a_report(tmp_path: Path) -> None:
     assert page.read_text(encoding="utf-8") == render(run)
     assert report_json.load(page.with_name("report.json")).findings == run.findings
     assert page.with_name("report.md").is_file()
+
+
+@pytest.mark.slow
+def test_pictures_are_figures_that_show_themselves() -> None:
+    from matplotlib.figure import Figure
+
+    run = everything()
+    for figure in (run.plot_depth(), run.plot_map(), run.plot_finding(1), run.plot_next_token(), run.plot_logits()):
+        assert isinstance(figure, Figure)
+        assert figure.axes
+    drawn = run.plot_depth()._repr_png_()  # type: ignore[attr-defined]
+    assert drawn.startswith(b"\x89PNG")
+    assert drawn == run.plot_depth()._repr_png_()  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match=r"no picture 'finding-7' .* It has: finding-1, "):
+        run.plot_finding(7)
