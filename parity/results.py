@@ -264,7 +264,7 @@ class Comparison(Showing):
     headline     what the verdict rests on, and
     answer       how far off the logits are: sentences for people (parity.words), which no code reads back
     inconclusive why the run is inconclusive; None otherwise
-    noise_ratio  distance of the logits from the exact ones, in standard deviations of stochastic rounding; None: unasked
+    noise_ratio  distance of the logits from the exact ones, in deviations of stochastic rounding; None: unasked
     troubles     stages that failed, without which the verdict came out
     weights      the error of each tensor, where the reference computed with the candidate's own weights
     accepted     what would be findings, but for precision regimes that the user accepts and that were proved there
