@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 SiteState = Literal["present", "missing", "misshapen", "ambiguous"]
@@ -21,10 +22,14 @@ class FamilyCheck:
 
 @dataclass(frozen=True)
 class DumpCheck:
-    """What `parity check` knows of a dump. `unknown` are names that the reference does not have."""
+    """What `parity check` knows of a dump.
+
+    `unknown` are names that the reference does not have, `near` the site most like each that the dump does not have.
+    """
 
     families: tuple[FamilyCheck, ...]
     unknown: tuple[str, ...]
+    near: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_complete(self) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 from parity import words
 from parity.compare.align import AmbiguousLayoutError, Pair, align
+from parity.compare.hidden_states import with_hidden_states
 from parity.dump import Dump
 from parity.dump_coverage import DumpCheck, FamilyCheck, SiteState
 from parity.reasons import Gap
@@ -15,9 +17,12 @@ from parity.reference.pieces import PiecewiseModel
 from parity.results import Check
 from parity.sites import Site, branch, family, layer_of
 
+_NUMBER = re.compile(r"\d+")
+
 
 def check(dump: Dump, model: PiecewiseModel, batch: int, token: int) -> DumpCheck:
     """Compare a dump's names and shapes with what a run of (batch, token) ids of the model has."""
+    dump = with_hidden_states(dump, model)
     sites = with_sizes(model.sites, batch, token)
     head_dim = model.head_dim
     states = {site.name: _state(dump, site, head_dim, token) for site in sites}
@@ -33,7 +38,9 @@ def check(dump: Dump, model: PiecewiseModel, batch: int, token: int) -> DumpChec
     )
     known = {site.name for site in sites}
     unknown = tuple(name for name in dump.entries if name not in known)
-    return DumpCheck(families, unknown)
+    missing = [name for name, (state, _) in states.items() if state == "missing"]
+    near = {name: close for name in unknown if (close := nearest(name, missing))}
+    return DumpCheck(families, unknown, near)
 
 
 def name_checks(dump: Dump, pairs: Mapping[str, Pair | Gap]) -> list[Check]:
@@ -47,12 +54,19 @@ def name_checks(dump: Dump, pairs: Mapping[str, Pair | Gap]) -> list[Check]:
     unknown = [name for name in dump.entries if name not in pairs and not name.endswith(COSTLY)]
     if unknown:
         missing = [site for site, pair in pairs.items() if isinstance(pair, Gap)]
-        close = difflib.get_close_matches(unknown[0], missing, n=1, cutoff=0.3)
-        hint = f"; is it {close[0]}? Map it with --names." if close else ", and was not compared."
+        close = nearest(unknown[0], missing)
+        hint = f"; is it {close}? Map it with --names." if close else ", and was not compared."
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         detail = f"the reference has no {unknown[0]}{more}{hint}"
         checks.append(Check("recorded names", not missing, detail))
     return checks
+
+
+def nearest(name: str, missing: Iterable[str]) -> str:
+    """The missing site whose name is most like this one and has the same number; empty if none is."""
+    numbers = _NUMBER.findall(name)
+    alike = [site for site in missing if not numbers or _NUMBER.findall(site) == numbers]
+    return next(iter(difflib.get_close_matches(name, alike, n=1, cutoff=0.3)), "")
 
 
 def _state(dump: Dump, site: Site, head_dim: int | None, token: int) -> tuple[SiteState, str]:

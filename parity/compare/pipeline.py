@@ -16,6 +16,7 @@ from parity.candidates.base import Candidate, require_calls
 from parity.compare.conclude import conclude
 from parity.compare.dump_check import name_checks
 from parity.compare.explain import explain, judge
+from parity.compare.hidden_states import with_hidden_states
 from parity.compare.measure import Measured, measure
 from parity.compare.regimes import in_regimes
 from parity.compare.sides import Sides, not_asked_for, pair_up
@@ -63,6 +64,7 @@ def opened(
         observer.show(f"recording {candidate.name}", 0, 1)
         with observer.timed("record candidate"):
             dump = candidate.record(run, reference.working.sites, Path(folder) / "candidate.h5")
+            dump = with_hidden_states(dump, reference.working)
         with closing(dump):
             pairs = pair_up(dump, candidate, reference.working, run)
             checks: tuple[Check, ...] = ()

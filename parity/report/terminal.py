@@ -209,6 +209,7 @@ def show_check(check: DumpCheck, console: Console) -> None:
         head = Text(f.state, style=CHECK_STYLES[f.state])
         console.print(head + Text(f"  {visible(f.family)}{layers}: {visible(f.detail)}", style="default"))
     for name in check.unknown[:_MOST_UNKNOWN]:
-        console.print(Text(f"not a site of the reference: {visible(name)}"))
+        near = f"; is it {check.near[name]}? Map it with --names." if name in check.near else ""
+        console.print(Text(f"not a site of the reference: {visible(name)}{near}"))
     if len(check.unknown) > _MOST_UNKNOWN:
         console.print(f"… and {len(check.unknown) - _MOST_UNKNOWN} more names that the reference does not have")

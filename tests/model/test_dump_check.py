@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+import parity
 from parity.compare.dump_check import check
 from parity.dump import open_dump, write_safetensors
 from parity.dump_coverage import DumpCheck, FamilyCheck
@@ -168,6 +170,48 @@ def test_unknown_names(checked: Checked, arrays: Arrays) -> None:
     found = checked(arrays | {"blk.0.ffn": np.zeros(3, np.float32), "model.layers.3": arrays["model.layers.2"]})
     assert found.unknown == ("blk.0.ffn", "model.layers.3")
     assert found.is_complete, "more than is asked for is no fault"
+
+
+def test_unknown_names_are_said_with_the_nearest_that_is_missing(checked: Checked, arrays: Arrays) -> None:
+    renamed = {name.replace("self_attn.q_proj", "attn.query_proj"): array for name, array in arrays.items()}
+    found = checked(renamed)
+    assert found.near == {f"model.layers.{n}.attn.query_proj": f"model.layers.{n}.self_attn.q_proj" for n in range(3)}
+    assert checked(arrays | {"mine": arrays["lm_head"]}).near == {}, "nothing is missing"
+
+
+HIDDEN = {"model.embed_tokens": 0, "model.layers.0": 1, "model.layers.1": 2, "model.norm": 3}
+
+
+@pytest.mark.parametrize("spelt", ["hidden_states.{}", "hidden_states[{}]", "hidden_states_{}"])
+def test_hidden_states_of_transformers_are_understood(checked: Checked, arrays: Arrays, spelt: str) -> None:
+    renamed = {spelt.format(HIDDEN[name]) if name in HIDDEN else name: array for name, array in arrays.items()}
+    found = checked(renamed)
+    assert found.is_complete, bad(found)
+    assert found.unknown == ()
+
+
+def test_hidden_states_beside_sites_and_beyond_the_last_are_left_alone(checked: Checked, arrays: Arrays) -> None:
+    more = {"hidden_states.1": arrays["model.layers.0"], "hidden_states.4": arrays["model.norm"]}
+    found = checked(arrays | more)
+    assert found.is_complete
+    assert found.unknown == tuple(more)
+
+
+@pytest.mark.slow
+def test_the_hidden_states_that_transformers_returns_are_those(
+    model: PiecewiseModel, write: Callable[..., Path]
+) -> None:
+    """So the last is after the norm: before it, the norm would be called wrong."""
+    path, ids = model.checkpoint.path, torch.tensor(IDS)
+    module = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        out = module(ids, output_hidden_states=True)
+    arrays = {f"hidden_states.{n}": value.numpy() for n, value in enumerate(out.hidden_states)}
+    file = write(arrays | {"lm_head": out.logits.numpy()}, model=None)
+    found = parity.diff(str(file), model=str(path), power=False)
+    measured = {site.site for site in found.sites if site.verdict != "unmeasured"}
+    assert (found.verdict, found.findings) == ("match", ())
+    assert measured == {*HIDDEN, "lm_head"}
 
 
 FUSED = {
