@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from parity.record.attention import register
 from parity.record.tap import quiet_torch, tapping
 from parity.reference.checkpoint import find
 from parity.reference.floor import Local, local_error
@@ -52,7 +51,7 @@ def fired(path: Path, implementation: str, dtype: torch.dtype, sites: tuple[Site
         seen.setdefault(site, []).append(value.clone())
         return value
 
-    model = whole(path, register(implementation), dtype)
+    model = whole(path, implementation, dtype)
     with quiet_torch(), tapping(model, sites, tap):
         model(input_ids=IDS, use_cache=False)
     return seen

@@ -16,7 +16,7 @@ from parity.candidates.base import Candidate
 from parity.candidates.decoding import Given, calling, calls_of
 from parity.candidates.recording import Call, Names, Recording
 from parity.candidates.tapping import tapping_check
-from parity.candidates.transformers_taps import between_modules, is_compiled, places_of, tapped_attention
+from parity.candidates.transformers_taps import between_modules, is_compiled, places_of
 from parity.dump import ArchiveWriter, Dump, NameMap, open_dump, rename, sites_of
 from parity.errors import CandidateError
 from parity.load_object import describe, misfit
@@ -246,7 +246,6 @@ def _run(module: nn.Module, given: Given, sites: Sequence[Site], tap: Tap, call:
             _compiled_anew(module),
             quiet_torch(),
             redirect_stdout(sys.stderr),
-            tapped_attention(module, sites),
             tapping(module, sites, tap, every_call=True),
         ):
             output: Any = call(given)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from parity.errors import UsageError
-from parity.record.attention import register
 from parity.record.experts import IN_ROUTER
 from parity.record.scans import SCAN
 from parity.record.tap import without_wrappers
@@ -51,41 +47,3 @@ def is_compiled(module: nn.Module) -> bool:
     """Whether torch.compile, or a module's own `compile`, has had its hands on any part of it."""
     parts = list(module.named_modules())
     return any(path != without_wrappers(path) or part._compiled_call_impl is not None for path, part in parts)
-
-
-@contextmanager
-def tapped_attention(module: nn.Module, sites: Sequence[Site]) -> Iterator[None]:
-    """Let the model's attention, whichever implementation it uses, be seen during the block.
-
-    One that transformers has no masks for is left as it is; its values stay unseen.
-    """
-    configs = {id(config): config for config in _configs(module)} if any(s.where == "attention" for s in sites) else {}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    try:
-        for config, implementation in before:
-            _set(config, _twin(implementation))
-        yield
-    finally:
-        for config, implementation in before:
-            _set(config, implementation)
-
-
-def _configs(module: nn.Module) -> Iterator[Any]:
-    for part in module.modules():
-        config = getattr(part, "config", None)
-        if hasattr(config, "_attn_implementation"):
-            yield config
-
-
-def _twin(implementation: str | None) -> str | None:
-    if implementation is None or implementation.startswith("parity_"):
-        return implementation
-    try:
-        return register(implementation)
-    except UsageError:
-        return implementation
-
-
-def _set(config: Any, implementation: str | None) -> None:
-    # The property would set every sub-config too, each of which may have its own.
-    config._attn_implementation_internal = implementation

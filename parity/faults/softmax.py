@@ -36,10 +36,20 @@ def softmax_low(_scope: Scope) -> Change:
     return softmax_as(_softmax_low)
 
 
+def _bf16(x: Tensor) -> Tensor:
+    return stored_as(x, torch.bfloat16)
+
+
+def _raised_bf16(scores: Tensor) -> Tensor:
+    """The exponentials, each step of theirs stored in bfloat16."""
+    scores = _bf16(scores)
+    return _bf16(_bf16(scores - scores.amax(-1, keepdim=True)).exp())
+
+
 def _softmax_bf16(scores: Tensor) -> Tensor:
     """Every step stored in bfloat16."""
-    raised = stored_as((stored_as(scores, torch.bfloat16) - scores.amax(-1, keepdim=True)).exp(), torch.bfloat16)
-    return stored_as(raised / stored_as(raised.sum(-1, keepdim=True), torch.bfloat16), torch.bfloat16)
+    raised = _raised_bf16(scores)
+    return _bf16(raised / _bf16(raised.sum(-1, keepdim=True)))
 
 
 @fault(
@@ -52,6 +62,44 @@ def _softmax_bf16(scores: Tensor) -> Tensor:
 )
 def softmax_bf16(_scope: Scope) -> Change:
     return softmax_as(_softmax_bf16)
+
+
+def _softmax_stored_bf16(scores: Tensor) -> Tensor:
+    """Between two bfloat16 tensors it is computed wide, as torch's own kernel does."""
+    return _bf16(_bf16(scores).softmax(-1))
+
+
+@fault(
+    id="softmax-stored-bf16",
+    title="softmax takes scores in bfloat16 and returns probabilities in bfloat16",
+    sites=("probs", "context"),
+    fix="keep the scores and the probabilities in float32 around softmax",
+    needs=TWO_TOKENS,
+    applies=has_attention,
+)
+def softmax_stored_bf16(_scope: Scope) -> Change:
+    return softmax_as(_softmax_stored_bf16)
+
+
+def _softmax_sum_bf16(scores: Tensor) -> Tensor:
+    """Every step is stored in bfloat16, the sum after each of its terms."""
+    raised = _raised_bf16(scores)
+    total = torch.zeros_like(raised[..., 0])
+    for term in raised.unbind(-1):
+        total = _bf16(total + term)
+    return _bf16(raised / total.unsqueeze(-1))
+
+
+@fault(
+    id="softmax-sum-bf16",
+    title="softmax adds its terms one after another in bfloat16",
+    sites=("probs", "context"),
+    fix="add the exponentials up in float32",
+    needs=TWO_TOKENS,
+    applies=has_attention,
+)
+def softmax_sum_bf16(_scope: Scope) -> Change:
+    return softmax_as(_softmax_sum_bf16)
 
 
 def _softmax_plus_one(scores: Tensor) -> Tensor:
@@ -117,6 +165,8 @@ def softcap_dropped(scope: Scope) -> Change:
 FAULTS: tuple[Fault, ...] = (
     softmax_low,
     softmax_bf16,
+    softmax_stored_bf16,
+    softmax_sum_bf16,
     softmax_plus_one,
     sinks_dropped,
     softcap_applied,

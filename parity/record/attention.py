@@ -1,13 +1,12 @@
 """Seeing inside attention without editing transformers.
 
-transformers lets anyone register an attention function under a name. Ours taps what goes in and what
-comes out, and calls the implementation that the model would have used. The mask function must be
-registered under the same name: without it transformers silently hands every layer no mask at all.
+A model of transformers asks a table for its attention function each time it attends. During a recording the table
+answers with one that taps what goes in and what comes out, and calls the function the model would have had. Its
+config says nothing of it: there is code that computes otherwise for a name that it does not know.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from parity.errors import UsageError
 from parity.record.cache import CACHE, attend_in_calls, by_call, is_edited, of_calls, reads_of
+
+Attention = Callable[..., Any]
 
 
 @dataclass
@@ -59,21 +60,13 @@ INSIDE = {
 }
 
 
-def register(implementation: str) -> str:
-    """Make the tapped twin of an attention implementation known to transformers; returns its name.
-
-    `implementation` is `eager`, `sdpa` or any other name that transformers knows; UsageError if it is none.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
+def check_attention(implementation: str) -> None:
+    """Raises UsageError unless `implementation` is `eager`, `sdpa` or any other name that transformers knows."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    known = sorted(name for name in ALL_MASK_ATTENTION_FUNCTIONS if not name.startswith("parity_"))
-    if implementation not in known:
-        raise UsageError(f"attention {implementation!r} is not one that transformers has: {', '.join(known)}.")
-    name = f"parity_{implementation}"
-    AttentionInterface.register(name, _tapped(implementation))
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
-    return name
+    if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+        known = ", ".join(sorted(ALL_MASK_ATTENTION_FUNCTIONS))
+        raise UsageError(f"attention {implementation!r} is not one that transformers has: {known}.")
 
 
 @contextmanager
@@ -85,23 +78,45 @@ def attention_taps(
     Queries, keys (b, h, t, d), scores, probabilities (b, h, t, k), the context (b, t, h, d), and the keys and values
     that are read: of a pass that stands for several `calls` those of each (b, g, calls, t, d), else (b, g, s, d).
     """
+    if not sites:
+        yield
+        return
     token = _active.set(_Active(sites, tap, calls))
     try:
-        yield
+        with _tapped_interface():
+            yield
     finally:
         _active.reset(token)
 
 
-def _tapped(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+@contextmanager
+def _tapped_interface() -> Iterator[None]:
+    """The table of attention functions gives tapped ones in the block; where nothing is recorded they do nothing."""
+    from transformers import AttentionInterface
+
+    plain = AttentionInterface.get_interface
+
+    def get_interface(self: AttentionInterface, attn_implementation: str, default: Attention) -> Attention:
+        return _tapped(plain(self, attn_implementation, default))
+
+    AttentionInterface.get_interface = get_interface
+    try:
+        yield
+    finally:
+        AttentionInterface.get_interface = plain
+
+
+def _tapped(plain: Attention) -> Attention:
+    if hasattr(plain, "tapped"):  # blocks may be nested
+        return plain
+
     def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        plain = _implementation(module, implementation)
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    ) -> Any:
         active = _active.get()
         names = active.sites.get(module, {}) if active else {}
         if active is None or not names:
-            result: tuple[Tensor, Tensor | None] = plain(module, query, key, value, mask, **kwargs)
-            return result
+            return plain(module, query, key, value, attention_mask, **kwargs)
         tap = active.tap
         query, key = active.take(module, "q_rope", query), active.take(module, "k_rope", key)
 
@@ -110,9 +125,10 @@ def _tapped(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             return computed
 
         with _SoftmaxTap(names, tap, query.dtype):
-            context, weights = _reading(active, names, compute, (query, key, value), mask)
+            context, weights = _reading(active, names, compute, (query, key, value), attention_mask)
         return (tap(names["context"], context) if "context" in names else context), weights
 
+    attend.tapped = plain  # type: ignore[attr-defined]
     return attend
 
 
@@ -137,17 +153,6 @@ def _reading(
     if (k is fresh[0] and v is fresh[1]) and not is_edited():
         return attend(query, key, value, mask)  # type: ignore[no-any-return]
     return attend_in_calls(attend, query, of_calls(k, v, active.calls), mask)
-
-
-def _implementation(module: nn.Module, name: str) -> Callable[..., Any]:
-    """The attention function that transformers would have called."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if name != "eager":
-        function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[name]
-        return function
-    eager: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
-    return eager
 
 
 class _SoftmaxTap(TorchFunctionMode):

@@ -44,7 +44,6 @@ def discover(
 ) -> Discovery:
     """The sites of a transformers causal LM on the meta device, in order of execution; the model stays as it was.
 
-    For sites inside attention it must have been built with an implementation of `parity.record.attention`.
     Of its decoder `layers` only the first of each kind is run: the others have sites like it.
     `inner` adds scores and probs, which need memory that grows with the square of the tokens, `cached` what attention
     reads in each of several calls.

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from parity.errors import ModelError
-from parity.record.attention import register
+from parity.record.attention import check_attention
 from parity.record.chain import find_layers
 from parity.reference.checkpoint import Checkpoint, first_sentence, foreign_code
 
 
 def build(checkpoint: Checkpoint, dtype: torch.dtype, attention: str) -> Any:
-    """The model in a dtype, its attention tapped where that can be had.
+    """The model in a dtype, with an attention.
 
     Raises ModelError if transformers cannot build it, UsageError if it has no such attention.
     """
     from transformers import AutoConfig
 
-    names = [register(attention), attention]
+    check_attention(attention)
     trust = checkpoint.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=trust)
         with torch.device("meta"):
-            model = _first(
-                lambda name: auto_class(config).from_config(
-                    config, dtype=dtype, attn_implementation=name, trust_remote_code=trust
-                ),
-                names,
+            model = auto_class(config).from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust
             )
     except Exception as error:
         # Validation errors of a config are of many classes, some of them the hub client's own.
@@ -80,14 +76,6 @@ def _to_meta(model: nn.Module) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None and not parameter.is_meta:
                 module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-
-
-def _first(build: Callable[[str], Any], names: list[str]) -> Any:
-    """Some models choose their attention from a table of their own, which has no tapped one: they get the plain."""
-    try:
-        return build(names[0])
-    except Exception:
-        return build(names[1])
 
 
 def choose_experts(model: Any) -> None:

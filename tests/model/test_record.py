@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from parity.errors import UsageError
 from parity.record import attention
 from parity.record.arrays import to_numpy, to_torch
-from parity.record.attention import INSIDE, attention_taps, register
+from parity.record.attention import INSIDE, attention_taps, check_attention
 from parity.record.tap import first_tensor, quiet_torch, tapping
 from parity.sites import Site
 from tests.builders import hooks
@@ -59,8 +58,7 @@ def test_recording_leaves_the_logits_as_they_are(
     small: Path, implementation: str, dtype: torch.dtype, inner: bool
 ) -> None:
     plain = run(stock(small, implementation, dtype)).logits
-    model = stock(small, register(implementation), dtype)
-    assert torch.equal(run(model).logits, plain), "the registered attention alone"
+    model = stock(small, implementation, dtype)
     seen: dict[str, Tensor] = {}
 
     def tap(site: str, value: Tensor) -> Tensor:
@@ -76,49 +74,37 @@ def test_recording_leaves_the_logits_as_they_are(
     assert torch.equal(run(model).logits, plain)
 
 
-# -- the causal mask -----------------------------------------------------------------------------------------
+# -- transformers' table of attention functions --------------------------------------------------------------
 
 
-def looks_ahead(model: Any) -> bool:
-    """Whether another last token changes any logit before it."""
-    other = IDS.clone()
-    other[:, -1] = (other[:, -1] + 1) % 100
-    first, second = run(model).logits, run(model, other).logits
-    assert not torch.equal(first[:, -1], second[:, -1]), "the last token is not read at all"
-    return not torch.equal(first[:, :-1], second[:, :-1])
-
-
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("model_type", slow_but(["qwen3"], ["qwen3", "mistral", "gemma3_text"]))
-def test_the_causal_mask_is_in_place(checkpoint: Callable[..., Path], model_type: str, implementation: str) -> None:
-    assert not looks_ahead(stock(checkpoint(model_type), register(implementation)))
-
-
-@contextmanager
-def registered_without_mask(name: str) -> Iterator[str]:
+def test_the_table_is_as_it_was_after_a_recording(small: Path) -> None:
     from transformers import AttentionInterface
 
-    AttentionInterface.register(name, attention._tapped("eager"))
-    try:
-        yield name
-    finally:
-        del AttentionInterface._global_mapping[name]
+    before = AttentionInterface.get_interface
+    model = stock(small, "eager")
+    with tapping(model, sites_of(model, inner=False), lambda _site, value: value):
+        assert AttentionInterface.get_interface is not before
+    assert AttentionInterface.get_interface is before
 
 
-def test_a_missing_mask_would_be_noticed(small: Path) -> None:
-    with registered_without_mask("parity_test_maskless") as name:
-        assert looks_ahead(stock(small, name))
+def test_recordings_within_each_other_tap_once(small: Path) -> None:
+    model = stock(small, "eager")
+    places = {module: {"context": "context"} for name, module in model.named_modules() if name.endswith("self_attn")}
+    seen: list[str] = []
+
+    def tap(site: str, value: Tensor) -> Tensor:
+        seen.append(site)
+        return value
+
+    with attention_taps(places, tap), attention_taps(places, tap):
+        run(model)
+    assert len(seen) == len(places)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_attention_and_mask_are_registered_under_one_name(implementation: str) -> None:
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    name = register(implementation)
-    assert name in ALL_ATTENTION_FUNCTIONS
-    assert ALL_MASK_ATTENTION_FUNCTIONS[name] is ALL_MASK_ATTENTION_FUNCTIONS[implementation]
-    assert register(implementation) == name
+def test_a_model_is_built_with_the_attention_it_was_asked_for() -> None:
+    check_attention("sdpa")
+    with pytest.raises(UsageError, match="attention 'sdpo' is not one that transformers has: eager"):
+        check_attention("sdpo")
 
 
 # -- inside attention ----------------------------------------------------------------------------------------
@@ -127,7 +113,7 @@ def test_attention_and_mask_are_registered_under_one_name(implementation: str) -
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_probs_are_those_that_transformers_returns(small: Path, dtype: torch.dtype) -> None:
     expected = run(stock(small, "eager", dtype), output_attentions=True).attentions
-    model = stock(small, register("eager"), dtype)
+    model = stock(small, "eager", dtype)
     seen: dict[str, Tensor] = {}
 
     def tap(site: str, value: Tensor) -> Tensor:
@@ -149,7 +135,7 @@ def test_probs_are_those_that_transformers_returns(small: Path, dtype: torch.dty
 
 @pytest.mark.parametrize("kind", ["q_rope", "k_rope", "scores", "probs", "context", "resid_mid", "layer"])
 def test_what_a_tap_returns_flows_on(small: Path, kind: str) -> None:
-    model = stock(small, register("eager"))
+    model = stock(small, "eager")
     plain = run(model).logits
     target = (
         "model.layers.0"
@@ -168,7 +154,7 @@ def test_what_a_tap_returns_flows_on(small: Path, kind: str) -> None:
 
 def test_a_replaced_residual_reaches_both_of_its_readers(small: Path) -> None:
     """resid_mid feeds the norm and is added again: a replacement must be seen by both."""
-    model = stock(small, register("eager"))
+    model = stock(small, "eager")
     site = Site("r", (), (), "", "model.layers.1.post_attention_layernorm", "input")
     values: dict[str, Tensor] = {}
     constant = torch.randn(2, IDS.shape[1], 80, generator=torch.Generator().manual_seed(1))
@@ -199,7 +185,7 @@ class PlantedError(Exception):
 
 @pytest.mark.parametrize("kind", ["lm_head", "q_rope", "probs", "context", "resid_mid"])
 def test_a_tap_that_raises_leaves_nothing_behind(small: Path, kind: str) -> None:
-    model = stock(small, register("eager"))
+    model = stock(small, "eager")
     plain, before = run(model).logits, hooks(model)
 
     def tap(site: str, value: Tensor) -> Tensor:
@@ -215,7 +201,7 @@ def test_a_tap_that_raises_leaves_nothing_behind(small: Path, kind: str) -> None
 
 
 def test_a_block_that_raises_leaves_nothing_behind(small: Path) -> None:
-    model = stock(small, register("eager"))
+    model = stock(small, "eager")
     before = hooks(model)
     with pytest.raises(PlantedError), tapping(model, sites_of(model), unchanged):
         raise PlantedError
@@ -224,7 +210,7 @@ def test_a_block_that_raises_leaves_nothing_behind(small: Path) -> None:
 
 
 def test_a_site_that_does_not_exist_leaves_nothing_behind(small: Path) -> None:
-    model = stock(small, register("eager"))
+    model = stock(small, "eager")
     before = hooks(model)
     sites = [*sites_of(model), Site("x", (), (), "", "model.no_such_module")]
     with pytest.raises(AttributeError), tapping(model, sites, unchanged):
@@ -249,7 +235,7 @@ def test_taps_nest_and_the_inner_one_ends_first() -> None:
 def test_models_are_let_go(small: Path) -> None:
     import weakref
 
-    model = stock(small, register("eager"))
+    model = stock(small, "eager")
     gone = weakref.ref(model)
     with tapping(model, sites_of(model), unchanged):
         run(model)

@@ -35,7 +35,6 @@ _VARIANTS: dict[str, tuple[str, ...]] = {
     "attention-scale": ("attention-scale-1.01",),
     "window-applied": ("window-applied-32", "window-applied-half", "window-applied-all-but-one"),
     "softcap-applied": ("softcap-applied-50",),
-    "softmax-bf16": ("softmax-bf16-stored",),
     "weight-rows-for-interleaved": ("weight-rows-for-interleaved-k",),
     "weight-stored-transposed": ("weight-stored-transposed-in-file",),
     "weight-gate-up-exchanged": ("weight-gate-up-exchanged-in-file",),
@@ -54,6 +53,9 @@ _SEVERAL: dict[str, tuple[str, ...]] = {
     "embedding-scaled": ("embedding-scaled", "embedding-gain"),
     # One factor on the head's output, whoever put it there.
     "logits-scale": ("logits-scale", "weight-gain"),
+    # Read off the values: a constant at each output, and which channel each output is.
+    "bias-added": ("bias-other",),
+    "file-columns-rolled": ("columns-reordered",),
     # Norms and projections alike.
     "file-layers-off-by-one": ("weight-next-layer", "norm-next-layer"),
 }
@@ -105,9 +107,7 @@ _UNKNOWN = (
     "logits-logprobs",
     "weight-nan",
     "channel-zero",
-    "bias-added",
     "sums-bf16-in-fp32",
-    "file-columns-rolled",
     "file-int4",
     "file-cut-to-4-bits",
     "file-never-loaded",
