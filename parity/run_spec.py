@@ -127,7 +127,7 @@ class RunSpec:
         rows, name = self.token_ids, self.checkpoint.name
         if not rows or not rows[0]:
             raise UsageError("the prompt is empty: no token to run. Give --prompt, --prompt-file or --tokens.")
-        if positions and len(rows[0]) > positions:
+        if positions and len(rows[0]) > positions > 0:
             raise UsageError(
                 f"the prompt has {len(rows[0])} tokens, but {name} has positions for {positions}. Shorten it."
             )

@@ -27,11 +27,15 @@ class Names:
         self.names, self._places = names, places
         self._known, self.logits = {site.name for site in sites}, sites[-1].name
         self.attention = {site.name for site in own if site.where == "attention"}
-        self.inputs = {site.name for site in own if site.where == "input"}
+        self.inputs = {without_call(site.name) for site in own if site.where == "input"}
 
     def is_logits(self, name: str) -> bool:
         """Whether the module's own name is that of the reference's logits."""
         return self.logits in sites_of(self.names, name)
+
+    def is_an_output(self, site: str) -> bool:
+        """Whether in this call a module takes what another has returned, which is that one's site."""
+        return without_call(site) in self.inputs and site not in self._known
 
     def place(self, site: str) -> str:
         """The name of the n-th call of a submodule. Raises CandidateError if the reference has no such call."""
@@ -86,7 +90,7 @@ class Recording:
     def tap(self, site: str, value: Tensor) -> Tensor:
         """Record one call (any shape); the n-th call of a shared submodule is that of the n-th place it stands in."""
         self._calls += 1
-        if self._is_taken_again(site, value):
+        if self._is_taken_again(site, value) or self._names.is_an_output(site):
             return value
         name = self._names.place(site)
         if self._names.is_logits(name):

@@ -21,7 +21,6 @@ from parity.diagnose.workbench import Workbench
 from parity.faults import CATALOGUE, Fault
 from parity.faults.fault import attribute
 from parity.other_bits import OtherBits
-from parity.record.attention import register
 from parity.reference import one_operation
 from parity.reference.legal_ways import WAYS, Way, summing_singles
 from parity.reference.one_operation import LoadedPiece
@@ -189,7 +188,7 @@ def _attending(piece: int, kind: str, mask: Tensor | None) -> one_operation.Patc
     def patch(model: PiecewiseModel) -> Iterator[None]:
         arguments, config = model.arguments(piece), model.config
         given, own = arguments.get("attention_mask"), config._attn_implementation
-        config._attn_implementation, arguments["attention_mask"] = register(kind), mask
+        config._attn_implementation, arguments["attention_mask"] = kind, mask
         try:
             yield
         finally:

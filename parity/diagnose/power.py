@@ -19,7 +19,7 @@ from parity.diagnose.workbench import Workbench
 from parity.faults import Fault
 from parity.observer import Observer
 from parity.reasons import Invisible, NotTried
-from parity.record.discover import kind_of
+from parity.record.chain import kind_of
 from parity.reference.floor import Yardstick
 from parity.reference.one_operation import LoadedPiece
 from parity.reference.pieces import EMBED, HEAD, Piece

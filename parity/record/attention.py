@@ -110,9 +110,7 @@ def _tapped(plain: Attention) -> Attention:
     if hasattr(plain, "tapped"):  # blocks may be nested
         return plain
 
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-    ) -> Any:
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
         active = _active.get()
         names = active.sites.get(module, {}) if active else {}
         if active is None or not names:

@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from parity.record.tap import first_tensor
+
+_SWITCH = (bool, int, float, str)
 
 
 def find_layers(model: Any) -> list[nn.Module]:
@@ -71,6 +74,7 @@ def watch_chain(layers: list[nn.Module], name_of: Callable[[Tensor], str | None]
     """Watch how the layers are called; `name_of` knows which site a value is. Values are hidden states (b, t, d)."""
     chain = Chain()
     sources: dict[int, str | None] = {}
+    beside: dict[int, Tensor] = {}  # what layers gave beside the hidden states, by its identity
 
     def hooks_of(number: int) -> tuple[Callable[..., None], Callable[..., None]]:
         def before(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -82,8 +86,11 @@ def watch_chain(layers: list[nn.Module], name_of: Callable[[Tensor], str | None]
             returned = len(output) if isinstance(output, tuple) else 0
             chain.links.append(Link(number, taken(args, kwargs), sources[number], gave, returned))
             chain.end = None if gave is None else name_of(gave)
-            # What a layer can write into, a later one may read from.
-            chain.shares_state |= any(isinstance(v, (dict, list)) and bool(v) for v in (*args, *kwargs.values()))
+            # What a layer can write into, a later one may read from; or it is handed on.
+            given = (*args, *kwargs.values())
+            chain.shares_state |= any(isinstance(v, (dict, list)) and bool(v) for v in given)
+            chain.shares_state |= any(id(v) in beside for v in given)
+            beside.update({id(v): v for v in tree_leaves(output) if isinstance(v, Tensor) and v is not gave})
 
         return before, after
 
@@ -127,3 +134,16 @@ def stubbed(layers: list[nn.Module], chain: Chain, stub: Callable[[int, Tensor, 
     finally:
         for layer in layers:
             del layer.forward
+
+
+def kind_of(layer: nn.Module) -> tuple[Any, ...]:
+    """All that tells one layer from another but its number: classes, sizes and switches of its modules."""
+    return tuple(
+        (
+            name,
+            type(module),
+            tuple(p.shape for p in module._parameters.values() if p is not None),
+            tuple((k, v) for k, v in vars(module).items() if k != "layer_idx" and isinstance(v, _SWITCH)),
+        )
+        for name, module in layer.named_modules()
+    )

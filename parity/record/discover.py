@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -18,17 +19,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from parity.errors import ModelError
+from parity.load_object import describe
 from parity.record.attention import INSIDE, attention_taps
 from parity.record.cache import CACHE
-from parity.record.chain import Chain, taken, watch_chain
+from parity.record.chain import Chain, kind_of, taken, watch_chain
 from parity.record.experts import experts_in
 from parity.record.scans import SCAN, scan_taps, scanning_modules
 from parity.record.tap import first_tensor, quiet_torch
 from parity.record.watch import NoToQuestions, Watch
+from parity.record.weightless import weightless
 from parity.sites import CALL, Site, numbered
 
 COSTLY = (".scores", ".probs")
-_SWITCH = (bool, int, float, str)
+_COUNTED = ("batch", "token", "key", "batch*token", CALL)  # the axes whose sizes are those of a run
+# What a forward pass raises where a value is asked for that the meta device does not have, or a mask does not fit.
+_REFUSALS = (RuntimeError, ValueError, IndexError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -38,34 +44,85 @@ class Discovery:
     sites: tuple[Site, ...]
     chain: Chain
 
+    @property
+    def loops(self) -> bool:
+        """Whether a layer was run more than once."""
+        return len({link.number for link in self.chain.links}) < len(self.chain.links)
+
 
 def discover(
     model: nn.Module, layers: Sequence[nn.Module] = (), *, inner: bool = False, cached: bool = False
 ) -> Discovery:
     """The sites of a transformers causal LM on the meta device, in order of execution; the model stays as it was.
 
-    Of its decoder `layers` only the first of each kind is run: the others have sites like it.
+    Of its decoder `layers` only the first of each kind is run: the others have sites like it. One that asks for values
+    which the meta device does not have is run on the CPU, with weights that take no memory.
+    Raises ModelError for a model that can be run in neither way, or whose logits are not those of the prompt's tokens.
     `inner` adds scores and probs, which need memory that grows with the square of the tokens, `cached` what attention
     reads in each of several calls.
     Shapes hold the probe's batch and token counts; `with_sizes` puts a run's own in their place.
     """
-    batch, token = _unmistakable_sizes(model)
-    dtype = next(model.parameters()).dtype
+    wanted = (*(value for value in INSIDE if inner or f".{value}" not in COSTLY), *(CACHE if cached else ()))
+    probe = partial(_probed_at, model, layers, wanted)
+    return _without_odd_axes(model, probe(*_unmistakable_sizes(model)), probe)
+
+
+def _probed_at(
+    model: nn.Module, layers: Sequence[nn.Module], wanted: Sequence[str], batch: int, token: int
+) -> Discovery:
     ids = torch.zeros(batch, token, dtype=torch.long, device="meta")
     # A ready mask spares most models from looking at values that the meta device does not have; some want none.
-    ready = torch.zeros(batch, 1, token, token, dtype=dtype, device="meta")
+    ready = torch.zeros(batch, 1, token, token, dtype=next(model.parameters()).dtype, device="meta")
     masks: tuple[dict[str, Tensor], ...] = ({"attention_mask": ready}, {})
-    wanted = (*(value for value in INSIDE if inner or f".{value}" not in COSTLY), *(CACHE if cached else ()))
+
+    def probed(**inputs: Tensor) -> Discovery:
+        found = _probed(model, layers, Watch(batch, token), wanted, inputs)
+        # Layers that run more than once have sites of their own each time.
+        return _probed(model, layers, Watch(batch, token), wanted, inputs, each=True) if found.loops else found
+
     for mask in masks:
-        with suppress(RuntimeError, ValueError, IndexError, TypeError):
-            return _probed(model, layers, Watch(batch, token), wanted, input_ids=ids, **mask)
-    with NoToQuestions():
-        return _probed(model, layers, Watch(batch, token), wanted, input_ids=ids)
+        with suppress(*_REFUSALS):
+            return probed(input_ids=ids, **mask)
+    with suppress(*_REFUSALS), NoToQuestions():
+        return probed(input_ids=ids)
+    words = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), 1)
+    try:
+        with weightless(model):
+            return probed(input_ids=torch.arange(batch * token).reshape(batch, token) % words)
+    except _REFUSALS as error:
+        raise ModelError(f"transformers' {type(model).__name__} does not run on a probe: {describe(error)}") from error
+
+
+def _without_odd_axes(model: nn.Module, found: Discovery, probe: Callable[[int, int], Discovery]) -> Discovery:
+    """The sites but for those with an axis that grows with the tokens without counting them (a padded convolution).
+
+    Raises ModelError where the logits have one: the model adds tokens of its own to the prompt.
+    """
+    known = {size for parameter in model.parameters() for size in parameter.shape}
+    if all(size in known for site in found.sites for size in _fixed(site)):
+        return found
+    rows, tokens = _unmistakable_sizes(model)
+    longer = {site.name: site for site in probe(rows, 2 * tokens + 1).sites}
+    odd = {site.name for site in found.sites if _fixed(site) != _fixed(longer.get(site.name, site))}
+    if odd & {found.sites[-1].name, *found.chain.sources}:
+        raise ModelError(f"transformers' {type(model).__name__} adds tokens of its own to the prompt, parity cannot.")
+    return replace(found, sites=tuple(site for site in found.sites if site.name not in odd))
+
+
+def _fixed(site: Site) -> tuple[int, ...]:
+    return tuple(size for dim, size in zip(site.dims, site.shape, strict=True) if dim not in _COUNTED)
 
 
 def _probed(
-    model: nn.Module, layers: Sequence[nn.Module], watch: Watch, inside: Sequence[str], **inputs: Tensor
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    watch: Watch,
+    inside: Sequence[str],
+    inputs: dict[str, Tensor],
+    *,
+    each: bool = False,
 ) -> Discovery:
+    """Which sites one forward pass fires; of layers of one kind the first alone is run, unless `each` is to be."""
     for value in inputs.values():
         watch.is_new(value)  # and no longer where a module takes it
     with (
@@ -73,7 +130,7 @@ def _probed(
         _as_it_was(model),
         _watching(model, watch, inside),
         watch_chain(list(layers), watch.name_of) as chain,
-        _one_of_each_kind(model, layers, watch),
+        nullcontext() if each else _one_of_each_kind(model, layers, watch),
     ):
         logits = model(**inputs, use_cache=False).logits
         if watch.is_new(logits):
@@ -122,9 +179,10 @@ def _unmistakable_sizes(model: nn.Module) -> tuple[int, int]:
 @contextmanager
 def _watching(model: nn.Module, watch: Watch, wanted: Sequence[str]) -> Iterator[None]:
     attention: dict[nn.Module, dict[str, str]] = {}
+    shared = _shared(model)
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            if not name:
+            if not name or module in shared:
                 continue
             before, after = _hooks(model, name, watch)
             if count := experts_in(module):
@@ -137,17 +195,23 @@ def _watching(model: nn.Module, watch: Watch, wanted: Sequence[str]) -> Iterator
 
         def tap(site: str, value: Tensor) -> Tensor:
             module, inside = site.rsplit(".", 1)
-            site, calls[site] = numbered(site, calls[site]), calls[site] + 1
+            name, calls[site] = numbered(site, calls[site]), calls[site] + 1
             if inside in CACHE:
-                watch.note_copy(site, value, module, CACHE[inside])
+                watch.note_copy(name, value, module, CACHE[inside])
             elif watch.is_new(value):
-                watch.note(site, value, module, "attention" if inside in INSIDE else SCAN, INSIDE.get(inside))
+                watch.note(name, value, module, "attention" if inside in INSIDE else SCAN, INSIDE.get(inside))
             return value
 
         stack.enter_context(attention_taps(attention, tap, (watch.token,)))
         stack.enter_context(scan_taps(model, scanning_modules(model), tap))
         stack.enter_context(watch.routers)
         yield
+
+
+def _shared(model: nn.Module) -> set[nn.Module]:
+    """Modules without weights that stand in several places: whose call it is, their hooks cannot tell."""
+    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    return {module for module, count in places.items() if count > 1 and not any(True for _ in module.parameters())}
 
 
 @dataclass(frozen=True)
@@ -199,19 +263,6 @@ def _one_of_each_kind(model: nn.Module, layers: Sequence[nn.Module], watch: Watc
     finally:
         for layer in layers:
             del layer.forward
-
-
-def kind_of(layer: nn.Module) -> tuple[Any, ...]:
-    """All that tells one layer from another but its number: classes, sizes and switches of its modules."""
-    return tuple(
-        (
-            name,
-            type(module),
-            tuple(p.shape for p in module._parameters.values() if p is not None),
-            tuple((k, v) for k, v in vars(module).items() if k != "layer_idx" and isinstance(v, _SWITCH)),
-        )
-        for name, module in layer.named_modules()
-    )
 
 
 def _hooks(model: nn.Module, name: str, watch: Watch) -> tuple[Any, Any]:

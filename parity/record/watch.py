@@ -71,6 +71,8 @@ class Watch:
     def note(self, name: str, value: Tensor, module: str, where: str, dims: Dims | None = None) -> None:
         """Remember a site, unless its value (any shape) does not belong to the tokens of this run (RoPE tables)."""
         dims = dims or self.label(name, tuple(value.shape))
+        if "expert" not in dims and any(name.startswith(f"{experts}.") for experts in self.experts):
+            return  # of some tokens, as many as go to one expert
         if "batch" in dims or "batch*token" in dims:
             dtype = str(value.dtype).removeprefix("torch.")
             self.sites[name] = Site(name, dims, tuple(value.shape), dtype, module, where)

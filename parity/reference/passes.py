@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parity.errors import ModelError
 from parity.record.tap import Tap
 from parity.reference.batch import Batch
 from parity.reference.one_operation import Regime, no_regime
@@ -60,6 +61,13 @@ class Pass:
                 self.withheld, self.hidden = run_to_product(self.model, run), None
             else:
                 self.hidden = run()
+
+    def fired(self, site: str) -> Tensor:
+        """The value (any shape) of a site of the last piece. Raises ModelError where this run did not come by it."""
+        if site not in self.values:
+            name = type(self.model.model).__name__
+            raise ModelError(f"transformers' {name} does not come by {site} in each of its runs; parity cannot follow.")
+        return self.values[site]
 
     def at(self, site: str) -> Values:
         """The value of a site of the last piece; most are (b, t, d)."""

@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from parity.errors import ModelError
 from parity.record.chain import LayerCall, container_of, find_layers, stubbed
 from parity.record.discover import Discovery, discover
 from parity.record.experts import IN_ROUTER
@@ -29,8 +30,7 @@ from parity.sites import Site, is_cached, without_call
 
 EMBED, HEAD = "embed", "head"
 Piece = str | int  # EMBED, HEAD, or the number of a layer
-# A checkpoint of at most so many bytes is read once and stays: to load its pieces again would take longer than
-# to run them.
+# A checkpoint of at most so many bytes is read once and stays: loading its pieces again takes longer than running them.
 SMALL = 32 << 20
 
 
@@ -136,8 +136,7 @@ class PiecewiseModel:
         try:
             with nullcontext() if self._original is None else self._original.loaded(piece):
                 self._load(pieces)
-                self._is_whole = self.is_small
-                self._held.add(key)
+                self._is_whole, self._held = self.is_small, self._held | {key}
                 yield
         finally:
             self._held.discard(key)
@@ -145,7 +144,7 @@ class PiecewiseModel:
                 move((module for one in pieces for module in self._modules(one)), "meta")
 
     def _load(self, pieces: list[Piece]) -> None:
-        modules = [module for piece in pieces for module in self._modules(piece)]
+        modules = [m for piece in pieces for m in self._modules(piece)]
         if self._original is None:
             numbers = {piece if isinstance(piece, int) else None for piece in pieces}
             read(
@@ -159,7 +158,9 @@ class PiecewiseModel:
             replace_numbers(self.model, self.checkpoint, modules)  # what is filled is what was not read
         else:
             copies: dict[Tensor, Tensor] = {}
-            theirs = [module for piece in pieces for module in self._original._modules(piece)]
+            theirs = [m for piece in pieces for m in self._original._modules(piece)]
+            if len(theirs) != len(modules):
+                raise ModelError(f"transformers' {type(self.model).__name__} changes its own modules while it runs.")
             for mine, other in zip(modules, theirs, strict=True):
                 cast(mine, other, self.dtype, copies)
         if any(not isinstance(piece, int) for piece in pieces):
@@ -169,7 +170,7 @@ class PiecewiseModel:
     def _modules(self, piece: Piece) -> list[nn.Module]:
         """The modules that hold the weights of a piece."""
         if isinstance(piece, int):
-            return list(self.layers[piece].modules())
+            return [*self.layers[piece].modules()]
         inside = {m for layer in self.layers for m in layer.modules()}
         return [m for m in self.model.modules() if m not in inside]
 

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parity.record.chain import find_layers
-from parity.record.discover import kind_of
+from parity.errors import ParityError
+from parity.load_object import describe
+from parity.record.chain import find_layers, kind_of
 from parity.record.scans import SCAN
 from parity.record.tap import Tap, quiet_torch, tapping
 from parity.reference.batch import Batch
@@ -52,7 +53,12 @@ def self_check(reference: Reference, input_ids: Tensor | Batch) -> list[Check]:
     way = (working.dtype, str(working.device), working.attention, len(working.sites), weights, batch.text is None)
     key = (working.checkpoint.path, working.checkpoint.fingerprint(), changed, *way)
     if key not in _done:
-        _done[key] = checked(reference, batch.starting(_ROWS, _TOKENS))
+        try:
+            _done[key] = checked(reference, batch.starting(_ROWS, _TOKENS))
+        except ParityError:
+            raise
+        except Exception as error:  # whatever transformers' own code raises
+            _done[key] = [Check("the reference checks itself", False, f"it fails with {describe(error)}", vital=True)]
     return _done[key]
 
 
