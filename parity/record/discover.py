@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from parity.errors import ModelError
-from parity.load_object import describe
 from parity.record.attention import INSIDE, attention_taps
 from parity.record.cache import CACHE
 from parity.record.chain import Chain, kind_of, taken, watch_chain
@@ -28,7 +27,7 @@ from parity.record.experts import experts_in
 from parity.record.scans import SCAN, scan_taps, scanning_modules
 from parity.record.tap import first_tensor, quiet_torch
 from parity.record.watch import NoToQuestions, Watch
-from parity.record.weightless import weightless
+from parity.record.weightless import as_it_was, weightless
 from parity.sites import CALL, Site, numbered
 
 COSTLY = (".scores", ".probs")
@@ -90,7 +89,8 @@ def _probed_at(
         with weightless(model):
             return probed(input_ids=torch.arange(batch * token).reshape(batch, token) % words)
     except _REFUSALS as error:
-        raise ModelError(f"transformers' {type(model).__name__} does not run on a probe: {describe(error)}") from error
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ModelError(f"transformers' {type(model).__name__} fails in its forward pass with {reason}") from error
 
 
 def _without_odd_axes(model: nn.Module, found: Discovery, probe: Callable[[int, int], Discovery]) -> Discovery:
@@ -98,7 +98,7 @@ def _without_odd_axes(model: nn.Module, found: Discovery, probe: Callable[[int, 
 
     Raises ModelError where the logits have one: the model adds tokens of its own to the prompt.
     """
-    known = {size for parameter in model.parameters() for size in parameter.shape}
+    known = _sizes(model)
     if all(size in known for site in found.sites for size in _fixed(site)):
         return found
     rows, tokens = _unmistakable_sizes(model)
@@ -127,7 +127,7 @@ def _probed(
         watch.is_new(value)  # and no longer where a module takes it
     with (
         quiet_torch(),
-        _as_it_was(model),
+        as_it_was(model),
         _watching(model, watch, inside),
         watch_chain(list(layers), watch.name_of) as chain,
         nullcontext() if each else _one_of_each_kind(model, layers, watch),
@@ -139,22 +139,6 @@ def _probed(
     return Discovery(watch.result(), chain)
 
 
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """What a forward pass leaves in modules (RoPE tables made for its length) is gone after the block."""
-    modules = list(model.modules())
-    before = [(dict(vars(m)), dict(m._buffers), set(m._non_persistent_buffers_set)) for m in modules]
-    try:
-        yield
-    finally:
-        for module, (attributes, buffers, passing) in zip(modules, before, strict=True):
-            vars(module).clear()
-            vars(module).update(attributes)
-            for kept, was in ((module._buffers, buffers), (module._non_persistent_buffers_set, passing)):
-                kept.clear()
-                kept.update(was)  # type: ignore[arg-type]
-
-
 def with_sizes(sites: Iterable[Site], batch: int, token: int, calls: int = 1) -> tuple[Site, ...]:
     """The same sites with the shapes that a run of `batch` rows of `token` tokens, in so many calls, gives them."""
     sizes = {"batch": batch, "token": token, "key": token, "batch*token": batch * token, CALL: calls}
@@ -164,11 +148,16 @@ def with_sizes(sites: Iterable[Site], batch: int, token: int, calls: int = 1) ->
     )
 
 
+def _sizes(model: nn.Module) -> set[int]:
+    """All sizes of parameters, and numbers of the config."""
+    config = getattr(model, "config", None)
+    numbers = {v for v in vars(config).values() if isinstance(v, int)} if config is not None else set()
+    return numbers | {size for parameter in model.parameters() for size in parameter.shape}
+
+
 def _unmistakable_sizes(model: nn.Module) -> tuple[int, int]:
     """A batch and a token count that equal no other size in the model."""
-    taken = {size for parameter in model.parameters() for size in parameter.shape}
-    config = getattr(model, "config", None)
-    taken |= {v for v in vars(config).values() if isinstance(v, int)} if config is not None else set()
+    taken = _sizes(model)
     for batch in (3, 5, 7, 11, 13):
         for token in (17, 19, 23, 29, 31, 37, 41, 43):
             if not taken & {batch, token, batch * token}:

@@ -1,4 +1,4 @@
-"""A model on the CPU whose weights take no memory: the rows of each are windows on one vector of random numbers."""
+"""A model while it is probed: with weights that take no memory, and afterwards as it was before."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SMALL = 1 << 16  # a model may write into its small buffers, so they are real
 def weightless(model: nn.Module) -> Iterator[None]:
     """Parameters and buffers that lie on the meta device are numbers on the CPU in the block.
 
-    They are random: where a model asks for values, as a router does, tokens go different ways.
+    The rows of each are windows on one vector of random numbers: where a model asks for values, as a router does, tokens go different ways.
     """
     modules = list(model.modules())
     before = [(dict(m._parameters), dict(m._buffers)) for m in modules]
@@ -46,3 +46,19 @@ def _windows(like: Tensor, generator: torch.Generator) -> Tensor:
     numbers = numbers / math.sqrt(like.shape[-1]) if like.dim() > 1 else 1 + numbers / 64
     windows = numbers.to(like.dtype).as_strided(like.shape, (1,) * like.dim())
     return windows.contiguous() if like.numel() <= _SMALL else windows
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """What a forward pass leaves in modules (RoPE tables made for its length) is gone after the block."""
+    modules = list(model.modules())
+    before = [(dict(vars(m)), dict(m._buffers), set(m._non_persistent_buffers_set)) for m in modules]
+    try:
+        yield
+    finally:
+        for module, (attributes, buffers, passing) in zip(modules, before, strict=True):
+            vars(module).clear()
+            vars(module).update(attributes)
+            for kept, was in ((module._buffers, buffers), (module._non_persistent_buffers_set, passing)):
+                kept.clear()
+                kept.update(was)  # type: ignore[arg-type]

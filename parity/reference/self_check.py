@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from parity.errors import ParityError
-from parity.load_object import describe
 from parity.record.chain import find_layers, kind_of
 from parity.record.scans import SCAN
 from parity.record.tap import Tap, quiet_torch, tapping
 from parity.reference.batch import Batch
 from parity.reference.build import auto_class
+from parity.reference.checkpoint import first_sentence
 from parity.reference.pieces import HEAD, Piece, PiecewiseModel
 from parity.reference.precision import unit_roundoff
 from parity.reference.replay import Reference
@@ -58,7 +58,8 @@ def self_check(reference: Reference, input_ids: Tensor | Batch) -> list[Check]:
         except ParityError:
             raise
         except Exception as error:  # whatever transformers' own code raises
-            _done[key] = [Check("the reference checks itself", False, f"it fails with {describe(error)}", vital=True)]
+            reason = f"it fails with {type(error).__name__}: {first_sentence(error)}"
+            _done[key] = [Check("the reference checks itself", False, reason, vital=True)]
     return _done[key]
 
 
