@@ -1,16 +1,15 @@
-"""The cache of keys and values: the numbers in which they are kept, and which of them a later call sees."""
+"""The cache of keys and values: the numbers in which they are kept."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from parity.faults.cache_rows import SITES
-from parity.faults.fault import LAST, START, TWO_TOKENS, Change, Fault, Scope, fault, first_token
-from parity.faults.patches.attention import INSIDE, has_attention, reading, seeing, softmax_as, window_of
+from parity.faults.fault import Change, Fault, Scope, fault
+from parity.faults.patches.attention import has_attention, reading, softmax_as
 from parity.faults.patches.modules import together
 from parity.faults.patches.numbers import stored_as, wide
 from parity.record.cache import reading_edited
@@ -86,110 +85,9 @@ def attention_operands_fp16(scope: Scope) -> Change:
     return together(operands, softmax_as(lambda scores: _in_fp16(scores.to(wide(scores.dtype)).softmax(-1))))
 
 
-# (visible (b, 1, t, s), query number (t, 1), key number (s), first token) -> visible, for tokens from that one on
-_Later = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-
-
-def _seeing(scope: Scope, start: float, rule: _Later) -> Change:
-    def seen(mask: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        first = first_token(start, sum(scope.calls))
-        return torch.where(i >= first, rule(mask, i, j, first), mask)
-
-    return seeing(scope, seen)
-
-
-@fault(
-    id="cache-unused",
-    title="a decoded token sees itself alone: the cache is not read",
-    sites=INSIDE,
-    fix="join the keys and values of the cache to those of the new token",
-    needs=TWO_TOKENS,
-    applies=has_attention,
-    number=START,
-)
-def cache_unused(scope: Scope, start: float) -> Change:
-    return _seeing(scope, start, lambda mask, i, j, _first: mask & (j == i))
-
-
-@fault(
-    id="cache-lost",
-    title="from a token on nothing before it is seen: what an earlier call put into the cache is gone",
-    sites=INSIDE,
-    fix="hand the cache of one call to the next",
-    needs=TWO_TOKENS,
-    applies=has_attention,
-    number=START,
-)
-def cache_lost(scope: Scope, start: float) -> Change:
-    return _seeing(scope, start, lambda mask, _i, j, first: mask & (j >= first))
-
-
-@fault(
-    id="cache-not-extended",
-    title="decoded tokens see the prompt and themselves, but no other decoded token",
-    sites=INSIDE,
-    fix="put the keys and values of every decoded token into the cache",
-    needs="three tokens or more",
-    applies=has_attention,
-    number=replace(START, typical=(2 * LAST,)),
-)
-def cache_not_extended(scope: Scope, start: float) -> Change:
-    return _seeing(scope, start, lambda mask, i, j, first: mask & ((j < first) | (j == i)))
-
-
-@fault(
-    id="cache-hides-self",
-    title="a decoded token does not see itself: the mask in decoding is one too short",
-    sites=INSIDE,
-    fix="the mask of a decoded token has room for the cached tokens and for the token itself",
-    needs=TWO_TOKENS,
-    applies=has_attention,
-    number=START,
-)
-def cache_hides_self(scope: Scope, start: float) -> Change:
-    return _seeing(scope, start, lambda mask, i, j, _first: mask & (j != i))
-
-
-@fault(
-    id="cache-overwrites-last",
-    title="decoded tokens do not see the token before the first of them: its place in the cache is overwritten",
-    sites=INSIDE,
-    fix="write the first decoded token behind the last of the prompt",
-    needs=TWO_TOKENS,
-    applies=has_attention,
-    number=START,
-)
-def cache_overwrites_last(scope: Scope, start: float) -> Change:
-    return _seeing(scope, start, lambda mask, _i, j, first: mask & (j != first - 1))
-
-
-@fault(
-    id="cache-window-stands",
-    title="the window stands where the prompt ended, so that decoded tokens see too much",
-    sites=INSIDE,
-    fix="let the window slide with every decoded token",
-    needs="a prompt longer than the window",
-    applies=lambda s: has_attention(s) and window_of(s) is not None,
-    number=START,
-)
-def cache_window_stands(scope: Scope, start: float) -> Change:
-    window = window_of(scope) or 0
-    return _seeing(
-        scope,
-        start,
-        lambda mask, i, j, first: mask | ((j <= i) & (j > first - 1 - window) & mask.any(-2, keepdim=True)),
-    )
-
-
 FAULTS: tuple[Fault, ...] = (
     kv_cache_fp8,
     kv_cache_int8,
     kv_cache_fp16,
     attention_operands_fp16,
-    cache_unused,
-    cache_lost,
-    cache_not_extended,
-    cache_hides_self,
-    cache_overwrites_last,
-    cache_window_stands,
 )

@@ -118,6 +118,39 @@ def position_restart(scope: Scope, start: float) -> Change:
 
 
 @fault(
+    id="position-prefix-twice",
+    title="positions jump by a prefix's length from a token on, as when a cached prefix is counted twice",
+    sites=ROTATED,
+    fix="add the length of the cached prefix once: to the positions, or to where the cache begins",
+    needs=TWO_TOKENS,
+    applies=has_rope,
+    number=START,
+)
+def position_prefix_twice(scope: Scope, start: float) -> Change:
+    return _from(scope, start, lambda positions: positions + positions[..., :1])
+
+
+@fault(
+    id="position-retained-rows",
+    title="positions stop at a number: a token's is that of the rows which the cache retains, not of all before it",
+    sites=ROTATED,
+    fix="count the tokens that were seen, not the rows that a window or an eviction has left",
+    needs="more tokens than the cache retains",
+    applies=has_rope,
+    number=Number(
+        name="retained",
+        expected=lambda _s: float("inf"),
+        typical=(8.0, 16.0, 512.0, 1024.0, 4096.0),
+        discrete=True,
+        method="first-token",
+    ),
+)
+def position_retained_rows(scope: Scope, retained: float) -> Change:
+    positions = positions_of(scope)
+    return with_tables(scope, _at(scope, positions if retained == float("inf") else positions.clamp_max(int(retained))))
+
+
+@fault(
     id="position-chunk-restart",
     title="positions restart with every chunk of a long prompt",
     sites=ROTATED,
@@ -145,5 +178,7 @@ FAULTS: tuple[Fault, ...] = (
     position_decode_ahead,
     position_decode_behind,
     position_restart,
+    position_prefix_twice,
+    position_retained_rows,
     position_chunk_restart,
 )

@@ -28,7 +28,7 @@ from parity.results import Comparison, FirstCall
 from parity.run_spec import RunSpec, run_spec
 from tests.architectures import make
 from tests.conftest import in_turn, slow_but
-from tests.planted.decoding import LATE, LATE_CHUNK, LateBug
+from tests.planted.decoding import LATE, LATE_CHUNK, LATE_STEP, LateBug
 
 TOKENS = tuple((97 * i * i + 31 * i + 7) % 200 for i in range(13))
 
@@ -210,12 +210,10 @@ def test_a_bug_of_decoding_is_found_and_named(small: Path, bug: LateBug, dtype: 
     assert families == {f"model.layers.*.{name}" for name in bug.guilty}
     named = {finding.fault.id if finding.fault else None for finding in found.findings}
     assert named <= set(bug.faults or [None]), named
-    if bug.id not in ("not-extended", "cache-float8"):
-        begins = {finding.first_call for finding in found.findings}
-        assert begins == {FirstCall(1, 1)}
+    step = LATE_STEP.get(bug.id, 1)
+    assert {finding.first_call for finding in found.findings} == {FirstCall(step, step)}
+    if step == 1:
         assert words.begins(found.findings[0]).endswith("the prompt is right, wrong from the first decoded token")
-    if bug.id == "not-extended":
-        assert {finding.first_call for finding in found.findings} == {FirstCall(2, 2)}
 
 
 @pytest.mark.parametrize("bug", LATE_CHUNK, ids=lambda bug: bug.id)
@@ -233,14 +231,15 @@ def test_bugs_of_later_calls_do_not_show_in_one(small: Path, bug: LateBug) -> No
     assert planted(small, bug, "bfloat16").verdict == "match"
 
 
-def test_a_window_that_stands_still_in_decoding_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("id", slow_but(["cache-window-stands"], ["cache-window-stands", "cache-window-ignored"]))
+def test_a_window_that_does_not_slide_in_decoding_is_named(tmp_path: Path, id: str) -> None:
     path = make("mistral", tmp_path / "mistral", "float32")
     run = ask(path, "float32", tokens=" ".join(map(str, (*TOKENS, *TOKENS[:7]))))
     reference = Reference(run.model())
-    late = Injected(parse("cache-window-stands=16", run.faults), reference, Observer())
+    late = Injected(parse(f"{id}=16", run.faults), reference, Observer())
     found = diff(run, late, reference=reference)
     assert [(f.families, f.fault and f.fault.id) for f in found.findings] == [
-        (("model.layers.*.self_attn.context",), "cache-window-stands")
+        (("model.layers.*.self_attn.context",), id)
     ]
     assert found.findings[0].fault is not None
     assert found.findings[0].fault.reads["start"].value == 16

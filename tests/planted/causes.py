@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from impl.qwen3 import Config
-from parity.faults import bounds, cache_rows, experts, padding, rope_scaling, rope_tables, router, scans
+from parity.faults import bounds, cache_rows, cache_seen, experts, padding, rope_scaling, rope_tables, router, scans
 
 # The wrong number of a bug, on a checkpoint and a prompt of so many tokens.
 Truth = Callable[[Config, int], float]
@@ -138,11 +138,9 @@ UNPLANTED: dict[str, str] = {
     "norm-rounding-order": "nothing: it is legal, the clean variant norm-weight-fp32",
     "head-untied": "a file with a head beside a tied embedding, which impl refuses to load",
     "rope-scaling-ignored": "a config with scaled RoPE, which impl does not implement",
-    **dict.fromkeys(
-        ("cache-unused", "cache-lost", "cache-not-extended", "cache-hides-self", "cache-overwrites-last"), _DECODING
-    ),
+    **{fault.id: _DECODING for fault in cache_seen.FAULTS},
     **dict.fromkeys(("position-decode-ahead", "position-decode-behind", "position-restart"), _DECODING),
-    "cache-window-stands": _DECODING,
+    **dict.fromkeys(("position-prefix-twice", "position-retained-rows"), _DECODING),
     **{fault.id: "several calls: tests.planted.caches" for fault in cache_rows.FAULTS},
     **{fault.id: _PADDING for fault in padding.FAULTS},
     **dict.fromkeys(("window-ignored", "window-plus-one", "window-minus-one", "window-of-other-layers"), _WINDOW),
