@@ -16,7 +16,8 @@ _SMALL = 1 << 16  # a model may write into its small buffers, so they are real
 def weightless(model: nn.Module) -> Iterator[None]:
     """Parameters and buffers that lie on the meta device are numbers on the CPU in the block.
 
-    The rows of each are windows on one vector of random numbers: where a model asks for values, as a router does, tokens go different ways.
+    The rows of each are windows on one vector of random numbers: where a model asks for values, as a router does,
+    tokens go different ways.
     """
     modules = list(model.modules())
     before = [(dict(m._parameters), dict(m._buffers)) for m in modules]

@@ -15,7 +15,8 @@ UNCAPPED = "transformers' sdpa leaves out the softcap of the attention scores"
 
 @dataclass(frozen=True)
 class Result:
-    """One run. `outcome` is "match", "alarm", "inconclusive", "refused" or "crash" of a clean one; of a planted one
+    """One run. `outcome` is "match", "alarm", "inconclusive", "refused" or "crash" of a clean one, or "unmade" where
+    transformers itself cannot make or run the model; of a planted one
     "named", "tied" (one of several that the report says it cannot tell apart), "unnamed" (localized), "elsewhere",
     "unseen" (no site differs enough), "refused" or "crash"."""
 
@@ -49,7 +50,7 @@ def page(shapes: Sequence[Shape], results: Sequence[Result]) -> str:
     heads = [f"{dtype}: {', '.join(CLEAN)}" for dtype in dtypes] + [f"{bug} ({', '.join(dtypes)})" for bug in BUGS]
     by_run = {(r.architecture, r.dtype, r.what): r.outcome for r in results}
     lines = [
-        "# Every decoder of tests/architectures.py",
+        "# Architectures",
         "",
         f"Made by `python -m tests.bench.architectures`: {made_with}.",
     ]
@@ -80,11 +81,11 @@ def _sign(outcome: str | None) -> str:
 
 
 def _totals(results: Sequence[Result]) -> list[str]:
-    clean = [r for r in results if r.what in CLEAN and r.outcome != "n/a"]
+    clean = [r for r in results if r.what in CLEAN and r.outcome not in ("n/a", "unmade")]
     planted = [r for r in results if r.what in BUGS and r.outcome != "no effect"]
     localized = _count(planted, "named", "tied", "unnamed", "wrong name")
     named = _count(planted, "named", "tied")
-    names = len({r.architecture for r in results})
+    names = len({r.architecture for r in results if r.outcome != "unmade"})
     return [
         f"- {names} architectures, {len(clean)} clean runs: {_count(clean, 'match')} match, "
         f"{_count(clean, 'alarm')} alarms, {_count(clean, 'inconclusive')} inconclusive, "

@@ -1,10 +1,12 @@
 """Every decoder: clean runs must match in three dtypes, and bugs planted in a live model must be found and named.
 
     python -m tests.bench.architectures [--jobs 16] [--only llama,mamba2] [--dtypes float32,bfloat16]
+    python -m tests.bench.architectures --every      all other causal language models that transformers has
 
-Makes the checkpoints of tests.architectures. Clean candidates are `hf:` with eager and with sdpa and the plain model
-as `from_pretrained` gives it; planted bugs are those of tests.bench.architecture_bugs. The right place of a bug is
-the first site, in order of execution, where the broken model differs at all. Writes tests/bench/ARCHITECTURES.md.
+Makes the checkpoints of tests.architectures, or the smaller ones of tests.small_decoders. Clean candidates are `hf:`
+with eager and with sdpa and the plain model as `from_pretrained` gives it; planted bugs are those of
+tests.bench.architecture_bugs. The right place of a bug is the first site, in order of execution, where the broken
+model differs at all. Writes tests/bench/ARCHITECTURES.md or EVERY_DECODER.md.
 """
 
 from __future__ import annotations
@@ -40,8 +42,9 @@ from parity.run_spec import RunSpec
 from tests.architectures import ARCHITECTURES, make
 from tests.bench.architecture_bugs import PLANTS, ROTATED, Bug, other_theta
 from tests.bench.architecture_page import AS_IT_SHOULD_BE, BUGS, CLEAN, DTYPES, UNCAPPED, Result, Shape, as_line, page
+from tests.small_decoders import make_small, others
 
-PAGE = Path(__file__).with_name("ARCHITECTURES.md")
+PAGE, PAGE_OF_EVERY = (Path(__file__).with_name(f"{name}.md") for name in ("ARCHITECTURES", "EVERY_DECODER"))
 TOKENS = tuple((i * 37 + 11) % 200 + 3 for i in range(40))  # more than any window; the padding token is not among them
 
 
@@ -50,7 +53,11 @@ def examine(name: str, dtype: str) -> list[Result | Shape]:
     torch.set_num_threads(1)
     disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="parity-arch-") as folder:
-        path = make(name, Path(folder) / name)
+        path = Path(folder) / name
+        if name in ARCHITECTURES:
+            make(name, path)
+        elif reason := _unmade(name, path):
+            return [Result(name, dtype, what, "unmade", reason) for what in CLEAN[:1]]
         options = RunOptions(model=str(path), dtype=dtype, power=False)
         run = RunSpec(find(str(path)), (TOKENS,), dtype, options)
         try:
@@ -64,6 +71,19 @@ def examine(name: str, dtype: str) -> list[Result | Shape]:
         shape = Shape(name, round(sum(inside) / len(inside)) if inside else len(working.sites), working.is_cut)
         rounding: dict[str, float] = {}
         return [shape, *_clean(name, run, reference, rounding), *_planted(name, run, reference, rounding)]
+
+
+def _unmade(name: str, path: Path) -> str:
+    """Makes a small checkpoint and runs it; says why where that is nothing that transformers itself can do."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(make_small(name, path)).eval()
+        with torch.no_grad():
+            model(torch.tensor([TOKENS]), use_cache=False)
+    except Exception as error:
+        return _where(error)
+    return ""
 
 
 def _clean(name: str, run: RunSpec, reference: Reference, rounding: dict[str, float]) -> Iterator[Result]:
@@ -185,9 +205,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", default="", help="architectures, with commas between them")
     parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--every", action="store_true", help="those that transformers has beside these")
     parser.add_argument("--page", type=Path, default=None, help=f"where the page goes [default: {PAGE.name}]")
     arguments = parser.parse_args()
-    names = arguments.only.split(",") if arguments.only else list(ARCHITECTURES)
+    names = arguments.only.split(",") if arguments.only else others() if arguments.every else list(ARCHITECTURES)
     jobs = [(name, dtype) for name in names for dtype in arguments.dtypes.split(",")]
     found: list[Result | Shape] = []
     start = time.perf_counter()
@@ -201,7 +222,7 @@ def main() -> int:
     results = sorted((r for r in found if isinstance(r, Result)), key=lambda r: order[r.architecture])
     text = page([s for s in found if isinstance(s, Shape)], results)
     if not arguments.only or arguments.page:
-        (arguments.page or PAGE).write_text(text)
+        (arguments.page or (PAGE_OF_EVERY if arguments.every else PAGE)).write_text(text)
     print(text)
     print(f"{time.perf_counter() - start:.0f} s, {sum(r.seconds for r in results):.0f} s of runs", file=sys.stderr)
     return int(any(r.outcome in ("alarm", "crash", "inconclusive", "elsewhere", "wrong name") for r in results))
