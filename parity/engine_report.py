@@ -68,6 +68,17 @@ class Contrast:
         return "inconclusive" if "inconclusive" in verdicts else "match"
 
     @property
+    def compared(self) -> str:
+        """What of both can be equal: bits, or in two dtypes numbers."""
+        same = self.first.environment.candidate_dtype == self.second.environment.candidate_dtype
+        return "bits" if same else "numbers"
+
+    @property
+    def apart(self) -> tuple[Distance, ...]:
+        """The sites where these are not the same."""
+        return tuple(d for d in self.distances if not d.bit_equal and (self.compared == "bits" or d.distance))
+
+    @property
     def exit_code(self) -> int:
         """As diff(1)."""
         return EXIT_CODES[self.verdict]

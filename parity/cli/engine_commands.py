@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from parity.cli.commands import Candidate, Json, Model, Names, TrustRemoteCode
-from parity.cli.console import observed, print_json
+from parity.cli.console import observed, print_json, writable
 from parity.cli.run_options import with_run_options
 from parity.errors import UsageError
 from parity.options import HOW, IMPL, RunOptions, shell
@@ -84,6 +84,7 @@ def invariance(
     decode: Annotated[int, typer.Option(help="The last K tokens one by one.")] = 0,
     threads: Annotated[str, typer.Option(help="With so many threads of torch: 1,2.")] = "",
     exact: Annotated[bool, typer.Option("--exact", help="Exit code 1 where any bit differs.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of a report, if one is wanted.")] = None,
     json: Json = False,
 ) -> None:
     """Say which operations give other bits when the same row runs in a batch, in chunks, decoded, with other threads.
@@ -91,14 +92,15 @@ def invariance(
     Every operation is asked on the same inputs, and the reference itself is asked too. Exit code 0: the same, or
     without --exact within rounding; 1: not; 2: trouble.
     """
+    if out is not None:
+        writable(out)
     settings = [_sizes("--batch", batch), _sizes("--chunks", chunks), _sizes("--threads", threads)]
     from rich.console import Console
 
     from parity.candidates.base import open_candidate
     from parity.engines.invariance import Settings, as_module
     from parity.engines.invariance import invariance as ask
-    from parity.json_values import to_json
-    from parity.report.invariance import show_invariance
+    from parity.report.invariance import as_json, show_invariance, write_invariance
     from parity.run_spec import run_spec
 
     opened = as_module(open_candidate(candidate, names))
@@ -108,9 +110,13 @@ def invariance(
     with observed(quiet=json) as observer:
         found = ask(spec, opened, varied, observer, against=other, exact=exact)
     if json:
-        print_json({"verdict": found.verdict, **to_json(found)})
+        print_json(as_json(found))
     else:
         show_invariance(found, Console(highlight=False))
+    if out is not None:
+        page = write_invariance(found, out)
+        if not json:
+            print(f"report: {page}")
     raise typer.Exit(found.exit_code)
 
 

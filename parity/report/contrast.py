@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +14,8 @@ from rich.text import Text
 from parity import words
 from parity.engine_report import Contrast, Distance
 from parity.json_values import to_json
-from parity.report.files import write_all
+from parity.report.engine_page import render_contrast
+from parity.report.files import write_all, write_texts
 from parity.report.layers import LayerRow, rows
 from parity.report.markdown import code
 from parity.report.markdown import escape as in_markdown
@@ -61,8 +61,10 @@ def sentences(c: Contrast) -> Iterator[str]:
     if not c.distances:
         yield "no site was recorded by both, so their distance is not known"
         return
-    apart = next((d for d in c.distances if not d.bit_equal), None)
-    yield "both have the same bits at every site" if apart is None else f"the first other bits are at {apart.site}"
+    if c.apart:
+        yield f"the first other {c.compared} are at {c.apart[0].site}"
+    else:
+        yield f"both have the same {c.compared} at every site"
     if c.agreeing is not None:
         yield f"the same top token at {c.agreeing} of {c.positions} positions"
     for span in c.logprobs:
@@ -99,14 +101,15 @@ def write_contrast(c: Contrast, folder: Path) -> Path:
 
     Returns the path of the page.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     for name, side in (("first", c.first), ("second", c.second)):
         write_all(side, folder / name, plots=False)
-    (folder / "report.json").write_text(json.dumps(as_json(c), indent=1) + "\n", encoding="utf-8")
-    (folder / "report.md").write_text(_markdown(c), encoding="utf-8")
-    page = folder / "index.html"
-    page.write_text(_page(c), encoding="utf-8")
-    return page
+    texts = {
+        "report.json": json.dumps(as_json(c), indent=1) + "\n",
+        "report.md": _markdown(c),
+        "index.html": render_contrast(c, HEADS, _rows(c), _LEGEND),
+    }
+    write_texts(folder, texts)
+    return folder / "index.html"
 
 
 def as_json(c: Contrast) -> dict[str, object]:
@@ -141,44 +144,3 @@ def _markdown(c: Contrast) -> str:
     lines += [f"| {' | '.join(map(in_markdown, row.cells))} |" for row in _rows(c)]
     lines += ["", _LEGEND, "", f"Again: {code(c.first.environment.command)}"]
     return "\n".join(lines) + "\n"
-
-
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.15rem .8rem;text-align:right}"
-    "td:first-child,th:first-child{text-align:left}tr:nth-child(even){background:#f5f5f5}"
-    ".wrong,.nonfinite,.diverged{color:#b00020;font-weight:600}.imprecise,.inconclusive{color:#8a6100}"
-    ".rounding,.exact,.match{color:#1b6e2d}.unmeasured{color:#777}"
-    ".sides{display:grid;grid-template-columns:1fr 1fr;gap:2rem}"
-)
-
-
-def _page(c: Contrast) -> str:
-    """One file that needs no network; both columns link to the whole report of their engine."""
-
-    def side(name: str, one: Comparison) -> str:
-        return (
-            f'<section><h2>{name}: <span class="{one.verdict}">{one.verdict}</span></h2>'
-            f"<p>{_text(one.environment.candidate)}</p><p>{_text(one.headline)}</p>"
-            f'<p><a href="{name}/index.html">its whole report</a></p></section>'
-        )
-
-    listed = "".join(f"<li>{_text(sentence)}</li>" for sentence in sentences(c))
-    heads = "".join(f"<th>{head}</th>" for head in HEADS)
-    body = "".join(
-        "<tr>" + "".join(f'<td class="{_text(cell)}">{_text(cell)}</td>' for cell in row.cells) + "</tr>"
-        for row in _rows(c)
-    )
-    differ = f"<p><strong>The weights differ: {_text(c.weights)}</strong></p>" if c.weights else ""
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>parity: two engines</title>'
-        f"<style>{_STYLE}</style></head><body>"
-        f'<h1 class="{c.verdict}">{c.verdict.upper()}</h1>{differ}'
-        f'<div class="sides">{side("first", c.first)}{side("second", c.second)}</div>'
-        f"<ul>{listed}</ul><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
-        f"<p>{_LEGEND}</p></body></html>\n"
-    )
-
-
-def _text(value: str) -> str:
-    return escape(visible(value))

@@ -29,19 +29,32 @@ def write_all(comparison: Comparison, folder: Path, *, plots: bool = True) -> Wr
     What cannot be drawn or rendered is left out, and is one of the Comparison's troubles. Raises UsageError where the
     folder cannot be written.
     """
-    try:
+    with _refused(folder):
         folder.mkdir(parents=True, exist_ok=True)
         comparison, pictures = _drawn(comparison, folder / "plots") if plots else (comparison, {})
-        comparison, texts = _rendered(comparison, pictures, folder)
+    comparison, texts = _rendered(comparison, pictures, folder)
+    write_texts(folder, texts)
+    paths = {name: folder / name for name in texts} | {f"plots/{name}": path for name, path in pictures.items()}
+    return Written(paths, comparison)
+
+
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write texts by file name into a folder, each whole or not at all. Raises UsageError."""
+    with _refused(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         for name, content in texts.items():
             with whole(folder / name) as temporary:
                 temporary.write_text(content, encoding="utf-8", newline="\n")
+
+
+@contextmanager
+def _refused(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UsageError(
             f"{error.filename or folder}: the report cannot be written ({error.strerror}). Give another --out."
         ) from error
-    paths = {name: folder / name for name in texts} | {f"plots/{name}": path for name, path in pictures.items()}
-    return Written(paths, comparison)
 
 
 def _drawn(comparison: Comparison, folder: Path) -> tuple[Comparison, dict[str, Path]]:

@@ -29,9 +29,9 @@ _BINS = 128
 
 def render(comparison: Comparison) -> str:
     """The page. The same Comparison gives the same bytes."""
-    style, script = (_source(name) for name in ("report.css", "report.js"))
-    page = _templates().get_template("report.html.j2")
-    return page.render(
+    script = _source("report.js")
+    return page(
+        "report.html.j2",
         c=comparison,
         env=comparison.environment,
         counts=_counts(comparison),
@@ -49,11 +49,15 @@ def render(comparison: Comparison) -> str:
         steps=summaries.steps(comparison.sites),
         severity={verdict: rank for rank, verdict in enumerate(SEVERITY)},
         data=_script_safe(_details(comparison)),
-        style=Markup(style),
         script=Markup(script),
-        style_hash=_hash(style),
         script_hash=_hash(script),
     )
+
+
+def page(template: str, *more: str, **values: Any) -> str:
+    """A template filled with values, in the style of all pages and of `more` files."""
+    style = "".join(map(_source, ("report.css", *more)))
+    return _templates().get_template(template).render(style=Markup(style), style_hash=_hash(style), **values)
 
 
 def fragment(comparison: Comparison) -> str:

@@ -144,15 +144,18 @@ def test_a_recording_that_was_changed_is_no_match(
 
 
 @pytest.mark.slow
-def test_invariance(cli: Callable[..., Ran], small: Path) -> None:
+def test_invariance(cli: Callable[..., Ran], small: Path, tmp_path: Path) -> None:
     ran = cli(
         "invariance", "--model", small, "--tokens", TOKENS, "--batch", "2", "--against", "hf:?attn=sdpa", "--json"
     )
     found = json.loads(ran.out)
     assert (ran.code, found["verdict"]) == (0, "match")
     assert {v["setting"] for v in found["variances"]} == {"against hf:?attn=sdpa"}
-    ran = cli("invariance", "--model", small, "--tokens", TOKENS, "--against", "hf:?attn=sdpa", "--exact")
+    out = tmp_path / "report"
+    ran = cli("invariance", "--model", small, "--tokens", TOKENS, "--against", "hf:?attn=sdpa", "--exact", "-o", out)
     assert (ran.code, ran.out[:8]) == (1, "DIVERGED")
+    assert f"report: {out / 'index.html'}" in ran.out
+    assert json.loads((out / "report.json").read_text())["verdict"] == "diverged"
     assert "self_attn.context  0-1     against hf:?attn=sdpa" in ran.out
     ran = cli("invariance", "--model", small, "--tokens", TOKENS, "--batch", "x")
     assert (ran.code, ran.err) == (2, "parity: --batch 'x': no list of sizes. Give numbers such as 1,4.\n")

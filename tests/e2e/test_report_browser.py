@@ -17,7 +17,10 @@ from typing import Any
 import pytest
 
 from parity.report import html
+from parity.report.contrast import write_contrast
+from parity.report.invariance import write_invariance
 from tests.conftest import ROOT
+from tests.engine_example import contrast, invariance
 from tests.report_example import everything, hostile, large
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -300,6 +303,25 @@ def test_it_fits_and_can_be_read(browser: Browser, scheme: str, width: int) -> N
     for selector, least in ((".badge, p, dd, dt, h1, h2, li, .grid .v-wrong, a, td", 4.5), (".grid button", 3.0)):
         poor = [(name, ratio) for name, ratio in browser.js(CONTRAST, selector) if ratio < least]
         assert not poor, poor[:5]
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_pages_of_engines_fit_and_can_be_read(browser: Browser, width: int, tmp_path: Path) -> None:
+    pages = (write_contrast(contrast(), tmp_path / "engines"), write_invariance(invariance(), tmp_path / "invariance"))
+    for page in pages:
+        browser.open(page, "dark" if width < 600 else "light", width)
+        assert browser.js("return document.documentElement.scrollWidth") <= width, "no sideways scroll of the page"
+        browser.shoot(f"{page.parent.name}-{width}", height=2000)
+        poor = [
+            (name, ratio)
+            for name, ratio in browser.js(CONTRAST, ".badge, p, dd, dt, h1, h2, li, a, td, th")
+            if ratio < 4.5
+        ]
+        assert not poor, poor[:5]
+        assert browser.errors() == []
+    browser.open(pages[0], width=width)
+    first, second = (card.rect for card in browser.all(".sides article"))
+    assert (first["y"] == second["y"]) == (width == 1280), "side by side, or below each other on a telephone"
 
 
 def test_a_large_page_opens_at_once(browser: Browser, tmp_path: Path) -> None:
