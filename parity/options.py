@@ -63,7 +63,10 @@ class RunOptions:
         False, HOW, "Call it a match although some operations were not recorded.", "--allow-unexamined"
     )
     weights: str | None = _option(
-        None, HOW, "The weights of the reference: gguf:FILE, as the candidate has them; 'checkpoint' for the model's."
+        None,
+        HOW,
+        "The weights of the reference, as the candidate has them: gguf:FILE, mlx:DIR, onnx:FILE; 'checkpoint' for the "
+        "model's.",
     )
     accept: str | None = _option(
         None, HOW, "Precision regimes that are no fault: ids of `parity faults`, such as attention-operands-fp16."

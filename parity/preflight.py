@@ -9,13 +9,13 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from parity.errors import CandidateError, ModelError, ParityError, UsageError
+from parity.errors import CandidateError, ParityError, UsageError
 from parity.reference.checkpoint import EMBEDDED, Checkpoint, find, looks_like_hub_id
+from parity.reference.own_weights import OWN, check_weights
 from parity.reference.tokenizer import require_tokenizer
 from parity.untrusted import require_content, what_is_no_file
 
 DTYPES = ("float32", "bfloat16", "float16")
-OWN = "checkpoint"  # as --weights: the model's own
 ATTENTIONS = ("eager", "sdpa")
 _DEVICES = ("cpu", "cuda", "hpu", "mps", "mtia", "npu", "xla", "xpu")
 _LONGEST_TEXT = 1 << 26  # bytes of a file of text or token ids
@@ -125,16 +125,6 @@ def check_injection(text: str, *, more: bool) -> None:
         near = difflib.get_close_matches(match[1], known, n=3, cutoff=0.4)
         hint = f"Did you mean {' or '.join(near)}?" if near else "`parity faults` lists them."
         raise UsageError(f"no fault has the id {match[1]!r}. {hint}")
-
-
-def check_weights(spec: str) -> Path:
-    """The file that `--weights gguf:FILE` names. Raises UsageError for another SPEC, and ModelError for no file."""
-    kind, _, rest = spec.partition(":")
-    if kind != "gguf":
-        raise UsageError(f"--weights {spec!r:.60}: write gguf:FILE, or {OWN} for those of the model.")
-    if not Path(rest).is_file():
-        raise ModelError(f"weights {spec}: no such file. Give its path from {Path.cwd()}.")
-    return Path(rest)
 
 
 def _check_regimes(text: str) -> None:

@@ -16,9 +16,9 @@ from parity.dump.tokens import TokenIds
 from parity.errors import UsageError
 from parity.faults import CATALOGUE, Fault, load_user_faults, regimes
 from parity.options import RunOptions
-from parity.preflight import OWN, check_weights
 from parity.reference.batch import Batch, padded
-from parity.reference.checkpoint import EMBEDDED, Checkpoint, Weights, default_dtype, find
+from parity.reference.checkpoint import EMBEDDED, Checkpoint, default_dtype, find
+from parity.reference.own_weights import open_weights
 from parity.reference.pieces import PiecewiseModel
 from parity.reference.tokenizer import tokenize
 
@@ -143,7 +143,7 @@ def run_spec(options: RunOptions, said: RunInfo | None = None, command: str = ""
     """
     said = said or RunInfo()
     checkpoint = find(options.model or said.model or EMBEDDED, trust_remote_code=options.trust_remote_code)
-    checkpoint = replace(checkpoint, weights=_weights(options))
+    checkpoint = replace(checkpoint, weights=open_weights(options.weights))
     texts = options.texts
     _check_device(options.device)
     if said.token_ids and not options.says_what_to_run:
@@ -167,14 +167,6 @@ def run_spec(options: RunOptions, said: RunInfo | None = None, command: str = ""
         raise UsageError(f"--weights are kept in float32, but the run is in {run.dtype}. Give --dtype float32.")
     _ = run.accepted  # what is no regime is said before anything runs
     return run
-
-
-def _weights(options: RunOptions) -> Weights | None:
-    if options.weights in (None, OWN):
-        return None
-    from parity.reference.gguf_weights import GgufWeights
-
-    return GgufWeights(check_weights(str(options.weights)))
 
 
 def _calls(options: RunOptions, tokens: int, said: RunInfo) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from parity.sites import Dims, Site
 
 if TYPE_CHECKING:
     from parity.dump import Dump, NameMap, RunInfo
-    from parity.reference.checkpoint import Checkpoint
+    from parity.reference.checkpoint import Checkpoint, Weights
     from parity.run_spec import RunSpec
 
 DUMPS = (".h5", ".hdf5", ".safetensors", ".npz")
@@ -58,6 +58,10 @@ class Candidate(Protocol):
         `path` is where an HDF5 archive may be written. Raises CandidateError when the candidate fails.
         """
         ...
+
+    def own_weights(self) -> Weights | None:
+        """After `record`: the weights that it ran with, where it has quantized them itself."""
+        return None
 
     def checks(self, checkpoint: Checkpoint) -> list[Check]:
         """What can be checked before anything is measured: that the weights are the checkpoint's, for one."""

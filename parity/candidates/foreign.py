@@ -21,10 +21,12 @@ from parity.candidates.base import Candidate
 from parity.candidates.tapping import tapping_check
 from parity.dump import Dump, NameMap, RunInfo, open_dump, rename
 from parity.errors import CandidateError
-from parity.reference.checkpoint import Checkpoint
+from parity.reference.checkpoint import Checkpoint, Weights
+from parity.reference.own_weights import open_weights
 from parity.results import Check
 from parity.run_spec import RunSpec
 from parity.sites import Site
+from parity.untrusted import parse_json
 
 _PRODUCERS = Path(__file__).parent / "producers"
 _UNITS = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # unit roundoffs
@@ -150,6 +152,23 @@ class Onnx(Foreign):
     program = "run_onnx.py"
     options = {"names_from": ()}  # noqa: RUF012 - nobody writes to it
 
+    def own_weights(self) -> Weights | None:
+        """Those of the file, if it multiplies with quantized ones and is of torch's exporter."""
+        return open_weights(self.name) if _holds_integers(self._file) else None
+
+
+def _holds_integers(file: Path) -> bool:
+    """Whether a graph of torch's exporter multiplies with quantized weights, as far as can be told."""
+    try:
+        import onnx
+
+        model = onnx.load(file, load_external_data=False)
+        kinds = {node.op_type for node in model.graph.node}
+    except Exception:  # without the package, or of any kind, for the file may hold anything
+        return False
+    is_known = not model.producer_name.startswith("onnxruntime-genai")
+    return is_known and bool(kinds & {"MatMulInteger", "MatMulNBits", "DequantizeLinear"})
+
 
 class Mlx(Foreign):
     """`mlx:DIR`: a checkpoint in MLX, as mlx-lm runs it."""
@@ -157,3 +176,8 @@ class Mlx(Foreign):
     kind = "mlx"
     program = "run_mlx.py"
     dump = ".safetensors"  # which has bfloat16
+
+    def own_weights(self) -> Weights | None:
+        """Those of the folder, if its config.json says that they are quantized."""
+        config = parse_json((self._file / "config.json").read_bytes(), unique=False)
+        return open_weights(f"mlx:{self._file}") if config.get("quantization") else None

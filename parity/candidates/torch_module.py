@@ -23,8 +23,9 @@ from parity.load_object import describe, misfit
 from parity.record.experts import CHOICES, GIVEN, ROUTED
 from parity.record.tap import Tap, first_tensor, quiet_torch, tapping, without_wrappers
 from parity.reference.batch import Batch
-from parity.reference.checkpoint import Checkpoint
+from parity.reference.checkpoint import Checkpoint, Weights
 from parity.reference.integrity import weight_check
+from parity.reference.module_weights import ModuleWeights
 from parity.reference.precision import unit_roundoff
 from parity.results import Check
 from parity.run_spec import RunSpec
@@ -106,6 +107,10 @@ class TorchModule(Candidate):
             answers.append(_run(module, given, own, tap, step))
             start += size
         return answers
+
+    def own_weights(self) -> Weights | None:
+        """The module's parameters, if a library has quantized some of them."""
+        return None if self._module is None else ModuleWeights.of(self.name, self._module)
 
     def checks(self, checkpoint: Checkpoint) -> list[Check]:
         """Whether the module's parameters are the checkpoint's, and a compiled module's run was not changed by taps."""

@@ -65,6 +65,7 @@ def opened(
         with observer.timed("record candidate"):
             dump = candidate.record(run, reference.working.sites, Path(folder) / "candidate.h5")
             dump = with_hidden_states(dump, reference.working)
+        run, reference = _on_own_weights(run, candidate, reference)
         with closing(dump):
             pairs = pair_up(dump, candidate, reference.working, run)
             checks: tuple[Check, ...] = ()
@@ -79,6 +80,15 @@ def opened(
             # From here on the dump says all there is to say, and the candidate's weights would only take memory.
             candidate.close()
             yield Sides(run, reference, dump, pairs, candidate.name, checks, left_out=left_out)
+
+
+def _on_own_weights(run: RunSpec, candidate: Candidate, reference: Reference) -> tuple[RunSpec, Reference]:
+    """The run and the reference with the weights that a recorded candidate has quantized, where float32 keeps them."""
+    own = candidate.own_weights() if run.options.weights is None and run.dtype == "float32" else None
+    if own is None:
+        return run, reference
+    run = replace(run, checkpoint=replace(run.checkpoint, weights=own))
+    return run, Reference(run.model())
 
 
 def compare(sides: Sides, observer: Observer) -> Comparison:

@@ -93,4 +93,57 @@ def products_q8_k_inputs(scope: Scope) -> Change:
     return _inputs_as(scope, _in_q8_k)
 
 
-FAULTS: tuple[Fault, ...] = (products_fp16_inputs, products_q8_0_inputs, products_q8_k_inputs)
+def _in_uint8(x: Tensor) -> Tensor:
+    """x (b, …, i), each prompt of it in 256 steps from its least number to its largest, both counted from zero."""
+    with as_written():
+        numbers, inner = x.float(), tuple(range(1, x.dim()))
+        low, high = numbers.amin(inner, keepdim=True).clamp_max(0), numbers.amax(inner, keepdim=True).clamp_min(0)
+        step = (high - low) / 255
+        zero = (-low / step).round()
+        whole = ((numbers / step).round() + zero).clamp(0, 255)
+        return torch.where(step > 0, (whole - zero) * step, 0).to(x.dtype)
+
+
+@fault(
+    id="products-uint8-inputs",
+    title="matrix products take their inputs in 8 bits, with one step for all tokens of a prompt",
+    sites=LINEARS,
+    fix="accept it, or quantize weights only: with one step for all, a large number of one token costs all others",
+    source="ONNX Runtime: quantize_dynamic puts DynamicQuantizeLinear before a product",
+    needs="float32",
+    applies=has_linears,
+    regime=True,
+)
+def products_uint8_inputs(scope: Scope) -> Change:
+    return _inputs_as(scope, _in_uint8)
+
+
+def _in_int8_rows(x: Tensor) -> Tensor:
+    """x (…, i), each row of it in whole numbers of 2/255 of its largest."""
+    with as_written():
+        numbers = x.float()
+        step = (numbers.abs().amax(-1, keepdim=True) / 127.5).clamp_min(torch.finfo(torch.float32).eps)
+        return ((numbers * (1 / step)).round().clamp(-128, 127) * step).to(x.dtype)
+
+
+@fault(
+    id="products-int8-rows",
+    title="matrix products take their inputs in 8 bits, with a step for each token",
+    sites=LINEARS,
+    fix="accept it, or quantize weights only",
+    source="torchao: Int8DynamicActivationInt8WeightConfig",
+    needs="float32",
+    applies=has_linears,
+    regime=True,
+)
+def products_int8_rows(scope: Scope) -> Change:
+    return _inputs_as(scope, _in_int8_rows)
+
+
+FAULTS: tuple[Fault, ...] = (
+    products_fp16_inputs,
+    products_q8_0_inputs,
+    products_q8_k_inputs,
+    products_uint8_inputs,
+    products_int8_rows,
+)

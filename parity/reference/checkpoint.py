@@ -23,6 +23,8 @@ class Weights(Protocol):
     """Numbers for a model from elsewhere: a quantized file, read back to float32 one tensor at a time."""
 
     name: str
+    are_all: bool
+    """Whether every tensor of the model must be among them."""
 
     def tensor(self, name: str) -> Any:
         """A tensor by its name in transformers, in float32; None if there is none."""
@@ -30,6 +32,14 @@ class Weights(Protocol):
 
     def format(self, name: str) -> str:
         """The format in which it is kept; empty if there is none."""
+        ...
+
+    def grid(self, name: str) -> Any:
+        """What a quantized format keeps of it (parity.reference.grids.Grid); None for another, or an unknown one."""
+        ...
+
+    def as_kept(self, name: str, stored: Any) -> Any:
+        """The checkpoint's own numbers as this tensor would have them; None where it is quantized."""
         ...
 
 

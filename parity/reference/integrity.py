@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from parity.record.tap import without_wrappers
 from parity.reference.batch import Batch
 from parity.reference.checkpoint import Checkpoint
+from parity.reference.module_weights import is_quantized
 from parity.reference.pieces import PiecewiseModel
 from parity.results import Check
 
@@ -61,23 +62,33 @@ def weight_check(module: nn.Module, checkpoint: Checkpoint) -> Check:
     """The live candidate's parameters against the checkpoint, name by name, in the candidate's dtype.
 
     A different tensor is said to be transposed, or another tensor of the checkpoint, where it is one.
-    A name that the checkpoint lacks is not an error: a port may fuse or split weights.
+    A name that the checkpoint lacks is not an error: a port may fuse or split weights. Where the reference computes
+    with other weights (`--weights`), the candidate's must be those; what a library has quantized is judged elsewhere
+    (parity.reference.weight_error).
     """
     differing: list[str] = []
     compared = 0
     own = {without_wrappers(name): p for name, p in module.named_parameters(remove_duplicate=False)}
     padding = {m.weight: m.padding_idx for m in module.modules() if isinstance(m, nn.Embedding)}
+    judged = 0
     for name, stored in _tensors(checkpoint, own):
+        if checkpoint.weights is not None and is_quantized(own[name]):
+            judged += 1
+            continue
         compared += 1
+        other = checkpoint.weights.tensor(name) if checkpoint.weights is not None else None
+        stored = stored if other is None else other
         mine = own[name].detach().cpu()
         if not _same(mine, stored) and not _same(mine, _padded(stored, padding.get(own[name]))):
             differing.append(f"{name} {_how(mine, stored, checkpoint)}")
-    unknown = len(own) - compared
+    unknown = len(own) - compared - judged
     if differing:
         more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
         return Check("candidate weights", False, differing[0] + more)
     tail = f", {unknown} under other names" if unknown else ""
-    return Check("candidate weights", True, f"{compared} tensors equal to the checkpoint{tail}")
+    apart = f", {judged} quantized" if judged else ""
+    whose = "the checkpoint" if checkpoint.weights is None or judged else checkpoint.weights.name
+    return Check("candidate weights", True, f"{compared} tensors equal to {whose}{apart}{tail}")
 
 
 def _padded(stored: Tensor, row: int | None) -> Tensor:
@@ -86,16 +97,11 @@ def _padded(stored: Tensor, row: int | None) -> Tensor:
 
 
 def _same(mine: Tensor, stored: Tensor) -> bool:
-    return not _is_quantized(mine) and mine.shape == stored.shape and torch.equal(mine, stored.to(mine.dtype))
-
-
-def _is_quantized(mine: Tensor) -> bool:
-    """Whether it is a class of a library's own, which may know no comparison of numbers."""
-    return type(mine) not in (Tensor, nn.Parameter)
+    return not is_quantized(mine) and mine.shape == stored.shape and torch.equal(mine, stored.to(mine.dtype))
 
 
 def _how(mine: Tensor, stored: Tensor, checkpoint: Checkpoint) -> str:
-    if _is_quantized(mine):
+    if is_quantized(mine):
         return f"is a {type(mine).__name__}, whose numbers cannot be compared"
     if mine.dim() == 2 and mine.shape == stored.shape[::-1] and _same(mine.T, stored):
         return "is transposed"

@@ -75,7 +75,7 @@ def replace_numbers(model: nn.Module, checkpoint: Checkpoint, modules: Iterable[
         for own, parameter in module._parameters.items() if module in wanted else ():
             name = f"{owner}.{own}"
             other = weights.tensor(name)
-            if parameter is None or (other is None and name in tied):
+            if parameter is None or (other is None and (name in tied or not weights.are_all)):
                 continue
             if other is None or other.shape != parameter.shape:
                 found = "has no" if other is None else f"has another shape, {tuple(other.shape)}, of"

@@ -184,7 +184,8 @@ def test_half_precision_is_named_and_with_accept_a_match(run: tuple[str, int], c
     query, tokens = run
     model = checkpoint("qwen3", layers=2, head_dim=32, dtype="float32")
     file = write_gguf(model, tmp_path / "model.gguf")
-    ids = " ".join(str(random.Random(token).randrange(301)) for token in range(tokens))
+    draw = random.Random(tokens)
+    ids = " ".join(str(draw.randrange(301)) for _ in range(tokens))
     for accept, verdict in ((None, "diverged"), (HALF[query], "match")):
         found = parity.diff(f"gguf:{file}{query}", model=str(model), tokens=ids, power=False, accept=accept)
         assert (found.verdict, {f.fault.id for f in (*found.findings, *found.accepted) if f.fault}) == (
@@ -207,7 +208,8 @@ def quantized(checkpoint: Any) -> Path:
 
 
 def accepting(file: Path, model: Path, regime: str, query: str = "") -> Comparison:
-    ids = " ".join(str(random.Random(3).randrange(301)) for _ in range(12))
+    draw = random.Random(3)
+    ids = " ".join(str(draw.randrange(301)) for _ in range(12))
     return parity.diff(f"gguf:{file}{query}", model=str(model), tokens=ids, power=False, accept=regime)
 
 

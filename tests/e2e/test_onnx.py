@@ -126,6 +126,41 @@ def test_int8_is_seen_in_the_products_by_the_names_of_its_export(exported: Path,
 
 @engine
 @pytest.mark.slow
+def test_int8_matches_on_its_own_weights_in_the_regime_of_its_inputs(
+    exported: Path, small: Path, tmp_path: Path
+) -> None:
+    from onnxruntime.quantization import quantize_dynamic
+
+    # One bit less, for without VNNI the sums of pairs of ONNX Runtime saturate.
+    quantize_dynamic(exported, tmp_path / "int8.onnx", op_types_to_quantize=["MatMul"], reduce_range=True)
+    spec = f"onnx:{tmp_path / 'int8.onnx'}?names_from={exported}"
+    draw = random.Random(5)
+    ids = " ".join(str(draw.randrange(301)) for _ in range(16))
+    found = parity.diff(spec, model=str(small), tokens=ids, power=False, accept="products-uint8-inputs")
+    assert (found.verdict, found.findings) == ("match", ())
+    assert {error.format for error in found.weights} == {"F32", "int8/all"}
+    assert {finding.fault.id for finding in found.accepted if finding.fault} == {"products-uint8-inputs"}
+
+
+@engine
+@pytest.mark.slow
+@pytest.mark.parametrize("symmetric", slow_but([], [True, False]))
+def test_blocks_of_4_bits_match_on_their_own_weights(
+    symmetric: bool, exported: Path, small: Path, tmp_path: Path
+) -> None:
+    import onnx
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantizer = MatMulNBitsQuantizer(onnx.load(exported), bits=4, block_size=16, is_symmetric=symmetric)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(tmp_path / "q4.onnx"))
+    found = diff(tmp_path / "q4.onnx", small, f"?names_from={exported}")
+    assert (found.verdict, found.findings) == ("match", ())
+    assert {error.format for error in found.weights} == {"F32", "int4/16"}
+
+
+@engine
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [

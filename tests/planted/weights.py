@@ -124,6 +124,26 @@ def blocked_inputs(self: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(torch.cat(parts, -1), self.weight, self.bias)
 
 
+def whole_inputs(self: nn.Linear, x: Tensor) -> Tensor:
+    """Inputs as ONNX's DynamicQuantizeLinear has them, each prompt by itself: bytes, of which one stands for zero."""
+    parts = []
+    for prompt in x:
+        low, high = min(float(prompt.min()), 0.0), max(float(prompt.max()), 0.0)
+        step = torch.tensor(high - low) / 255
+        zero = torch.round(torch.tensor(-low) / step)
+        whole = (torch.round(prompt / step) + zero).clamp(0, 255)
+        parts.append((whole - zero) * step)
+    return F.linear(torch.stack(parts), self.weight, self.bias)
+
+
+def row_inputs(self: nn.Linear, x: Tensor) -> Tensor:
+    """Inputs as torchao has them, a token by itself: signed bytes of a step that is 2/255 of the largest."""
+    largest = torch.maximum(-x.amin(-1, keepdim=True), x.amax(-1, keepdim=True))
+    step = largest / (255 / 2)
+    whole = torch.clamp(torch.round(x * step.reciprocal()), -128, 127)
+    return F.linear(whole * step, self.weight, self.bias)
+
+
 def bf16_inputs(self: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x.bfloat16().to(x.dtype), self.weight.bfloat16().to(x.dtype), self.bias)
 
@@ -274,6 +294,8 @@ _LAYERS = (
             ("products-tf32", "inputs and weights of matrix products rounded to 11 bits", tf32_product),
             ("products-bf16-inputs", "inputs of matrix products rounded to bfloat16", bf16_inputs),
             ("products-fp16-inputs", "inputs of matrix products rounded to float16", fp16_inputs),
+            ("products-uint8-inputs", "inputs of matrix products in 256 steps of a prompt's range", whole_inputs),
+            ("products-int8-rows", "inputs of matrix products in 255 steps of a token's range", row_inputs),
             ("products-bf16", "matrix products in bfloat16", in_autocast(torch.bfloat16)),
             ("products-fp16", "matrix products in float16", in_autocast(torch.float16)),
         )

@@ -49,7 +49,7 @@ FLOORS: dict[str, set[str]] = {
     "faults": {"errors", "load_object", "sites", "results", "record", "reference"},
     "options": {"errors", "preflight", "reference"},
     "run_spec": {"errors", "options", "preflight", "dump", "reference", "faults"},
-    "candidates": {"errors", "load_object", "sites", "results", "dump", "record", "reference", "run_spec"},
+    "candidates": {"errors", "untrusted", "load_object", "sites", "results", "dump", "record", "reference", "run_spec"},
     "diagnose": {"errors", "observer", "sites", "reasons", "other_bits", "results", "record", "reference", "faults"},
     "compare": {
         "untrusted",
