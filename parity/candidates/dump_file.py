@@ -16,7 +16,7 @@ from parity.candidates.tokens import (
     require_same_tokens,
     token_check,
 )
-from parity.dump import Array, Dump, NameMap, RunInfo, open_dump, rename
+from parity.dump import Array, Dump, NameMap, RunInfo, left_out, open_dump, rename
 from parity.record.arrays import to_torch
 from parity.reference.checkpoint import Checkpoint
 from parity.results import Check
@@ -34,7 +34,7 @@ class DumpFile(Candidate):
 
     def __init__(self, path: Path, names: NameMap) -> None:
         self.name = str(path)
-        self._path, self._names = path, names
+        self._path, self._names, self.not_observable = path, names, left_out(names)
 
     def said(self) -> RunInfo:
         """What the dump says of its run; the dtype is what its numbers were made in, whatever they are stored in."""

@@ -17,7 +17,7 @@ from parity.candidates.decoding import Given, calling, calls_of
 from parity.candidates.recording import Call, Names, Recording
 from parity.candidates.tapping import tapping_check
 from parity.candidates.transformers_taps import between_modules, is_compiled, places_of
-from parity.dump import ArchiveWriter, Dump, NameMap, open_dump, rename, sites_of
+from parity.dump import ArchiveWriter, Dump, NameMap, left_out, open_dump, rename, sites_of
 from parity.errors import CandidateError
 from parity.load_object import describe, misfit
 from parity.record.experts import CHOICES, GIVEN, ROUTED
@@ -48,7 +48,7 @@ class TorchModule(Candidate):
 
     def __init__(self, name: str, build: Build, names: NameMap) -> None:
         self.name = name
-        self._build, self._names = build, names
+        self._build, self._names, self.not_observable = build, names, left_out(names)
         self._module: nn.Module | None = None
         self._tapping: Check | None = None
 

@@ -19,6 +19,10 @@ COMMANDS = {
         "commands",
         "Say whether a dump is well-formed and complete, and what each missing site costs. Runs no model.",
     ),
+    "names": (
+        "names_command",
+        "Propose a name map for a dump: which tensor is which site, told by values; what is not sure is said.",
+    ),
     "sites": ("commands", "List what a port may dump: names, axes, sizes and dtypes."),
     "show": (
         "show_command",

@@ -11,7 +11,7 @@ Arrays are numpy arrays; bfloat16 and float8 are the types of ml_dtypes. Bits in
 
 from parity.dump.archive import ArchiveWriter, open_archive
 from parity.dump.files import give_back
-from parity.dump.names import NameMap, load_names, lookup, rename, sites_of
+from parity.dump.names import NameMap, left_out, load_names, lookup, rename, sites_of
 from parity.dump.npy import open_npy_folder, open_npz
 from parity.dump.opening import open_dump
 from parity.dump.records import DTYPES, Array, Dump, Entry, RunInfo
@@ -28,6 +28,7 @@ __all__ = [
     "RunInfo",
     "copy_as_safetensors",
     "give_back",
+    "left_out",
     "load_names",
     "lookup",
     "open_archive",

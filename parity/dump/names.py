@@ -7,7 +7,8 @@
                         "sizes": [2048, 1024, 1024], "dim": -1}}
 
 `*` stands for a whole number, and for the same number on both sides. An exact name wins over a pattern, and an
-earlier pattern over a later one. Names that the map does not mention stay as they are.
+earlier pattern over a later one. Names that the map does not mention stay as they are; those it maps to null are left
+out, and a family of sites mapped to null is one that the candidate's runtime never has.
 A fused tensor is split along `dim` (the last if absent) into `sizes` (equal parts if absent).
 """
 
@@ -29,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Target:
-    """Where a tensor goes: to one site, or split among several."""
+    """Where a tensor goes: to one site, or split among several; nowhere if there are none."""
 
     sites: tuple[str, ...]
     sizes: tuple[int, ...] | None = None
@@ -120,6 +121,8 @@ def _pieces(path: Path, entry: Entry, names: NameMap) -> list[_Piece]:
     if found is None:
         return [_Piece(entry.site, entry, ())]
     target, numbers = found
+    if not target.sites:
+        return []
     sites = [_fill(site, numbers) for site in target.sites]
     if len(sites) == 1 and target.sizes is None:
         return [_Piece(entry.site, replace(entry, site=sites[0]), ())]
@@ -159,7 +162,14 @@ def _fill(site: str, numbers: Sequence[str]) -> str:
     return site
 
 
+def left_out(names: NameMap) -> frozenset[str]:
+    """The names and families that a map leaves out."""
+    return frozenset(name for name, target in names.items() if not target.sites)
+
+
 def _target(name: str, value: Any, where: str) -> Target:
+    if value is None:
+        return Target(())
     spec: Any = {"split": [value]} if isinstance(value, str) else value
     try:
         sizes = spec.get("sizes")
@@ -179,7 +189,7 @@ def _target(name: str, value: Any, where: str) -> Target:
     if not valid:
         raise DumpError(
             f"{where}: {name!r} maps to nothing usable — found {value!r:.80} — "
-            'give a site, or {"split": [sites], "sizes": [one for each site], "dim": -1}'
+            'give a site, null, or {"split": [sites], "sizes": [one for each site], "dim": -1}'
         )
     if any(site.count("*") != name.count("*") for site in target.sites):
         raise DumpError(

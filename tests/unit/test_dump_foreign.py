@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from parity.dump import Dump, load_names, open_dump, write_safetensors, write_tokens
-from parity.dump.names import parse_names, rename
+from parity.dump.names import left_out, parse_names, rename
 from parity.errors import DumpError
 
 TOKENS = ((1, 2, 3), (4, 5, 6))
@@ -168,6 +168,14 @@ def test_a_star_is_a_number_and_nothing_else(tmp_path: Path) -> None:
     assert list(rename(dump, parse_names({"blk.*.norm": "n.*"}, "map")).entries) == list(dump.entries)
 
 
+def test_what_a_map_maps_to_null_is_left_out(tmp_path: Path) -> None:
+    names = parse_names({"blk.*.mask": None, "model.layers.*.mlp.act_fn": None, "blk.*.out": "model.layers.*"}, "map")
+    path = write(tmp_path / "port.npz", {"blk.1.mask": LAYER, "blk.1.out": LAYER, "blk.1.masks": LAYER}, {})
+    with open_dump(path) as dump:
+        assert list(rename(dump, names).entries) == ["model.layers.1", "blk.1.masks"]
+    assert left_out(names) == {"blk.*.mask", "model.layers.*.mlp.act_fn"}
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -196,7 +204,7 @@ def test_maps_that_do_not_fit(tmp_path: Path, names: dict[str, Any], message: st
 @pytest.mark.parametrize(
     "target",
     [
-        *(3, None, [], {}, {"split": []}, {"split": [1]}),
+        *(3, [], {}, {"split": []}, {"split": [1]}),
         {"split": "ab"},
         {"split": ["a"], "sizes": []},
         {"split": ["a"], "size": [1]},
