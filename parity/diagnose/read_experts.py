@@ -20,7 +20,7 @@ from parity.faults.fault import Change, plain
 from parity.faults.patches.router import BLOCK, experts_of, given_otherwise, reweighted, router_of, takes_choice
 from parity.record.experts import Routing, experts_in, spread
 from parity.reference.precision import unit_roundoff
-from parity.sites import short, shows_at_end
+from parity.sites import ends_of, short
 
 # A weight is told from zero, or from the reference's, beyond so many standard errors, and beyond this share of it.
 _SIGMAS, _LEAST_CHANGE = 6.0, 1e-4
@@ -80,7 +80,7 @@ class Weights:
 def read_experts(case: Case) -> Fault | None:
     """The fault that the weights show at the output of a mixture; None elsewhere, or where they show none."""
     scope = case.bench.scope(case.bench.reference.precise, case.at.piece)
-    if not any(shows_at_end(case.site, end) for end in BLOCK) or scope.layer is None or not takes_choice(scope):
+    if ends_of(case.site).isdisjoint(BLOCK) or scope.layer is None or not takes_choice(scope):
         return None
     found = weights_of(case)
     if found is None or found.are_right():
