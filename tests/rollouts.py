@@ -26,19 +26,27 @@ def sample(
     change: Callable[[nn.Module], None] = lambda _model: None,
     cache_dtype: torch.dtype | None = None,
     late: bool = False,
+    seed: int = 3,
+    attention: str = "sdpa",
+    together: int = 1,
 ) -> list[Row]:
     """Sample completions token by token, as an engine does; with `cache_dtype` keys and values are rounded to it.
 
-    `late` rounds them when they are read again in a later call, not for the tokens of their own.
+    `late` rounds them when they are read again in a later call, not for the tokens of their own. Each row is the first
+    of a batch of so many that run `together`.
     """
     from transformers import AutoModelForCausalLM
 
-    engine = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    engine = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), attn_implementation=attention)
     engine.eval()
     change(engine)
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
+    draws = [random.Random(number + 1000 * (seed - 3)) for number in range(rows)]
+    batches = [
+        [[draw.randrange(5, 190) for _ in range(6 + n)] for _ in range(together)] for n, draw in enumerate(draws)
+    ]
     new_cache = partial(_Cache, cache_dtype, late) if cache_dtype else DynamicCache
-    return [_row(engine, number, tokens, temperature, generator, new_cache()) for number in range(rows)]
+    return [_row(engine, prompts, tokens, temperature, generator, new_cache()) for prompts in batches]
 
 
 class _Cache(DynamicCache):
@@ -61,19 +69,19 @@ class _Cache(DynamicCache):
         return x.to(self.dtype).to(x.dtype)
 
 
-def _row(engine: Any, number: int, tokens: int, temperature: float, generator: torch.Generator, cache: Any) -> Row:
-    draw = random.Random(number)
-    prompt = [draw.randrange(5, 190) for _ in range(6 + number)]
-    completion, values, ids = [], [], torch.tensor([prompt])
+def _row(
+    engine: Any, prompts: list[list[int]], tokens: int, temperature: float, generator: torch.Generator, cache: Any
+) -> Row:
+    """The first row of a batch of prompts of one length."""
+    completion, values, ids = [], [], torch.tensor(prompts)
     for _ in range(tokens):
         with torch.no_grad():
             output = engine(ids, past_key_values=cache, use_cache=True)
-        logs = (output.logits[0, -1].float() / temperature).log_softmax(-1)
-        token = int(torch.multinomial(logs.exp(), 1, generator=generator))
-        completion.append(token)
-        values.append(float(logs[token]))
-        ids = torch.tensor([[token]])
-    return prompt, completion, values
+        logs = (output.logits[:, -1].float() / temperature).log_softmax(-1)
+        ids = torch.multinomial(logs.exp(), 1, generator=generator)
+        completion.append(int(ids[0]))
+        values.append(float(logs[0, ids[0]]))
+    return prompts[0], completion, values
 
 
 def scored(model: Path, dtype: str, rows: Sequence[Row], change: Callable[[nn.Module], None]) -> list[Row]:

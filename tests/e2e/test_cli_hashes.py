@@ -56,6 +56,7 @@ def folder(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_runs_of_a_steady_module_have_the_same_bits(cli: Callable[..., Ran], folder: Path) -> None:
     ran = cli("diff", folder / "once.safetensors", folder / "again.safetensors")
     assert (ran.code, ran.out.split("  ")[0]) == (0, "MATCH")
@@ -64,6 +65,7 @@ def test_two_runs_of_a_steady_module_have_the_same_bits(cli: Callable[..., Ran],
     assert len(hashes.entries) > 30
 
 
+@pytest.mark.slow
 def test_an_unsteady_operation_is_told_with_its_first_token(cli: Callable[..., Ran], folder: Path) -> None:
     ran = cli("diff", folder / "first.safetensors", folder / "second.safetensors", "--json")
     found = json.loads(ran.out)
@@ -85,6 +87,7 @@ def test_an_unsteady_operation_is_told_with_its_first_token(cli: Callable[..., R
     assert "the first is model.layers.1.mlp.act_fn: 1 of 11 rows, from axis 0: 0, token 6" in said
 
 
+@pytest.mark.slow
 def test_other_runs_say_how_they_differ(cli: Callable[..., Ran], folder: Path) -> None:
     ran = cli("diff", folder / "chunks.safetensors", folder / "chunks_again.safetensors")
     assert (ran.code, ran.out.split("  ")[0]) == (0, "MATCH")
@@ -92,6 +95,7 @@ def test_other_runs_say_how_they_differ(cli: Callable[..., Ran], folder: Path) -
     assert (ran.code, ran.err.count("\n"), "are runs on other calls" in ran.err) == (2, 1, True)
 
 
+@pytest.mark.slow
 def test_sites_of_one_run_alone_are_no_match(cli: Callable[..., Ran], folder: Path) -> None:
     ran = cli("diff", folder / "reference.safetensors", folder / "once.safetensors")
     # The module's sites have the reference's bits; what it returned is a site that the reference has not.
@@ -99,6 +103,7 @@ def test_sites_of_one_run_alone_are_no_match(cli: Callable[..., Ran], folder: Pa
     assert ran.out.startswith("INCONCLUSIVE  the same bits at ")
 
 
+@pytest.mark.slow
 def test_a_dump_beside_hashes_is_one_line(cli: Callable[..., Ran], folder: Path) -> None:
     hashed, dump = folder / "reference.safetensors", folder / "reference.h5"
     for files in ((hashed, dump), (dump, hashed)):
@@ -112,6 +117,7 @@ def test_a_dump_beside_hashes_is_one_line(cli: Callable[..., Ran], folder: Path)
     assert (ran.code, "hashes are written as safetensors" in ran.err) == (2, True)
 
 
+@pytest.mark.slow
 def test_the_hashes_of_a_dump_are_those_of_its_run(cli: Callable[..., Ran], folder: Path, small: Path) -> None:
     out = folder / "of_dump.safetensors"
     ran = cli("record", "--hash", "--candidate", folder / "reference.h5", "-m", small, "--tokens", TOKENS, "-o", out)
@@ -121,14 +127,14 @@ def test_the_hashes_of_a_dump_are_those_of_its_run(cli: Callable[..., Ran], fold
     assert out.stat().st_size < (folder / "reference.h5").stat().st_size / 3
 
 
-def test_a_hash_is_of_bits(folder: Path) -> None:
+def test_a_hash_is_of_bits(tmp_path: Path) -> None:
     zeros = np.array([[0.0, 1.0], [-0.0, 1.0]], np.float32)
     one, other = row_hashes(zeros)
     assert one != other
     assert row_hashes(zeros[:1]) == one
     assert row_hashes(np.float32(3.0)).shape == ()
     assert row_hashes(np.zeros((2, 0, 3), np.float32)).shape == (2, 0)
-    damaged = folder / "damaged.safetensors"
+    damaged = tmp_path / "damaged.safetensors"
     write_safetensors(damaged, {"lm_head": np.zeros(3, np.int64)}, {"parity.hashes": '{"run": 3}'})
     with pytest.raises(DumpError, match="its hashes are damaged"):
         open_hashes(damaged)
