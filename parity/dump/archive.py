@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -33,6 +34,7 @@ T = TypeVar("T")
 
 FORMAT = 1
 SITES_PER_FLUSH = 32
+_LINKS = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "a link into another file"}
 ALIGNMENT = 64  # bytes: mapped arrays start on a cache line, and never between two numbers
 
 
@@ -128,16 +130,18 @@ def open_archive(path: Path | str) -> Dump:
         lost = entries.keys() - set(sites)
         if lost:
             raise DumpError(f"{path}: has lost {len(lost)} sites — {min(lost)!r} is in the index only — record again")
-        for entry in entries.values():
-            _dataset(path, sites, entry)
+        size = path.stat().st_size
+        with reading(path):
+            starts = {entry.site: _start(path, sites, entry, size) for entry in entries.values()}
         mapped = map_file(path)
     except BaseException:
         file.close()
         raise
-    dump = Dump(path, info, entries, lambda site: _read(path, sites, mapped, entries[site]), file.close)
+    dump = Dump(path, info, entries, lambda site: _read(path, sites, entries[site], mapped, starts[site]), file.close)
     return joined(dump, leave_out=True)  # parity's own recording has what it has
 
 
+@cache
 def _storage(dtype: str) -> tuple[h5t.TypeID, np.dtype[Any]]:
     """The HDF5 type of a true dtype, and the numpy dtype whose bits it holds.
 
@@ -165,37 +169,48 @@ def _write(sites: h5py.Group, entry: Entry, array: Array) -> None:
     dataset.write(h5s.ALL, h5s.ALL, values, mtype=kind)
 
 
-def _read(path: Path, sites: h5py.Group, mapped: Array, entry: Entry) -> Array:
+def _read(path: Path, sites: h5py.Group, entry: Entry, mapped: Array, start: int | None) -> Array:
     kind, bits = _storage(entry.dtype)
     with reading(path):
-        dataset = _dataset(path, sites, entry)
-        start = dataset.get_offset()  # None if nothing is stored, or stored in chunks by another tool
         if start is not None:
-            size = math.prod(entry.shape) * bits.itemsize
-            raw = mapped[start : start + size].view(bits)
-            return raw.reshape(entry.shape).view(DTYPES[entry.dtype])
+            end = start + math.prod(entry.shape) * bits.itemsize
+            _require_size(path, entry, end, path.stat().st_size)  # a file that was cut since would end the process
+            return mapped[start:end].view(bits).reshape(entry.shape).view(DTYPES[entry.dtype])
         values = np.empty(entry.shape, bits)
-        dataset.read(h5s.ALL, h5s.ALL, values, mtype=kind)
+        _dataset(path, sites, entry).read(h5s.ALL, h5s.ALL, values, mtype=kind)
         return values.view(DTYPES[entry.dtype])
 
 
+def _start(path: Path, sites: h5py.Group, entry: Entry, size: int) -> int | None:
+    """Where in a file of this size a site's values begin; None if nothing is stored, or another tool's chunks are.
+
+    They are known to be what the index says, and to lie in this file.
+    """
+    dataset = _dataset(path, sites, entry)
+    needed = math.prod(entry.shape) * _storage(entry.dtype)[1].itemsize
+    require_stored(f"{path}: site {entry.site!r}", needed, dataset.get_storage_size())
+    start: int | None = dataset.get_offset()
+    if start is not None:
+        _require_size(path, entry, start + needed, size)
+    return start
+
+
+def _require_size(path: Path, entry: Entry, end: int, size: int) -> None:
+    if end > size:
+        raise DumpError(f"{path}: is truncated — site {entry.site!r} ends behind the file — copy it again")
+
+
 def _dataset(path: Path, sites: h5py.Group, entry: Entry) -> Any:
-    """The dataset of a site, once it is known to be what the index says, and to lie in this file."""
-    kind, bits = _storage(entry.dtype)
-    with reading(path):
-        _check_place(path, sites, entry.site)
-        dataset = h5o.open(sites.id, entry.site.encode())
-        if not isinstance(dataset, h5d.DatasetID):
-            raise DumpError(f"{path}: site {entry.site!r} is not a dataset — found a group — record again")
-        if dataset.shape != entry.shape or not dataset.get_type().equal(kind):
-            raise DumpError(
-                f"{path}: site {entry.site!r} is not the {entry.dtype} {entry.shape} of the index — "
-                f"found {dataset.dtype!s:.40} {dataset.shape} — the file was edited: record again"
-            )
-        needed = math.prod(entry.shape) * bits.itemsize
-        require_stored(f"{path}: site {entry.site!r}", needed, dataset.get_storage_size())
-        if (start := dataset.get_offset()) is not None and start + needed > path.stat().st_size:
-            raise DumpError(f"{path}: is truncated — site {entry.site!r} ends behind the file — copy it again")
+    """The dataset of a site, once it is known to be what the index says."""
+    kind, _ = _storage(entry.dtype)
+    dataset = _opened(path, sites, entry.site)
+    if not isinstance(dataset, h5d.DatasetID):
+        raise DumpError(f"{path}: site {entry.site!r} is not a dataset — found a group — record again")
+    if dataset.shape != entry.shape or not dataset.get_type().equal(kind):
+        raise DumpError(
+            f"{path}: site {entry.site!r} is not the {entry.dtype} {entry.shape} of the index — "
+            f"found {dataset.dtype!s:.40} {dataset.shape} — the file was edited: record again"
+        )
     return dataset
 
 
@@ -232,7 +247,7 @@ def _check_format(path: Path, file: h5py.File) -> None:
 
 def _parse(path: Path, file: h5py.File, name: str, parse: Callable[[Any], T]) -> T:
     try:
-        _check_place(path, file, name)
+        _opened(path, file, name)
         text = file[name]
         kind = h5py.check_string_dtype(text.dtype)
         if text.shape != () or kind is None or kind.length is not None:  # such a text cannot outgrow its file
@@ -244,7 +259,7 @@ def _parse(path: Path, file: h5py.File, name: str, parse: Callable[[Any], T]) ->
 
 def _sites(path: Path, file: h5py.File) -> h5py.Group:
     try:
-        _check_place(path, file, "sites")
+        _opened(path, file, "sites")
         group = file["sites"]
     except (KeyError, OSError, RuntimeError) as error:
         raise DumpError(f"{path}: its 'sites' are damaged — {error!r:.80} — record again") from error
@@ -253,14 +268,12 @@ def _sites(path: Path, file: h5py.File) -> h5py.Group:
     return group
 
 
-def _check_place(path: Path, group: h5py.Group, name: str) -> None:
-    """Raise DumpError unless what lies under a name lies in this file: HDF5 would open any other file it names."""
+def _opened(path: Path, group: h5py.Group, name: str) -> Any:
+    """What lies under a name. Raises DumpError unless it lies in this file: HDF5 would open any other that it names."""
     kind = group.id.links.get_info(name.encode()).type  # h5py itself looks where a link leads
     where = f"{path}: {name!r} of {group.name!r}"
     if kind != h5l.TYPE_HARD:
-        found = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "a link into another file"}.get(
-            kind, "one of a plugin"
-        )
+        found = _LINKS.get(kind, "one of a plugin")
         raise DumpError(f"{where} is a link — found {found} — parity follows none; copy what it points to")
     place = h5o.open(group.id, name.encode())
     if isinstance(place, h5d.DatasetID):
@@ -269,6 +282,7 @@ def _check_place(path: Path, group: h5py.Group, name: str) -> None:
         if virtual or layout.get_external_count():
             found = "a virtual dataset" if virtual else "external storage"
             raise DumpError(f"{where} holds none of its values — found {found} — parity opens no other file; copy them")
+    return place
 
 
 def _format(file: h5py.File) -> Any:
@@ -281,11 +295,6 @@ def _format(file: h5py.File) -> Any:
 
 def _entries(index: dict[str, Any]) -> dict[str, Entry]:
     return {
-        site: Entry(
-            site,
-            None if item["dims"] is None else tuple(item["dims"]),
-            tuple(item["shape"]),
-            item["dtype"],
-        )
+        site: Entry(site, None if (dims := item["dims"]) is None else tuple(dims), tuple(item["shape"]), item["dtype"])
         for site, item in index.items()
     }

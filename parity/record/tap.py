@@ -21,6 +21,7 @@ from parity.record.scans import SCAN, scan_taps
 from parity.sites import Site, numbered, without_call
 
 Tap = Callable[[str, Tensor], Tensor]
+_WRAPPER = "_orig_mod"
 
 
 @contextmanager
@@ -111,7 +112,7 @@ def first_tensor(output: Any) -> Tensor | None:
 
 def without_wrappers(name: str) -> str:
     """The name of a module or parameter without what torch.compile puts into it."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    return ".".join(part for part in name.split(".") if part != _WRAPPER) if _WRAPPER in name else name
 
 
 def _output_hook(site: str, tap: Tap) -> Callable[[nn.Module, Any, Any], Any]:
