@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import permutations
 from typing import Any
 
@@ -77,7 +78,7 @@ def align(entry: Entry, site: Site, head_dim: int | None, token: int | None = No
     fit and none is declared; a shape that fits no layout is a Gap.
     """
     atoms = _atoms(site, {"head_dim": head_dim, "token": token})
-    readings = _distinct(_readings(entry, atoms), dict(atoms))
+    readings = _distinct(entry.shape, entry.dims, atoms)
     if not readings:
         axes, sizes = tuple(axis for axis, _ in atoms), tuple(size for _, size in atoms)
         return Gap("misshapen", entry.shape, dims=entry.dims or (), axes=axes, sizes=sizes)
@@ -100,13 +101,12 @@ def _atoms(site: Site, inner: dict[str, int | None]) -> tuple[tuple[str, int], .
     return tuple(atoms)
 
 
-def _readings(entry: Entry, atoms: tuple[tuple[str, int], ...]) -> Iterator[Dims]:
-    """Every layout of the atoms that has the entry's shape and agrees with what it declares."""
-    size = dict(atoms)
+def _readings(stored: tuple[int, ...], declared: Dims | None, size: dict[str, int]) -> Iterator[Dims]:
+    """Every layout of the atoms that has the stored shape and agrees with the axes that are declared."""
     for axes in _groupings(tuple(size)):
         for order in permutations(axes):
             shape = tuple(math.prod(size[atom] for atom in axis.split(FLATTENED)) for axis in order)
-            if shape == entry.shape and _agrees(order, entry.dims):
+            if shape == stored and _agrees(order, declared):
                 yield order
 
 
@@ -145,12 +145,14 @@ def _same_axis(declared: str, axis: str) -> bool:
     return FLATTENED.join(names) == axis.replace(_UNSPLIT, FLATTENED)
 
 
-def _distinct(readings: Iterator[Dims], size: dict[str, int]) -> list[Dims]:
+@lru_cache(maxsize=1024)  # what one layer has, all layers have
+def _distinct(stored: tuple[int, ...], declared: Dims | None, sizes: tuple[tuple[str, int], ...]) -> tuple[Dims, ...]:
     """One of each set of readings that give the same numbers: axes of size 1 may stand anywhere."""
     seen: dict[Dims, Dims] = {}
-    for axes in readings:
+    size = dict(sizes)
+    for axes in _readings(stored, declared, size):
         atoms = [atom for axis in axes for atom in axis.split(FLATTENED)]
         if any(size[name] > 1 and name not in atoms for name in size):
             continue
         seen.setdefault(tuple(atom for atom in atoms if size[atom] > 1), axes)
-    return list(seen.values())
+    return tuple(seen.values())

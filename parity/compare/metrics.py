@@ -154,6 +154,10 @@ def _sums(c: Tensor, r: Tensor, wide: torch.dtype, *, careful: bool = False, sca
 
 def _block(c: Tensor, r: Tensor, wide: torch.dtype, careful: bool, scale: float) -> tuple[Tensor, Tensor]:
     """What adds up over blocks (cc, rr, dd, ulp_sum, nonfinite, nonfinite, clashes), and what is largest."""
+    if not careful and _same_bits(c, r):
+        x = c.to(wide) if scale == 1.0 else c.to(wide) * scale
+        size = torch.linalg.vecdot(x, x).sum(dtype=torch.float64)
+        return torch.stack((size, size, *[torch.zeros_like(size)] * 5)), torch.zeros(3, dtype=torch.float64)
     steps = _steps(c, r)
     x, y = c.to(wide), r.to(wide)
     # Exact beyond 2⁵³ too.
@@ -178,6 +182,12 @@ def _block(c: Tensor, r: Tensor, wide: torch.dtype, careful: bool, scale: float)
     return torch.cat((added, counts)), torch.stack([value.double() for value in largest])
 
 
+def _same_bits(c: Tensor, r: Tensor) -> bool:
+    """Whether two tensors on the CPU are the same numbers, bit by bit; a GPU would have to be waited for."""
+    bits = _BITS[c.element_size()]
+    return c.device.type == "cpu" and c.dtype == r.dtype and torch.equal(c.view(bits), r.view(bits))
+
+
 def _histogram(a: Tensor, b: Tensor, *, careful: bool) -> Tensor:
     """Counts by bin (len(ULP_BINS) + 1), and whether a number lies beyond the largest of its dtype."""
     if not a.numel():
@@ -187,14 +197,15 @@ def _histogram(a: Tensor, b: Tensor, *, careful: bool) -> Tensor:
 
 def _count(a: Tensor, b: Tensor, careful: bool) -> Tensor:
     beyond = torch.zeros(1, dtype=torch.float64, device=a.device)
-    if careful:
+    grid = _grid(a, b)
+    if careful or grid is None:
         steps = ulp_distance(a, b)
     else:
-        steps = _steps(a, b)
-        if (grid := _grid(a, b)) is not None:
-            largest = _order(torch.tensor(torch.finfo(grid).max, dtype=grid, device=a.device))
-            ends = [end for x in (a, b) for end in _order(_rounded(x, grid)).aminmax()]
-            beyond = (torch.stack(ends).long().abs() > largest).sum()[None].double()
+        places = [_order(_rounded(x, grid)) for x in (a, b)]
+        steps = _apart(*places)
+        largest = _order(torch.tensor(torch.finfo(grid).max, dtype=grid, device=a.device))
+        ends = torch.stack([end for place in places for end in place.aminmax()])
+        beyond = (ends.long().abs() > largest).sum()[None].double()
     # The exponent of the number just below, in float32: 0 up to the first bin's end, 1 to the second, …
     bits = steps.float().clamp_max_(2.0 * ULP_BINS[-1]).view(torch.int32)
     place = ((bits - 1) >> 23).sub_(125).clamp_(0, len(ULP_BINS))
@@ -228,7 +239,11 @@ def ulp_distance(a: Tensor, b: Tensor) -> Tensor:
 def _steps(a: Tensor, b: Tensor) -> Tensor:
     """Steps between the numbers of two tensors, in float32 where that is exact; whatever where one is not finite."""
     grid = _grid(a, b)
-    x, y = (v.long() if grid is None else _order(_rounded(v, grid)) for v in (a, b))
+    return _apart(*(v.long() if grid is None else _order(_rounded(v, grid)) for v in (a, b)))
+
+
+def _apart(x: Tensor, y: Tensor) -> Tensor:
+    """Steps between integers, as `_steps` gives them."""
     if x.dtype is torch.int64:
         # They may wrap around, to what is right when read as unsigned.
         apart = torch.maximum(x, y) - torch.minimum(x, y)

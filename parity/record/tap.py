@@ -51,7 +51,7 @@ def tapping(
     inside: dict[str, dict[nn.Module, dict[str, str]]] = {"attention": {}, SCAN: {}}
     with ExitStack() as stack:
         for site in sites:
-            module = model.get_submodule(site.module)
+            module = _submodule(model, site.module)
             if site.where in (*IN_ROUTER, *GIVEN):
                 routers.append(site)
             elif site.where in inside:
@@ -64,6 +64,14 @@ def tapping(
         stack.enter_context(scan_taps(model, inside[SCAN], each_call))
         stack.enter_context(routing_taps(model, routers, tap))
         yield
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module:
+    """As `get_submodule`, which looks at every step whether what it finds is a module."""
+    found: nn.Module | None = model
+    for part in name.split(".") if name else ():
+        found = None if found is None else found._modules.get(part)
+    return model.get_submodule(name) if found is None else found
 
 
 def _protected(tap: Tap, overwritten: Collection[str]) -> Tap:

@@ -400,3 +400,16 @@ def test_histogram_of_equal_and_of_no_numbers():
     c = noisy(TILE + 5)[0]
     assert ulp_histogram(c, c.copy()) == (TILE + 5,)
     assert ulp_histogram(c[:0], c[:0]) == ()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, FP16, BF16], ids=str)
+def test_blocks_of_the_same_bits_are_summed_like_any_other(dtype):
+    c = noisy(3 * TILE)[0].astype(dtype).reshape(3, TILE)
+    r = c.copy()
+    r[2] = noisy(TILE, 1)[0].astype(dtype)
+    got, wide = measure(c, r), (c.astype(np.float64), r.astype(np.float64))
+    assert not got.bit_equal
+    assert got.mse == pytest.approx(np.square(wide[0] - wide[1]).mean(), rel=1e-6)
+    assert got.rel_l2 == pytest.approx(np.linalg.norm(wide[0] - wide[1]) / np.linalg.norm(wide[1]), rel=1e-6)
+    assert got.ulp_mean == pytest.approx(ulp_distance(c, r).mean(), rel=1e-6)
+    assert measure(c, c.copy()).bit_equal
