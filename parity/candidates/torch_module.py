@@ -17,9 +17,10 @@ from parity.candidates.decoding import Given, calling, calls_of
 from parity.candidates.recording import Call, Names, Recording
 from parity.candidates.tapping import tapping_check
 from parity.candidates.transformers_taps import between_modules, is_compiled, places_of
-from parity.dump import ArchiveWriter, Dump, NameMap, left_out, open_dump, rename, sites_of
+from parity.dump import ArchiveWriter, Array, Dump, NameMap, left_out, open_dump, rename, sites_of
 from parity.errors import CandidateError
 from parity.load_object import describe, misfit
+from parity.record.arrays import to_numpy
 from parity.record.experts import CHOICES, GIVEN, ROUTED
 from parity.record.tap import Tap, first_tensor, quiet_torch, tapping, without_wrappers
 from parity.reference.batch import Batch
@@ -111,6 +112,20 @@ class TorchModule(Candidate):
     def own_weights(self) -> Weights | None:
         """The module's parameters, if a library has quantized some of them."""
         return None if self._module is None else ModuleWeights.of(self.name, self._module)
+
+    def outputs(self, run: RunSpec) -> dict[str, Array]:
+        """What each submodule returns on its first call with `run.ids` (b, t), any shape, by name: children first."""
+        module, found = self._loaded(run), dict[str, Array]()
+        every = [Site(name, (), (), "", path) for name, path in places_of(module).items() if name]
+
+        def tap(name: str, value: Tensor) -> Tensor:
+            if name not in found:
+                found[name] = to_numpy(value.clone())  # a model may write into it later
+            return value
+
+        (given,) = calls_of(module, run.batch, run.ids.shape[1:], _device(module, run))
+        _run(module, given, every, tap, calling(module, 1))
+        return found
 
     def checks(self, checkpoint: Checkpoint) -> list[Check]:
         """Whether the module's parameters are the checkpoint's, and a compiled module's run was not changed by taps."""

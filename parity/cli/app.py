@@ -21,7 +21,7 @@ COMMANDS = {
     ),
     "names": (
         "names_command",
-        "Propose a name map for a dump: which tensor is which site, told by values; what is not sure is said.",
+        "Propose a name map: which tensor or submodule is which site, told by values; what is not sure is said.",
     ),
     "sites": ("commands", "List what a port may dump: names, axes, sizes and dtypes."),
     "show": (

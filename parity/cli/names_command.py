@@ -1,4 +1,4 @@
-"""`parity names`: a name map for a dump, proposed from its values."""
+"""`parity names`: a name map, proposed from values."""
 
 from __future__ import annotations
 
@@ -18,33 +18,29 @@ if TYPE_CHECKING:
 
 
 def names(
-    dump: Annotated[Path, typer.Argument(help="A dump, with whatever names its tensors have.")],
+    candidate: Annotated[str, typer.Argument(help="A dump; or module:factory, file.py:factory of a torch module.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The name map to write: JSON, as --names takes it.")],
     model: Model = None,
     tokens: Annotated[str | None, typer.Option(help="Token ids: '1 2 3', or a file with one row a line.")] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Propose a name map for a dump: which tensor is which site, told by values; what is not sure is said.
+    """Propose a name map: which tensor or submodule is which site, told by values; what is not sure is said.
 
-    The reference is run on the dump's tokens. Exit code 0: every tensor has a name, 1: some have none, 2: trouble.
+    The reference is run on the same tokens. Exit code 0: something was named, 1: nothing was, 2: trouble.
     """
-    from parity.dump import open_dump
+    from parity.candidates.base import is_dump
 
     options = RunOptions(tokens=tokens, model=model, trust_remote_code=trust_remote_code)
-    check_options(options, has_dump=True)
+    check_options(options, has_dump=is_dump(candidate))
     writable(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open_dump(dump) as opened, observed(quiet=False) as observer:
-        from parity.compare.hidden_states import with_hidden_states
-        from parity.compare.propose_names import propose_names
-        from parity.run_spec import run_spec
+    with observed(quiet=False) as observer:
+        from parity.compare.propose_names import proposal_for
 
-        run = run_spec(options, opened.info)
-        reference = run.model()
-        found = propose_names(with_hidden_states(opened, reference), reference, run, observer)
+        found = proposal_for(candidate, options, observer)
     out.write_text(json.dumps(found.names, indent=2) + "\n", encoding="utf-8")
     _say(found, out)
-    raise typer.Exit(1 if found.doubts else 0)
+    raise typer.Exit(0 if found.names else 1)
 
 
 def _say(found: Proposal, out: Path) -> None:

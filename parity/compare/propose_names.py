@@ -10,19 +10,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from parity.candidates.base import is_dump, open_candidate
+from parity.candidates.torch_module import TorchModule
 from parity.compare.align import AmbiguousLayoutError, Pair, align
+from parity.compare.hidden_states import with_hidden_states
 from parity.compare.recording import run_reference
-from parity.dump import Array, Dump, Entry, sites_of
+from parity.dump import Array, Dump, Entry, RunInfo, open_dump, sites_of
 from parity.dump.names import lookup, parse_names
+from parity.errors import UsageError
 from parity.observer import Observer
+from parity.options import RunOptions
 from parity.reference.pieces import PiecewiseModel
-from parity.run_spec import RunSpec
+from parity.run_spec import RunSpec, run_spec
 from parity.sites import Site, family, layer_of
 
 # Farther apart than this is another value: bfloat16 alone, end to end, comes to a few hundredths.
@@ -82,6 +89,25 @@ class _Near:
     factor: float
     place: _Place
     axes: str = ""
+
+
+def proposal_for(spec: str, options: RunOptions, observer: Observer) -> Proposal:
+    """A name map for a dump, or for the submodules of a torch module. Raises ParityError."""
+    if is_dump(spec):
+        with open_dump(spec) as dump:
+            run = run_spec(options, dump.info)
+            model = run.model()
+            return propose_names(with_hidden_states(dump, model), model, run, observer)
+    candidate = open_candidate(spec)
+    if not isinstance(candidate, TorchModule):
+        raise UsageError(
+            f"{spec}: its values bear the reference's names. Give a dump, or the factory of a torch module."
+        )
+    run = run_spec(options, candidate.said())
+    with closing(candidate):
+        values = candidate.outputs(run)
+    entries = {name: Entry(name, None, value.shape, value.dtype.name) for name, value in values.items()}
+    return propose_names(Dump(Path(spec), RunInfo(), entries, values.__getitem__), run.model(), run, observer)
 
 
 def propose_names(dump: Dump, model: PiecewiseModel, run: RunSpec, observer: Observer) -> Proposal:

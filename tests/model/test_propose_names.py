@@ -21,6 +21,7 @@ from parity.run_spec import RunSpec, run_spec
 from tests.conftest import Ran
 
 IDS = [[i * 17 % 200 + 3 for i in range(14)]]
+IDS_TEXT = " ".join(map(str, IDS[0]))
 SELF = "model.layers.*.self_attn."
 FOREIGN = {
     "tok_embd": "model.embed_tokens",
@@ -38,7 +39,7 @@ Arrays = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def run(checkpoint: Callable[..., Path]) -> RunSpec:
-    return run_spec(RunOptions(model=str(checkpoint("qwen3", layers=3, dtype="float32")), tokens=str(IDS[0])[1:-1]))
+    return run_spec(RunOptions(model=str(checkpoint("qwen3", layers=3, dtype="float32")), tokens=IDS_TEXT))
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +145,44 @@ def test_the_command_writes_what_diff_takes(
     assert sum(site.verdict != "unmeasured" for site in found.sites) == 29
     declared = [site.site for site in found.sites if site.gap and site.gap.kind == "not observable"]
     assert declared == [f"model.layers.{n}.mlp.product" for n in range(3)]
+
+
+PORT = """
+from torch import nn
+
+from impl.qwen3 import load
+
+
+class Port(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.port = inner
+
+    def forward(self, input_ids):
+        return self.port(input_ids)
+
+
+def build(model_dir, dtype, device):
+    return Port(load(model_dir, dtype, device))
+"""
+
+
+@pytest.mark.slow
+def test_submodules_of_a_port_find_their_sites(run: RunSpec, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    Path("port.py").write_text(PORT)
+    model = str(run.checkpoint.path)
+    done = cli("names", "port.py:build", "-m", model, "--tokens", IDS_TEXT, "-o", "map.json")
+    assert done.code == 0, done.err
+    names = json.loads(Path("map.json").read_text())
+    assert names["port.model.layers.*.self_attn.q_norm"] == SELF + "q_norm"
+    assert names["port.model.embed_tokens"] == "model.embed_tokens"
+    assert "not sure  port.model.layers.0.self_attn has the values of " in done.out
+    found = parity.diff("port.py:build", model=model, names="map.json", tokens=IDS_TEXT, power=False)
+    assert (found.verdict, found.findings) == ("match", ())
+    assert not [site for site in found.sites if site.verdict == "unmeasured"]
+
+
+def test_a_runtime_that_is_known_needs_no_names(run: RunSpec, cli: Callable[..., Ran]) -> None:
+    done = cli("names", f"gguf:{run.checkpoint.path / 'config.json'}", "--tokens", "1 2", "-o", "map.json")
+    assert (done.code, Path("map.json").exists()) == (2, False)
+    assert "its values bear the reference's names" in done.err
