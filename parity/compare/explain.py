@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -98,7 +98,8 @@ def explain(sides: Sides, judged: Judged, observer: Observer) -> Explained:
         with observer.timed("diagnose"), observer.surviving("causes"):
             causes = diagnose(found, bench, run.faults, lambda names: finding_of(names, sites), unread, observer)
             causes = _on_top_of_regimes(causes, sides, sites, unread, observer)
-            found = tuple(_with_advice(finding) for finding in causes)
+            written = {site.name for site in model.sites if site.overwritten}
+            found = tuple(_with_advice(finding, written) for finding in causes)
         with observer.timed("diagnose"):
             found = with_error_maps(found, sites, bench, observer)
     # In float32 the ratio shows any constant, but where an order of summation has widened the floor.
@@ -142,13 +143,17 @@ def _on_top_of_regimes(
     return found
 
 
-def _with_advice(finding: Finding) -> Finding:
-    """What to record to get the cause, where unmeasured sites hide it."""
-    if finding.fault is not None or not finding.span:
+def _with_advice(finding: Finding, written: Collection[str]) -> Finding:
+    """How to record what gives the cause, where unmeasured sites hide it or a value is `written` into later."""
+    if finding.fault is not None:
         return finding
-    kinds = dict.fromkeys(short(site) for site in finding.span)
-    advice = f"record {', '.join(kinds)} to tell which operation it is"
-    return replace(finding, evidence=(*finding.evidence, advice))
+    advice = []
+    if finding.span:
+        kinds = dict.fromkeys(short(site) for site in finding.span)
+        advice.append(f"record {', '.join(kinds)} to tell which operation it is")
+    if all(site in written for site in finding.sites):
+        advice.append("the reference writes into this value later (clamp_ and the like): see that a copy was recorded")
+    return replace(finding, evidence=(*finding.evidence, *advice))
 
 
 def _unread(sides: Sides) -> frozenset[str]:

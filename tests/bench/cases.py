@@ -118,13 +118,14 @@ def run(cases: Sequence[Case], folder: Path, dtypes: Sequence[str] = DTYPES) -> 
 
 
 def false_alarms(architectures: Sequence[str], folder: Path, dtypes: Sequence[str] = DTYPES) -> list[str]:
-    """The checkpoints whose right port does not match, with the dtype."""
+    """The checkpoints whose right port does not match, with the dtype and whether it is seen at all sites."""
     alarms = []
     for name in architectures:
         path = make(name, folder)
         for dtype in dtypes:
-            if compare(path, port(path, dtype), dtype, True, folder).verdict == "diverged":
-                alarms.append(f"{name} {dtype}")
+            for taps in (True, False):
+                if compare(path, port(path, dtype), dtype, taps, folder).verdict == "diverged":
+                    alarms.append(f"{name} {dtype} {'all sites' if taps else 'plain'}")
     return alarms
 
 

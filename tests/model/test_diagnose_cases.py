@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from torch import Tensor, nn
 
 from tests.bench.case_list import ARCHITECTURES, CASES, Case
 from tests.bench.cases import compare, false_alarms, make, naming, port
@@ -38,6 +39,24 @@ def test_a_bug_bears_its_name(case: Case, folder: Path) -> None:
 def test_a_bug_of_a_plain_port_bears_no_wrong_name(case: Case, dtype: str, folder: Path) -> None:
     path = make(case.architecture, folder)
     assert naming(case, compare(path, port(path, dtype, case), dtype, False, folder)) not in ("wrong", "missed")
+
+
+def test_a_value_recorded_after_it_was_written_into_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OLMo clamps what its projections return in place; who keeps that very tensor has the clamped numbers."""
+
+    def late(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+        seen: dict[str, Tensor] = {}
+        for name, module in model.named_modules():
+            if name.endswith("_proj"):
+                module.register_forward_hook(lambda _m, _args, value, name=name: seen.__setitem__(name, value))
+        model(ids)
+        return seen
+
+    path = make("olmo", folder)
+    monkeypatch.setattr("tests.planted.dumps.observe", late)
+    findings = compare(path, port(path, "float32"), "float32", False, folder).findings
+    assert {f.families[0].rpartition(".")[2] for f in findings} == {"q_proj", "k_proj", "v_proj"}
+    assert all(f.fault is None and "see that a copy was recorded" in f.evidence[-1] for f in findings)
 
 
 @pytest.mark.parametrize("architecture", slow_but(["llama", "olmo"], ARCHITECTURES))

@@ -139,13 +139,16 @@ def compile_modules(model: Qwen3, name: str) -> None:
 
 @torch.no_grad()
 def observe(model: nn.Module, input_ids: Tensor) -> dict[str, Tensor]:
-    """Outputs of all modules of one forward pass, by name; the logits are those of `lm_head`."""
+    """Outputs of all modules of one forward pass, by name; the logits are those of `lm_head`.
+
+    They are copies: a model may write into what its modules have returned.
+    """
     seen: dict[str, Tensor] = {}
 
     def hook_of(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                seen[name] = output
+                seen[name] = output.clone()
 
         return hook
 
