@@ -28,7 +28,7 @@ from parity.record.arrays import to_numpy, to_torch
 from parity.reference.replay import Reference
 from parity.results import BAD, Comparison
 from parity.run_spec import RunSpec
-from tests.bench.gate_list import BITS, CLOSE, DIFF, GATES, Figures, passed, relative_difference
+from tests.bench.gate_list import BITS, CLOSE, DIFF, relative_difference
 from tests.bench.outcomes import Examined
 
 # rtol and atol of torch.testing.assert_close, by dtype.
@@ -82,14 +82,12 @@ class Bench:
             self.bits[what] = bits
         logits = compared.logits
         figures |= {"error_ratio": float(logits.total_ratio or 0.0) if logits else 0.0}
-        gates = {gate.id: passed(gate, Figures(**figures)) for gate in GATES}
         said = self._said(compared, planted, bits)
         return Examined(
             *key,
             bug,
             compared.verdict,
             compared.headline,
-            gates=gates,
             figures={name: value for name, value in figures.items() if name != "first"},
             points=figures["first"],
             largest=max((site.ratio for site in compared.sites if site.ratio is not None), default=0.0),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from tests.bench.gate_list import GATES, Figures, passed
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,7 @@ class Examined:
     flagged  sites that parity calls wrong, imprecise or nonfinite; `named`, the name of each finding
     first    the first site that the bug changes, `guilty` all where it is wrong; empty for clean runs
     naming   named, tied, wrong or unnamed
-    gates    which gates pass it; `points` which tensor the gates name that name one
-    figures  what the gates looked at
+    figures  what the gates look at; `points` the first tensor that differs by each of their rules
     largest  the largest ratio of a site
     """
 
@@ -35,7 +36,6 @@ class Examined:
     first: str = ""
     guilty: tuple[str, ...] = ()
     naming: str = ""
-    gates: dict[str, bool] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
     points: dict[str, str] = field(default_factory=dict)
     largest: float = 0.0
@@ -45,6 +45,13 @@ class Examined:
     def key(self) -> tuple[str, str, str, str]:
         """What tells this run from all others."""
         return self.family, self.model, self.dtype, self.what
+
+    @property
+    def gates(self) -> dict[str, bool]:
+        """Which gates pass it."""
+        names = {each.name for each in fields(Figures)} - {"first"}
+        figures = Figures(**{name: self.figures[name] for name in names}, first=self.points)
+        return {gate.id: passed(gate, figures) for gate in GATES}
 
     @property
     def has_effect(self) -> bool:

@@ -78,15 +78,15 @@ def load(run: RunSpec, **more: Any) -> nn.Module:
     return model
 
 
-def live(run: RunSpec, name: str) -> tuple[nn.Module, Planted] | None:
-    """A model on sdpa with a live bug in it; None if it has nothing that the bug could change."""
+def live(run: RunSpec, name: str, attention: str = "sdpa") -> tuple[nn.Module, Planted] | None:
+    """A model on sdpa or eager with a live bug in it; None if it has nothing that the bug could change."""
     if name == THETA:
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(run.checkpoint.path)
-        bug, model = other_theta(config), load(run, attn_implementation="sdpa", config=config)
+        bug, model = other_theta(config), load(run, attn_implementation=attention, config=config)
     else:
-        model = load(run, attn_implementation="sdpa")
+        model = load(run, attn_implementation=attention)
         bug = LIVE[name](model)
     if bug is None:
         return None
@@ -97,7 +97,7 @@ def live(run: RunSpec, name: str) -> tuple[nn.Module, Planted] | None:
             return _end(site) in (_end(first), *ROTATED)
         return bug.spreads == "inside" and site.startswith(inside) and _end(site) == _end(first)
 
-    return model, Planted(name, frozenset(bug.names), may, base="sdpa")
+    return model, Planted(name, frozenset(bug.names), may, base=attention)
 
 
 def injected(text: str) -> Planted:

@@ -163,7 +163,7 @@ def main() -> int:
             for run in future.result():
                 print(f"{run.model} {run.what}: {run.verdict} {run.naming} {', '.join(run.named)}", file=sys.stderr)
     everything = [run for run in read(file) if run.family == FAMILY]
-    text = page(everything, given.tokens)
+    text = page(everything, given.tokens, len(REAL) * (len(INJECTED) + len(LIVE) + 2))
     print(text)
     if not given.few:
         PAGE.write_text(text, encoding="utf-8")

@@ -21,10 +21,12 @@ exact run in units of the reference's own distance: up to 2, rounding alone woul
 """
 
 
-def page(runs: Sequence[Examined], tokens: int) -> str:
-    """The tables of all runs of real models."""
+def page(runs: Sequence[Examined], tokens: int, whole: int = 0) -> str:
+    """The tables of all runs of real models; `whole` is how many bugs a whole bench plants."""
     models = list(dict.fromkeys(run.model for run in runs))
     parts = [INTRODUCTION.format(tokens=tokens), *_totals(runs)]
+    if (planted := _count(bool(run.bug) for run in runs)) < whole:
+        parts.append(f"- This is a part of the bench: {planted} of {whole} bugs were planted so far.")
     for model in models:
         mine = [run for run in runs if run.model == model]
         parts += [f"\n## {model}\n", *clean_table(mine), "", *peak(mine)]

@@ -42,7 +42,7 @@ def test_only_a_clean_run_can_be_an_alarm() -> None:
 
 def test_runs_come_back_from_their_file_and_the_last_of_each_counts(tmp_path: Path) -> None:
     file = tmp_path / "runs" / "real.jsonl"
-    first = run("sdpa", verdict="diverged", flagged=("a",), gates={"next token": True})
+    first = run("sdpa", verdict="diverged", flagged=("a",), points={"bits": "a"})
     again, other = run("sdpa"), run("eager")
     append(file, [first, other])
     assert read(file) == [first, other]
@@ -61,7 +61,9 @@ def test_the_page_counts_alarms_places_and_names_and_leaves_out_what_has_no_effe
         run("c", "c", first="s", guilty=("s",), naming="unnamed"),
         run("d", "d", naming="unnamed"),
     ]
-    text = page(runs, 317)
+    assert "a part of the bench: 4 of 5 bugs" in page(runs, 317, 5)
+    text = page(runs, 317, 4)
+    assert "a part of the bench" not in text
     assert "2 clean runs: 1 match, 1 alarms" in text
     assert "3 planted bugs: 1 flagged where they are and nowhere else, 1 not seen; 1 named, 0 as one" in text
     assert "1 wrongly" in text
@@ -99,7 +101,7 @@ def test_equal_logits_pass_every_gate_and_nan_passes_none() -> None:
         ("max KL 0.015", "max_kl", 0.014, 0.016),
         ("exp|Δlogp| 1.05", "token_ratio", 1.04, 1.06),
         ("2x error", "error_ratio", 1.9, 2.1),
-        ("allclose 0.01", "close_share", 0.81, 0.79),
+        ("allclose 0.01", "close_share", 1.0, 0.99),
         ("assert_close", "close", True, False),
         ("next token", "same_token", True, False),
         ("first tensor, bits", "first", {BITS: "", DIFF: "a", CLOSE: "a"}, {BITS: "a", DIFF: "", CLOSE: ""}),
