@@ -24,6 +24,8 @@ _BLOCKS = (8, 16, 32, 64, 128, 192, 256, 320, 384, 512, 1024)
 _PARTS = (2, 4, 8, 16)
 _MOST = 1 << 24
 """Terms that are kept in memory: of large products only some numbers are tried."""
+_OUTPUTS = 1 << 22
+"""Numbers of the rows that they are taken from, which torch computes whole."""
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,10 @@ class Asked:
 
         x (n, k), w (m, k), found and ours (n, m).
         """
-        most = max(_MOST // w.shape[1], 1)
-        differing = (found != ours).flatten()
-        order = torch.argsort(differing.int(), descending=True, stable=True)[:most]
+        differing = found != ours
+        worst = torch.argsort(differing.sum(1), descending=True, stable=True)[: max(_OUTPUTS // w.shape[0], 1)]
+        x, found, differing = x[worst], found[worst], differing[worst].flatten()
+        order = torch.argsort(differing.int(), descending=True, stable=True)[: max(_MOST // w.shape[1], 1)]
         rows, columns = order // w.shape[0], order % w.shape[0]
         kept, rows = torch.unique(rows, return_inverse=True)
         return cls(x[kept], w, bias, rows, columns, found.flatten()[order])
@@ -140,6 +143,7 @@ class Asked:
         yield from self._by_library()
         x, w = (values[which].float().numpy() for values, which in ((self.x, self.rows), (self.w, self.columns)))
         narrow = self.found.dtype is not torch.float32
+        yield "sums in float64, rounded once", to_torch(np.einsum("pk,pk->p", x, w, dtype=np.float64))
         for order in orders(x.shape[1], exact_terms=narrow):
             yield str(order), to_torch(summed(x, w, order))
         if narrow:
@@ -154,7 +158,6 @@ class Asked:
         def some(values: Tensor) -> Tensor:
             return values[self.rows, self.columns]
 
-        yield "sums in float64, rounded once", some(linear(x.double(), w.double()))
         if x.dtype is not torch.float32:
             yield "torch's product of float32 copies", some(linear(x.float(), w.float()))
         yield "torch's product of one row at a time", some(torch.cat([linear(row[None], w) for row in x]))

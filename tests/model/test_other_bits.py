@@ -205,4 +205,9 @@ def test_of_a_large_product_the_numbers_that_differ_are_tried(monkeypatch: pytes
     found[5, 6] += 1
     asked = Asked.of(x, w, None, found, ours)
     assert (len(asked.found), torch.equal(asked.found[:2], found[[4, 5], [2, 6]])) == (5, True)
-    assert all(len(value) == 5 for _, value in asked.ways())
+    ways = dict(asked.ways())
+    assert all(len(value) == 5 for value in ways.values())
+    exact = (x.double() @ w.double().T).float()
+    assert torch.equal(ways["sums in float64, rounded once"][:2], exact[[4, 5], [2, 6]])
+    monkeypatch.setattr("parity.diagnose.sum_orders._OUTPUTS", 7)
+    assert len(Asked.of(x, w, None, found, ours).x) == 1, "one row, for torch computes rows whole"
