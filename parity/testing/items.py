@@ -34,6 +34,7 @@ _LONGEST_SLUG = 24
 _LAYERS_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
 Prompt = str | Sequence[int]
+Batch = Sequence[Prompt]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Port:
     """What `cases` was asked for."""
 
     candidate: str
-    prompts: tuple[Prompt, ...]
+    prompts: tuple[Prompt | Batch, ...]
     options: RunOptions
     settings: Settings
     missing: str
@@ -87,7 +88,7 @@ class Case:
 def cases(
     *,
     candidate: str,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt | Batch],
     thresholds: Mapping[str, Mapping[str, float]] | None = None,
     allow_unmeasured: Sequence[str] = (),
     missing: str = "error",
@@ -98,14 +99,15 @@ def cases(
     It stands in a module or in a class, but not in a unittest.TestCase: there pytest makes no items of one test.
 
     candidate         module:factory, file.py:factory, or a dump (then with exactly the prompt it was made of)
-    prompts           texts, "@file" for a text file, or tuples of token ids
+    prompts           texts, "@file" for a text file, or tuples of token ids; a list of texts, or of such tuples, is a
+                      batch, whose shorter rows are padded (on the left, or pad="right")
     thresholds        as `[tool.parity.thresholds]`, looked at after it: {"*.mlp.*": {"ratio": 4}}; the verdict
                       decides where there are no numbers. ratio is of the site's own error to the reference's
                       rounding; mse, cosine and max_abs compare with the reference's own run; kl is the largest of
                       all positions, in nats
     allow_unmeasured  globs of sites that the candidate need not have
     missing           "error" or "skip" where there is no such model
-    options           those of `parity diff`: model, dtype, device, attention, inner, …; and names, a name map (JSON)
+    options           those of `parity diff`: model, dtype, decode, chunks, inner, …; and names, a name map (JSON)
 
     Raises UsageError where an argument makes no sense; what a missing file means is said at collection.
     """
@@ -155,10 +157,31 @@ def _runs(port: Port, model: str, folder: Path) -> Iterator[Run]:
     names = str(_existing(folder, port.names, f"names {port.names!r}")) if port.names else None
     seen: dict[str, int] = {}
     for prompt in port.prompts:
-        slug, what = _prompt(prompt, folder)
+        slug, what = _said(prompt, port, folder)
         seen[slug] = seen.get(slug, 0) + 1
         options = replace(port.options, model=model, **what)
         yield Run(slug if seen[slug] == 1 else f"{slug}-{seen[slug]}", options, candidate, names)
+
+
+def _said(prompt: Prompt | Batch, port: Port, folder: Path) -> tuple[str, dict[str, Any]]:
+    """The slug of a prompt or batch, and the options that say it."""
+    if not isinstance(prompt, str) and any(isinstance(row, (str, list, tuple)) for row in prompt):
+        return _batch(prompt, port.options.pad)  # type: ignore[arg-type]
+    return _prompt(prompt, folder)  # type: ignore[arg-type]
+
+
+def _batch(rows: Batch, pad: str | None) -> tuple[str, dict[str, Any]]:
+    """The slug of a batch, and the options that say it."""
+    slug = f"batch-of-{len(rows)}"
+    if all(isinstance(row, str) and row and not row.startswith("@") for row in rows):
+        return slug, {"prompt": tuple(rows)}
+    if not all(isinstance(row, (list, tuple)) for row in rows):
+        raise UsageError(
+            f"prompts: {rows!r:.80} is no batch. Give texts alone (no @file), or tuples of token ids alone."
+        )
+    each = [_prompt(row, Path())[1]["tokens"] for row in rows]
+    ragged = len({len(row) for row in rows}) > 1
+    return slug, {"tokens": "\n".join(each), "pad": pad or ("left" if ragged else None)}
 
 
 def _prompt(prompt: Prompt, folder: Path) -> tuple[str, dict[str, Any]]:

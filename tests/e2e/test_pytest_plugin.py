@@ -21,6 +21,7 @@ from parity.options import RunOptions
 from parity.reasons import Gap
 from parity.report import json as report_json
 from parity.results import Comparison, Measurement
+from parity.settings import Settings
 from parity.testing import baseline
 from tests.conftest import ROOT, environment
 from tests.report_example import in_regime
@@ -129,10 +130,10 @@ def test_an_item_for_each_prompt_and_part(faked: Session, clean: Comparison, pyt
         clean,
         "--collect-only",
         "-q",
-        prompts=[TOKENS, "The capital of France is Paris", "@long.txt", "long", "中国", TOKENS],
+        prompts=[TOKENS, "The capital of France is Paris", "@long.txt", "long", "中国", TOKENS, ["a", "b"]],
     )
     parts = ["embedding", *(f"layers.{i}" for i in range(4)), "final_norm", "logits", "next_token"]
-    prompts = ["7-tokens", "the-capital-of-france-is", "long", "long-2", "prompt", "7-tokens-2"]
+    prompts = ["7-tokens", "the-capital-of-france-is", "long", "long-2", "prompt", "7-tokens-2", "batch-of-2"]
     names = [line for line in result.outlines if "::" in line]
     assert names == [f"test_x.py::test_port[{prompt}-{part}]" for prompt in prompts for part in parts]
     assert made(pytester) == 0
@@ -258,6 +259,20 @@ def test_a_call_that_cannot_be_meant(faked: Session, clean: Comparison, more: st
     result.stdout.fnmatch_lines([said])
 
 
+def test_what_a_batch_says_to_run(tmp_path: Path, four: Path) -> None:
+    batches = [["one", "two words"], [(1, 2), (3, 4)], [(1, 2, 3), (4, 5)]]
+    test = parity.testing.items.cases(candidate="x:load", prompts=batches, model=str(four), decode=1)
+    items = parity.testing.items.expand(test.__dict__["parity_port"], tmp_path, Settings())
+    runs = list({case.run.key: case.run for case in items}.values())
+    said = [(run.id, run.options.prompt, run.options.tokens, run.options.pad) for run in runs]
+    assert said == [
+        ("batch-of-2", ("one", "two words"), None, None),
+        ("batch-of-2-2", None, "1 2\n3 4", None),
+        ("batch-of-2-3", None, "1 2 3\n4 5", "left"),
+    ]
+    assert {run.options.decode for run in runs} == {1}
+
+
 @pytest.mark.parametrize(
     ("prompts", "said"),
     [
@@ -265,6 +280,8 @@ def test_a_call_that_cannot_be_meant(faked: Session, clean: Comparison, more: st
         ([()], "test_port: prompt (): neither text nor token ids. Give a string or a tuple of integers."),
         ([(3, -1)], "test_port: prompt (3, -1): neither text nor token ids.*"),
         ([""], "test_port: prompt '': no token to run. Give some text, or a tuple of token ids."),
+        ([["text", (1, 2)]], "test_port: prompts: [[]'text', (1, 2)[]] is no batch. Give texts alone (no @file), or *"),
+        ([["text", "@long.txt"]], "*is no batch. Give texts alone*"),
         ([], "*a list of prompts is expected, of one or more.*"),
     ],
 )
