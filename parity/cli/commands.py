@@ -191,13 +191,18 @@ def report(
     from parity.report.changes import changes
     from parity.report.changes import show as show_changes
 
+    if out is not None:
+        writable(out)
     if new is None:
-        if out is not None:
-            writable(out)
         write_report(report_json.load(old), out, json=False, verbose=verbose, plots=True)
         return
-    found = changes(report_json.load(old), report_json.load(new))
+    sides = report_json.load(old), report_json.load(new)
+    found = changes(*sides)
     show_changes(found, Console(highlight=False))
+    if out is not None:
+        from parity.report.changes_page import write_changes
+
+        print(f"page: {write_changes(sides, found, out)}")
     raise typer.Exit(1 if found.is_worse else 0)
 
 

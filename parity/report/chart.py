@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from parity.report.layers import Depth
 from parity.report.text import number, visible
 
-WIDTH, HEIGHT = 960.0, 300.0
+WIDTH, NARROW, HEIGHT = 960.0, 380.0, 300.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 16.0, 12.0, 40.0
 
 
@@ -33,22 +33,26 @@ class Chart:
     marks: tuple[Mark, ...]
     ticks: tuple[tuple[float, str], ...]
     labels: tuple[tuple[float, str], ...]
-    width: float = WIDTH
+    width: float
     height: float = HEIGHT
     left: float = _LEFT
-    right: float = WIDTH - _RIGHT
     bottom: float = HEIGHT - _BOTTOM
 
+    @property
+    def right(self) -> float:
+        """Where the horizontal axis ends."""
+        return self.width - _RIGHT
 
-def chart(points: Sequence[Depth]) -> Chart | None:
-    """Place the points on a logarithmic scale; None if there is nothing to draw."""
+
+def chart(points: Sequence[Depth], width: float = WIDTH) -> Chart | None:
+    """Place the points on a logarithmic scale, in a picture so wide; None if there is nothing to draw."""
     errors = [v for p in points for v in (p.local, p.floor_low, p.floor_high, p.total, p.inherited)]
     values = [v for v in errors if v is not None and math.isfinite(v) and v > 0]
     if not values:
         return None
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     low, high = max(low, high - 14), max(high, low + 1)
-    place = _Scale(low, high, len(points))
+    place = _Scale(low, high, len(points), width)
     return Chart(
         band=_band(points, place),
         total=_line((p.total for p in points), place),
@@ -56,16 +60,17 @@ def chart(points: Sequence[Depth]) -> Chart | None:
         marks=tuple(_mark(i, p, place) for i, p in enumerate(points) if p.local is not None),
         ticks=tuple((place.y(10.0**e), f"1e{e}") for e in range(low, high + 1, max(1, (high - low) // 6))),
         labels=tuple(_labels(points, place)),
+        width=width,
     )
 
 
 class _Scale:
-    def __init__(self, low: int, high: int, count: int) -> None:
+    def __init__(self, low: int, high: int, count: int, width: float) -> None:
         self.low, self.high, self.count = low, high, count
+        self.inner = width - _LEFT - _RIGHT
 
     def x(self, index: int) -> float:
-        inner = WIDTH - _LEFT - _RIGHT
-        return round(_LEFT + inner * (index + 0.5) / self.count, 1)
+        return round(_LEFT + self.inner * (index + 0.5) / self.count, 1)
 
     def y(self, value: float) -> float:
         """Zero lies on the lower edge; what is not finite, on the upper."""
@@ -88,7 +93,7 @@ def _line(values: Iterable[float | None], place: _Scale) -> str:
 
 def _band(points: Sequence[Depth], place: _Scale) -> str:
     """From the smallest floor to the largest, layer by layer."""
-    half = (WIDTH - _LEFT - _RIGHT) / len(points) / 2
+    half = place.inner / len(points) / 2
     parts = []
     for i, p in enumerate(points):
         if p.floor_low is None or p.floor_high is None:
@@ -106,7 +111,7 @@ def _mark(index: int, point: Depth, place: _Scale) -> Mark:
 
 def _labels(points: Sequence[Depth], place: _Scale) -> Iterable[tuple[float, str]]:
     """The ends by name, every so many layers by number."""
-    every = max(1, math.ceil(len(points) / 32))
+    every = max(1, math.ceil(len(points) * 28 / place.inner))
     for i, p in enumerate(points):
         _, dot, last = p.label.rpartition(".")
         if dot and last.isdecimal() and int(last) % every == 0:

@@ -6,6 +6,9 @@ import base64
 import hashlib
 import json
 import math
+import re
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,18 @@ from parity import words
 from parity.columns import COLUMNS, LAYER_COLUMNS, Column
 from parity.predictions import NextToken
 from parity.report import summaries, text
-from parity.report.chart import chart
+from parity.report.chart import NARROW, WIDTH, chart
+from parity.report.glossary import WORDS
 from parity.report.grid import grid, legend
 from parity.report.layers import by_depth, rows
+from parity.report.residual import call_starts, residual_map
 from parity.results import ROUNDING, SEVERITY, Comparison, Finding, Measurement, Structure
 
 _TEMPLATES = Path(__file__).with_name("templates")
 # A profile of more bins than this is drawn narrower than one can see.
 _BINS = 128
+# The word of the glossary that explains a number of a site.
+_WORD_OF = {"ratio": "ratio", "local_rel": "local-error", "inherited_rel": "inherited", "floor_rel": "floor"}
 
 
 def render(comparison: Comparison) -> str:
@@ -39,7 +46,7 @@ def render(comparison: Comparison) -> str:
         findings=[_finding(f, comparison) for f in comparison.findings],
         grid=grid(comparison.sites),
         legend=legend(),
-        chart=chart(by_depth(comparison.sites)),
+        charts=[drawn for width in (WIDTH, NARROW) if (drawn := chart(by_depth(comparison.sites), width))],
         rows=rows(comparison.sites),
         columns=LAYER_COLUMNS,
         next_token=_next_token(comparison.next_token),
@@ -51,32 +58,37 @@ def render(comparison: Comparison) -> str:
         data=_script_safe(_details(comparison)),
         script=Markup(script),
         script_hash=_hash(script),
+        words_explained=True,
     )
 
 
-def page(template: str, *more: str, **values: Any) -> str:
-    """A template filled with values, in the style of all pages and of `more` files."""
+def page(template: str, *more: str, words_explained: bool = False, **values: Any) -> str:
+    """A template filled with values, in the style of all pages and of `more` files.
+
+    `words_explained`: words are buttons, for which the page has the explanations.
+    """
     style = "".join(map(_source, ("report.css", *more)))
-    return _templates().get_template(template).render(style=Markup(style), style_hash=_hash(style), **values)
+    made = _templates(WORDS if words_explained else {}).get_template(template)
+    return made.render(style=Markup(style), style_hash=_hash(style), **values)
 
 
 def fragment(comparison: Comparison) -> str:
     """The verdict and the findings alone, to stand within another page: a notebook's, for one."""
     return (
-        _templates()
+        _templates({})
         .get_template("fragment.html.j2")
         .render(
             c=comparison,
             env=comparison.environment,
-            findings=[_finding(f, comparison) | {"worst": None} for f in comparison.findings],
+            findings=[_finding(f, comparison) | {"worst": None, "picture": None} for f in comparison.findings],
             layers=text.count_layers(comparison),
             power=_power(comparison),
         )
     )
 
 
-def _templates() -> Templates:
-    templates = Templates(
+def _templates(explained: Mapping[str, str]) -> Templates:
+    made = Templates(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
@@ -84,7 +96,8 @@ def _templates() -> Templates:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    templates.filters.update(
+    made.globals["explained"] = explained
+    made.filters.update(
         visible=text.visible,
         quoted=text.quoted,
         number=text.number,
@@ -94,8 +107,17 @@ def _templates() -> Templates:
         trouble=words.trouble,
         accepted=text.accepted,
         weights=text.weights,
+        ranges=text.ranges,
+        with_words=partial(_with_words, made, explained),
     )
-    return templates
+    return made
+
+
+def _with_words(templates: Templates, explained: Mapping[str, str], sentence: str) -> Markup:
+    """A sentence whose words that are explained are buttons."""
+    word = templates.get_template("parts.html.j2").module.word  # type: ignore[attr-defined]
+    parts = re.split(rf"\b({'|'.join(explained)})\b", sentence) if explained else [sentence]
+    return Markup("").join(word(part) if i % 2 else part for i, part in enumerate(parts))
 
 
 def _source(name: str) -> str:
@@ -119,8 +141,11 @@ def _counts(comparison: Comparison) -> list[tuple[str, int]]:
 def _finding(finding: Finding, comparison: Comparison) -> dict[str, Any]:
     index = {m.site: i for i, m in enumerate(comparison.sites)}
     worst = summaries.worst_site(finding, comparison)
+    env = comparison.environment
     return {
         "data": finding,
+        "picture": finding.residual and residual_map(finding.residual, env.tokens, env.calls),
+        "ulps": _ulps(worst),
         "families": text.families(finding),
         "where": text.where(finding, text.count_layers(comparison)),
         "begins": words.begins(finding),
@@ -128,6 +153,20 @@ def _finding(finding: Finding, comparison: Comparison) -> dict[str, Any]:
         "explanation": text.explanation(finding.fault) if finding.fault else [],
         "worst": None if worst is None else (index[worst.site], worst),
     }
+
+
+def _ulps(m: Measurement | None) -> list[tuple[str, float, str]]:
+    """Bins of a site's histogram in ULP up to the last that is not empty: name, width in percent, share."""
+    if m is None or not m.ulps:
+        return []
+    most, total = max(m.ulps), sum(m.ulps)
+    last = max(i for i, count in enumerate(m.ulps) if count or not i)
+    names = text.ulp_bins()
+    return [(names[i], 100 * n / (most or 1), _share(n, total or 1)) for i, n in enumerate(m.ulps[: last + 1])]
+
+
+def _share(count: int, total: int) -> str:
+    return "< 0.1 %" if 0 < count / total < 0.0005 else text.percent(count / total)
 
 
 def _next_token(token: NextToken | None) -> dict[str, Any] | None:
@@ -159,6 +198,7 @@ def _details(comparison: Comparison) -> dict[str, Any]:
     return {
         "tokens": comparison.environment.tokens,
         "rounding": ROUNDING,
+        "calls": call_starts(comparison.environment.calls),
         "columns": [_column(column) for column in COLUMNS],
         "ulp_bins": text.ulp_bins(),
         "sites": [_site(m, shared) for m in comparison.sites],
@@ -169,7 +209,7 @@ def _details(comparison: Comparison) -> dict[str, Any]:
 def _column(column: Column) -> dict[str, Any]:
     """`decimals` are those of a form like `.7f`; where there are none, the script chooses."""
     decimals = int(column.form[1:-1]) if column.form.endswith("f") else None
-    return {"key": column.key, "meaning": column.meaning, "decimals": decimals}
+    return {"key": column.key, "meaning": column.meaning, "decimals": decimals, "word": _WORD_OF.get(column.key)}
 
 
 class _Numbered:

@@ -17,11 +17,13 @@ from typing import Any
 import pytest
 
 from parity.report import html
+from parity.report.changes import changes
+from parity.report.changes_page import write_changes
 from parity.report.contrast import write_contrast
 from parity.report.invariance import write_invariance
 from tests.conftest import ROOT
 from tests.engine_example import contrast, invariance
-from tests.report_example import everything, hostile, large
+from tests.report_example import everything, hostile, large, matching
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -191,7 +193,12 @@ def test_the_worst_site_of_the_first_finding_is_open_from_the_start(browser: Bro
     assert browser.find("#site h3").text == "model.layers.1.self_attn.q_rope"
     assert browser.js("return scrollY") == 0
     browser.open(folder / "everything.html", width=400)
-    assert not browser.all("#site h3"), "it would cover the findings"
+    assert browser.find("#site h3").text == "model.layers.1.self_attn.q_rope"
+    legend = browser.find("#map .legend").rect
+    panel, table = browser.find("#site").rect, browser.find(".map .scroll").rect
+    assert table["y"] + table["height"] <= panel["y"] <= legend["y"], "below the map, over nothing"
+    browser.cell("model.norm").click()
+    assert browser.js("return getComputedStyle(document.getElementById('site')).position") == "fixed"
 
 
 def test_the_names_of_layers_stay_where_the_map_scrolls(browser: Browser) -> None:
@@ -322,6 +329,63 @@ def test_pages_of_engines_fit_and_can_be_read(browser: Browser, width: int, tmp_
     browser.open(pages[0], width=width)
     first, second = (card.rect for card in browser.all(".sides article"))
     assert (first["y"] == second["y"]) == (width == 1280), "side by side, or below each other on a telephone"
+
+
+def test_a_command_and_a_fix_can_be_copied(page: Browser) -> None:
+    # What a click gives to the clipboard; the clipboard of a machine without a screen keeps nothing.
+    page.js("window.kept = []; navigator.clipboard.writeText = async (text) => { window.kept.push(text); }")
+    texts = ["read rope_theta from config.json", everything().environment.command]
+    for place in (".fix .copy", ".command .copy"):
+        page.find(place).click()
+    assert page.js("return window.kept") == texts
+
+
+def test_words_are_explained_where_they_stand(page: Browser) -> None:
+    word = page.find(".finding .size .word")
+    assert word.text == "floor"
+    meaning = page.find("#word-floor")
+    assert not meaning.is_displayed()
+    word.click()
+    assert meaning.is_displayed()
+    assert "rounding error" in meaning.text
+    assert {each.get_attribute("popovertarget") for each in page.all(".word")} <= {
+        each.get_attribute("id") for each in page.all(".meaning")
+    }
+
+
+def test_a_finding_shows_where_its_error_lies(page: Browser) -> None:
+    figure = page.find("#finding-1 .residual")
+    assert "worst tokens: 3 (500x)" in figure.text
+    assert "0–" not in figure.text
+    assert [row.text.split()[0] for row in figure.find_elements("css selector", "tr")] == ["0", "1", "2", "3–4"]
+
+
+def test_the_chart_fits_a_telephone(browser: Browser, folder: Path) -> None:
+    for width, shown in ((1280, "wide"), (400, "narrow")):
+        browser.open(folder / "everything.html", width=width)
+        (chart,) = [each for each in browser.all("svg.depth") if each.is_displayed()]
+        assert shown in chart.get_attribute("class")
+        assert chart.rect["width"] <= width
+
+
+AXE = Path(os.environ.get("PARITY_AXE") or ROOT / "node_modules" / "axe-core" / "axe.min.js")
+VIOLATIONS = """
+const done = arguments[0];
+axe.run(document, {resultTypes: ["violations"]}).then((found) =>
+  done(found.violations.map((v) => [v.impact, v.id, v.nodes.length, v.nodes[0].html])));
+"""
+
+
+@pytest.mark.skipif(not AXE.is_file(), reason="axe-core is not there: npm install --no-save axe-core")
+def test_axe_finds_nothing(browser: Browser, folder: Path, tmp_path: Path) -> None:
+    sides = matching(), everything()
+    changed = write_changes(sides, changes(*sides), tmp_path)
+    code = AXE.read_text(encoding="utf-8")
+    for path in (folder / "everything.html", folder / "hostile.html", changed):
+        for width, scheme in ((1280, "light"), (400, "dark")):
+            browser.open(path, scheme, width)
+            browser.driver.execute_cdp_cmd("Runtime.evaluate", {"expression": code})
+            assert browser.driver.execute_async_script(VIOLATIONS) == [], (path.name, width, scheme)
 
 
 def test_a_large_page_opens_at_once(browser: Browser, tmp_path: Path) -> None:

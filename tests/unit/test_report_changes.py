@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from parity.report.changes import changes, show
+from parity.report.changes_page import render_changes
 from parity.results import Comparison, SiteVerdict
 from tests import goldens
-from tests.report_example import environment, everything, hostile, matching, measurement
+from tests.report_example import EVIL, environment, everything, hostile, matching, measurement
 
 VERDICTS: tuple[SiteVerdict, ...] = ("exact", "rounding", "imprecise", "wrong", "nonfinite", "unmeasured")
 
@@ -106,3 +107,14 @@ def test_names_stay_text_and_lines_short() -> None:
     text = printed(hostile(), everything()) + printed(everything(), hostile())
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("sides", [(matching(), everything()), (hostile(), hostile())], ids=["new", "hostile"])
+def test_the_page_has_each_change_and_runs_nothing(sides: tuple[Comparison, Comparison]) -> None:
+    found = changes(*sides)
+    page = render_changes(sides, found)
+    assert page.count('<article class="finding">') == len(found.changes)
+    assert "<script" not in page
+    assert EVIL not in page
+    for change in found.changes:
+        assert change.after in page

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import time
 from collections import Counter
@@ -17,10 +18,12 @@ import pytest
 from parity import words
 from parity.columns import COLUMNS, LAYER_COLUMNS
 from parity.report import html
+from parity.report.chart import NARROW, chart
 from parity.report.grid import STEPS, cell, grid
-from parity.report.layers import rows
+from parity.report.layers import by_depth, rows
+from parity.report.residual import call_starts, residual_map
 from parity.report.text import visible
-from parity.results import ULP_BINS, Comparison, Coverage
+from parity.results import ULP_BINS, Comparison, Coverage, Residual
 from tests import report_example
 from tests.report_example import EVIL, everything, hostile, large, matching, measurement
 
@@ -190,7 +193,17 @@ def test_what_a_dump_says_stays_text() -> None:
     assert "49" not in shown.text.split("{{ 7*7 }}")[0][-20:], "no template is evaluated twice"
     allowed = {"class", "id", "href", "type", "scope", "role", "title", "lang", "charset", "name", "content", "colspan"}
     allowed |= {"tabindex", "placeholder", "autocomplete", "http-equiv", "d", "x", "y", "x1", "x2", "y1", "y2", "cx"}
-    allowed |= {"cy", "r", "viewbox", "text-anchor"}
+    allowed |= {
+        "cy",
+        "r",
+        "viewbox",
+        "text-anchor",
+        "popover",
+        "popovertarget",
+        "width",
+        "height",
+        "preserveaspectratio",
+    }
     for tag, attributes in shown.elements:
         assert {a for a in attributes if not a.startswith(("data-", "aria-"))} <= allowed, tag
 
@@ -302,3 +315,54 @@ def test_a_cell_can_be_read_without_colour(verdict: Any, ratio: float | None, gl
     assert (shown.glyph, shown.step) == (glyph, step)
     assert len(shown.glyph) <= 4
     assert shown.step < len(STEPS)
+
+
+# -- a finding's picture ---------------------------------------------------------------------------------------------
+
+
+def test_a_picture_has_a_rectangle_for_what_is_not_rounding() -> None:
+    found = residual_map(Residual("a", "head", 3, ((1.0, 9.0, 0.5), (1.0, 9.0, math.nan))), 2, ())
+    assert found is not None
+    assert (found.width, found.height, found.last, found.per_cell) == (2, 3, 1, (1, 1))
+    assert found.paths == ((6, "M0 1h2v1h-2zM1 2h1v1h-1z"),), "neighbours are one; what is no number is darkest"
+    assert found.worst == "worst tokens: 1 (∞x), 0 (9.00x)"
+    clean = residual_map(Residual("a", "head", 1, ((1.0,), (2.0,))), 2, ())
+    assert clean is not None
+    assert clean.paths == ()
+    assert residual_map(Residual("a", "head", 1, ()), 0, ()) is None
+
+
+def test_a_long_run_is_pooled_to_what_can_be_seen() -> None:
+    rows = tuple(tuple(400.0 if (i, j) == (700, 50) else 1.0 for j in range(64)) for i in range(1024))
+    found = residual_map(Residual("a", "channel", 256, rows), 4096, (4000, *([1] * 96)))
+    assert found is not None
+    assert (found.width, found.height, found.per_cell) == (128, 32, (32, 8))
+    assert found.paths == ((6, "M87 25h1v1h-1z"),)
+    assert "2800 to 2803 (400x)" in found.worst
+    assert found.calls == (125.0,)
+
+
+@pytest.mark.parametrize(
+    ("calls", "starts"),
+    [((), []), ((9,), []), ((9, 1, 1, 1), [9]), ((5, 5, 3), [5, 10]), ((4, 4, 1, 1, 6), [4, 8, 10])],
+)
+def test_a_line_stands_where_a_call_begins_and_where_decoding_does(calls: tuple[int, ...], starts: list[int]) -> None:
+    assert call_starts(calls) == starts
+
+
+def test_words_become_buttons_and_a_sentence_stays_text() -> None:
+    shown = page(hostile)
+    targets = {found["popovertarget"] for found in shown.all("button") if "popovertarget" in found}
+    assert targets <= {found["id"] for found in shown.all("div", **{"class": "meaning"})}
+    assert "word-floor" in targets
+    assert "popovertarget" not in html.fragment(everything())
+
+
+def test_the_narrow_chart_has_fewer_labels_in_less_width() -> None:
+    points = by_depth(large(64, 2).sites)
+    wide, narrow = chart(points), chart(points, NARROW)
+    assert wide is not None
+    assert narrow is not None
+    assert len(narrow.labels) < len(wide.labels)
+    assert max(mark.x for mark in narrow.marks) < NARROW
+    assert len(narrow.marks) == len(wide.marks)

@@ -28,12 +28,16 @@
     return size >= 1e5 || size < 1e-3 ? value.toExponential(2) : String(value);
   }
 
-  function fact(list, name, value) {
-    list.append(element("dt", name), element("dd", value));
+  // `word` is one of those that the page explains.
+  function fact(list, name, value, word) {
+    const term = element("dt", word ? undefined : name);
+    if (word) term.append(element("button", name, { type: "button", class: "word", popovertarget: `word-${word}` }));
+    list.append(term, element("dd", value));
   }
 
   // Small bars on a logarithmic scale; the dashed line is the floor, 1.
-  function bars(values, title, from, to) {
+  // `starts` are places at which a call begins.
+  function bars(values, title, from, to, starts = []) {
     const finite = values.filter((v) => typeof v === "number");
     const top = Math.max(4, ...finite), low = 0.25;
     const height = (v) => {
@@ -45,6 +49,7 @@
       const h = Math.max(height(v), 0.5), colour = typeof v === "number" && v <= data.rounding ? "low" : "high";
       svg.append(drawn("rect", { x: i + 0.04, y: 64 - h, width: 0.92, height: h, class: colour }));
     });
+    starts.forEach((x) => svg.append(drawn("line", { x1: x, x2: x, y1: 0, y2: 64, class: "call" })));
     const y = 64 - height(1);
     svg.append(drawn("line", { x1: 0, x2: values.length, y1: y, y2: y }));
     const axis = element("div", undefined, { class: "axis" });
@@ -54,12 +59,12 @@
 
   function structure(s) {
     if (s.by_token.length > 1) {
-      bars(s.by_token, s.width > 1 ? `Ratio by token, ${s.width} in a bar` : "Ratio by token", "token 0", `token ${data.tokens - 1}`);
+      bars(s.by_token, s.width > 1 ? `Ratio by token, ${s.width} in a bar` : "Ratio by token", "token 0", `token ${data.tokens - 1}`, data.calls.map((start) => start / s.width));
     }
     if (s.by_head.length > 1) bars(s.by_head, "Ratio by head", "head 0", `head ${s.by_head.length - 1}`);
     const list = element("dl");
     if (s.first_token !== null) fact(list, "first token beyond rounding", String(s.first_token));
-    fact(list, "gain of the error", number(s.gain));
+    fact(list, "gain of the error", number(s.gain), "gain");
     fact(list, "error · value, cosine", number(s.cosine));
     fact(list, `energy in channel ${s.channel}`, typeof s.share === "number" ? `${(100 * s.share).toFixed(1)} %` : number(s.share));
     panel.append(list);
@@ -90,11 +95,12 @@
     return `${percent.toFixed(percent < 10 ? 2 : 1)} %`;
   }
 
-  function show(index) {
+  // On a small screen details that were asked for lie over the map; those of the beginning, below it.
+  function show(index, asked = true) {
     const site = data.sites[index];
     if (!site) return false;
     panel.replaceChildren();
-    panel.classList.add("open");
+    panel.classList.toggle("open", asked);
     panel.dataset.shown = index;
     const close = element("button", "×", { type: "button", class: "close", "aria-label": "Close the details" });
     close.addEventListener("click", hide);
@@ -104,7 +110,7 @@
     panel.append(close, element("h3", site.name), line);
     const list = element("dl");
     data.columns.forEach((column) => {
-      if (column.key in site.values) fact(list, column.meaning, number(site.values[column.key], column.decimals));
+      if (column.key in site.values) fact(list, column.meaning, number(site.values[column.key], column.decimals), column.word);
     });
     if (site.bit_equal !== null) fact(list, "bit-equal, same inputs", site.bit_equal ? "yes" : "no");
     if (site.dtype) fact(list, "dtype", site.dtype);
@@ -196,6 +202,7 @@
     const heads = [...table.tHead.rows[0].cells];
     heads.forEach((head, column) =>
       head.querySelector("button").addEventListener("click", () => {
+        const before = new Map(rows.map((row) => [row, row.getBoundingClientRect().top]));
         const down = head.getAttribute("aria-sort") === "ascending";
         heads.forEach((each) => each.removeAttribute("aria-sort"));
         head.setAttribute("aria-sort", down ? "descending" : "ascending");
@@ -203,6 +210,7 @@
         const key = (row) => (numeric ? value(row.cells[column].dataset.v) : row.cells[column].textContent);
         const order = (a, b) => (key(a) < key(b) ? -1 : key(a) > key(b) ? 1 : 0);
         body.append(...[...rows].sort((a, b) => (down ? order(b, a) : order(a, b))));
+        follow(before);
       }));
     const apply = () => {
       const wanted = filter.querySelector("input[type=search]").value.trim().toLowerCase();
@@ -220,6 +228,37 @@
     apply();
   }
 
+  // Each row moves to its new place from where it was, so that the eye can follow it.
+  function follow(before) {
+    if (matchMedia("(prefers-reduced-motion: reduce)").matches) return;
+    before.forEach((top, row) => {
+      const moved = top - row.getBoundingClientRect().top;
+      if (moved) row.animate([{ transform: `translateY(${moved}px)` }, { transform: "none" }], { duration: 300, easing: "ease-out" });
+    });
+  }
+
+  // Where a page from the disk may not write to the clipboard, what is selected can still be copied.
+  function copyBySelection(text) {
+    const field = element("textarea", text, { readonly: "" });
+    document.body.append(field);
+    field.select();
+    const done = document.execCommand("copy");
+    field.remove();
+    return done;
+  }
+
+  function setUpCopying() {
+    document.querySelectorAll("[data-copy]").forEach((place) => {
+      const button = element("button", "Copy", { type: "button", class: "copy" });
+      button.addEventListener("click", async () => {
+        const done = await navigator.clipboard.writeText(place.dataset.copy).then(() => true, () => copyBySelection(place.dataset.copy));
+        button.textContent = done ? "Copied" : "Not allowed here";
+        setTimeout(() => (button.textContent = "Copy"), 2000);
+      });
+      place.prepend(button);
+    });
+  }
+
   // Python writes inf and nan; NaN is worse than any number.
   function value(text) {
     if (text === "inf" || text === "nan") return Infinity;
@@ -228,9 +267,9 @@
 
   setUpMap();
   setUpTable();
+  setUpCopying();
   const wanted = /^#site-(\d+)$/.exec(location.hash);
   const worst = document.querySelector("a[data-site]");
   if (wanted) open(Number(wanted[1]));
-  // On a small screen the details would cover the findings.
-  else if (worst && !matchMedia("(max-width: 1100px)").matches) show(Number(worst.dataset.site));
+  else if (worst) show(Number(worst.dataset.site), false);
 })();
