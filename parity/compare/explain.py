@@ -22,6 +22,7 @@ from parity.diagnose.workbench import Workbench
 from parity.faults import Fault, shows_at
 from parity.observer import Observer
 from parity.reasons import Gap
+from parity.reference.batch import Batch
 from parity.reference.floor import Local
 from parity.reference.precision import unit_roundoff
 from parity.results import BAD, Finding, Measurement, Power
@@ -122,7 +123,17 @@ def _where(found: Sequence[Finding], sides: Sides, sites: Sequence[Measurement])
     config = sides.reference.working.config
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     given = [window for window in windows if isinstance(window, int) and window > 1]
-    return tuple(placed(in_calls(finding, sides.run.calls, sites), sites, given) for finding in found)
+    behind = behind_padding(sides.run.batch)
+    return tuple(placed(in_calls(finding, sides.run.calls, sites), sites, given, behind) for finding in found)
+
+
+def behind_padding(batch: Batch) -> dict[int, list[int]]:
+    """The rows of a batch that begin with padding, by the token at which their text begins."""
+    found: dict[int, list[int]] = {}
+    for row, first in enumerate([] if batch.text is None else batch.text.int().argmax(1).tolist()):
+        if first:
+            found.setdefault(first, []).append(row)
+    return found
 
 
 def _on_top_of_regimes(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from statistics import median
@@ -60,10 +60,16 @@ def in_calls(finding: Finding, calls: Sequence[int], sites: Sequence[Measurement
 _BLOCKS = (128, 64, 32, 16)
 
 
-def placed(finding: Finding, sites: Sequence[Measurement], windows: Collection[int]) -> Finding:
+def placed(
+    finding: Finding,
+    sites: Sequence[Measurement],
+    windows: Collection[int],
+    behind_padding: Mapping[int, Sequence[int]],
+) -> Finding:
     """The finding with what is special about its first token, where all of its sites begin to be wrong there.
 
-    `windows` are the numbers of tokens that some layers see.
+    `windows` are the numbers of tokens that some layers see; `behind_padding` has the rows whose text begins at a
+    token, by that token, of those that begin with padding.
     """
     wrong = set(finding.sites)
     firsts = {_first_token(m) for m in sites if m.site in wrong}
@@ -72,7 +78,10 @@ def placed(finding: Finding, sites: Sequence[Measurement], windows: Collection[i
         return finding
     window = next((window for window in sorted(windows) if abs(first - window) <= 1), None)
     block = next((block for block in _BLOCKS if first % block == 0), None)
-    if window is not None:
+    if rows := behind_padding.get(first):
+        which = f"row{'s' * (len(rows) > 1)} {', '.join(map(str, rows))}"
+        said = f"it begins at token {first}, the first behind the padding of {which}"
+    elif window is not None:
         said = f"it begins at the edge of the window of {window} tokens"
     elif block is not None:
         said = f"it begins at token {first}, a multiple of {block}: where a block or chunk of so many tokens does"

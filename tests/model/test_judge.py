@@ -14,10 +14,12 @@ from torch import Tensor
 
 from parity import words
 from parity.compare.conclude import TOTAL, covered, judge_run, total_limit
+from parity.compare.explain import behind_padding
 from parity.compare.findings import evidence, findings, placed, spanning
 from parity.compare.judge import IMPRECISE, RoundingMode, judge_site, luck, rounding_mode, structure_of
 from parity.predictions import NextToken, Token
 from parity.reasons import Gap
+from parity.reference.batch import Batch
 from parity.reference.floor import Local
 from parity.results import EXIT_CODES, ROUNDING, Check, Comparison, Measurement, Structure
 from tests.builders import draw, linear, silu
@@ -349,6 +351,7 @@ def test_a_finding_is_as_bad_as_its_worst_site() -> None:
         ((256, 256), "it begins at token 256, a multiple of 128: where a block or chunk of so many tokens does"),
         ((40, 40), "it begins at the edge of the window of 40 tokens"),
         ((39, 39), "it begins at the edge of the window of 40 tokens"),
+        ((32, 32), "it begins at token 32, the first behind the padding of rows 1, 2"),
         ((48, 50), None),
         ((43, 43), None),
         ((0, 0), None),
@@ -360,7 +363,13 @@ def test_a_first_token_that_is_special_is_said_so(firsts: tuple[int | None, ...]
     for place, first in zip([i for i, m in enumerate(sites) if m.site.endswith(".q")], firsts, strict=True):
         sites[place] = replace(sites[place], reason="far off", structure=noise(first_token=first))
     (found,) = findings(sites)
-    assert placed(found, sites, {40}).evidence == (*found.evidence, *([said] if said else []))
+    assert placed(found, sites, {40}, {32: [1, 2], 9: [3]}).evidence == (*found.evidence, *([said] if said else []))
+
+
+def test_the_first_token_behind_padding_is_known_of_rows_that_begin_with_it() -> None:
+    text = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 1, 1]], dtype=torch.bool)
+    assert behind_padding(Batch(torch.zeros(5, 4, dtype=torch.long), text)) == {2: [1, 3], 1: [4]}
+    assert behind_padding(Batch(torch.zeros(5, 4, dtype=torch.long))) == {}
 
 
 def test_the_span_is_what_was_unmeasured_right_before() -> None:
