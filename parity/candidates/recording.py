@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from parity.dump import ArchiveWriter, NameMap, sites_of
 from parity.dump.calls import call_name
 from parity.errors import CandidateError
-from parity.record.arrays import to_numpy
+from parity.record.outbox import Outbox
 from parity.reference.batch import Batch
 from parity.sites import Dims, Site, numbered, without_call
 
@@ -82,7 +82,8 @@ class Recording:
     """Writes what the hooks see; the logits come last, because what the module returns is its answer."""
 
     def __init__(self, writer: ArchiveWriter, names: Names, dims: Mapping[str, Dims], call: Call | None = None) -> None:
-        self._writer, self._names, self._dims, self._call = writer, names, dims, call
+        self._names, self._dims, self._call = names, dims, call
+        self._outbox = Outbox(lambda array, name, dims: writer.add(name, array, dims))
         self._calls = 0
         self._taken: dict[str, weakref.ref[Tensor]] = {}
         self._head: tuple[str, Tensor] | None = None
@@ -111,7 +112,7 @@ class Recording:
 
     def _add(self, name: str, value: Tensor) -> None:
         stored = name if self._call is None else call_name(name, self._call.number)
-        self._writer.add(stored, to_numpy(value), self._dims.get(name))
+        self._outbox.add(value, stored, self._dims.get(name))
 
     def finish(self, logits: Tensor, batch: Batch) -> None:
         """Record what the module returned (b, t, vocab) for a batch. Raises CandidateError if its head gave another.
@@ -132,6 +133,7 @@ class Recording:
             self._require_end_of(name, head, logits)
             logits = head
         self._add(name, logits)
+        self._outbox.flush()
 
     def _require_end_of(self, name: str, head: Tensor, logits: Tensor) -> None:
         fits = head.dim() == logits.dim() and logits.shape[-1] == head.shape[-1] and logits.shape[-2] <= head.shape[-2]

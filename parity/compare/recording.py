@@ -16,7 +16,7 @@ from parity.compare.measure import piece_name
 from parity.compare.sides import sized_sites
 from parity.dump import ArchiveWriter, Array, Dump, RunInfo
 from parity.observer import Observer
-from parity.record.arrays import to_numpy
+from parity.record.outbox import Outbox
 from parity.reference.pieces import Piece, PiecewiseModel
 from parity.run_spec import RunSpec, versions
 from parity.sites import Dims, Site
@@ -82,8 +82,10 @@ def run_reference(
     """Run the reference, hand the array (any shape) of each site and the names of its axes to `add`; its sites."""
     sites = {site.name: site for site in sized_sites(model, run)}
 
+    outbox = Outbox(lambda array, site: add(site, array, sites[site].dims))
+
     def tap(site: str, value: Tensor) -> Tensor:
-        add(site, to_numpy(value), sites[site].dims)
+        outbox.add(value, site)
         return value
 
     hidden = None
@@ -91,4 +93,5 @@ def run_reference(
         observer.show(f"recording {piece_name(piece)}", done, len(model.pieces))
         with model.loaded(piece), change(piece):
             hidden = model.run(piece, run.batch, hidden, tap)
+    outbox.flush()
     return list(sites.values())
