@@ -41,7 +41,7 @@ class Outbox:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def add(self, value: Tensor, *others: Any) -> None:
-        """Hand over a value, now or later; `others` go with it."""
+        """Hand over a value (any shape), now or later; `others` go with it."""
         if value.device.type != "cuda":
             self.flush()
             self._take(to_numpy(value), *others)
