@@ -38,6 +38,8 @@ def _is_stock(module: nn.Module, places: Mapping[str, str], site: Site) -> bool:
     owner = site.module.rpartition(".")[0] if site.where == "input" else site.module
     if site.module not in places or owner not in places:
         return False
+    while isinstance(module.get_submodule(owner), (nn.ModuleList, nn.ModuleDict)):
+        owner = owner.rpartition(".")[0]  # a list calls nothing
     if site.where in IN_ROUTER and "forward" in vars(module.get_submodule(owner)):
         return False
     return type(module.get_submodule(owner)).__module__.startswith("transformers.models.")

@@ -28,7 +28,7 @@ from parity.record.scans import SCAN, scan_taps, scanning_modules
 from parity.record.tap import first_tensor, quiet_torch
 from parity.record.watch import NoToQuestions, Watch
 from parity.record.weightless import as_it_was, weightless
-from parity.sites import CALL, Site, numbered
+from parity.sites import CALL, Site, numbered, without_call
 
 COSTLY = (".scores", ".probs")
 _COUNTED = ("batch", "token", "key", "batch*token", CALL)  # the axes whose sizes are those of a run
@@ -103,10 +103,10 @@ def _without_odd_axes(model: nn.Module, found: Discovery, probe: Callable[[int, 
         return found
     rows, tokens = _unmistakable_sizes(model)
     longer = {site.name: site for site in probe(rows, 2 * tokens + 1).sites}
-    odd = {site.name for site in found.sites if _fixed(site) != _fixed(longer.get(site.name, site))}
+    odd = {without_call(s.name) for s in found.sites if _fixed(s) != _fixed(longer.get(s.name, s))}
     if odd & {found.sites[-1].name, *found.chain.sources}:
         raise ModelError(f"transformers' {type(model).__name__} adds tokens of its own to the prompt, parity cannot.")
-    return replace(found, sites=tuple(site for site in found.sites if site.name not in odd))
+    return replace(found, sites=tuple(site for site in found.sites if without_call(site.name) not in odd))
 
 
 def _fixed(site: Site) -> tuple[int, ...]:
