@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from parity.diagnose.read_experts import read_experts
-from parity.diagnose.read_order import read_columns, read_ids, read_rows
+from parity.diagnose.read_order import read_columns, read_ids, read_rows, read_siblings
 from parity.diagnose.read_rope import read_rope
 from parity.diagnose.read_rope_gap import read_rope_across
 from parity.diagnose.read_weights import read_norm, read_offset
 from parity.diagnose.trial import Case
 from parity.faults import Fault
 
-_READERS = (read_rope, read_rope_across, read_norm, read_rows, read_columns, read_ids, read_experts, read_offset)
+_READERS = (
+    read_rope,
+    read_rope_across,
+    read_norm,
+    read_rows,
+    read_siblings,
+    read_columns,
+    read_ids,
+    read_experts,
+    read_offset,
+)
 
 
 def read(case: Case) -> list[Fault]:

@@ -6,7 +6,7 @@ belongs to shows in the tokens: two channels of the same weights agree in all of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from parity.diagnose.trial import Case
 from parity.faults import Fault, Scope
 from parity.faults.fault import Change, plain, weight
 from parity.faults.patches.modules import EMBEDDING_SITES, forward, together
-from parity.sites import ends_of, short
+from parity.sites import branch, ends_of, short
 
 # Channels of the same weights agree as far as rounding allows; those of others by chance.
 _SAME = 0.98
@@ -53,6 +53,36 @@ def read_columns(case: Case) -> Fault | None:
     title = f"the input channels are in another order than the checkpoint's columns: {_said(order, _unit(case))}"
     fix = "merge the heads as (token, head * head_dim), or reorder the columns when converting the checkpoint"
     return _fault(case, "columns-reordered", title, fix, lambda s: _columns_of(module_of(s, name), order))
+
+
+def read_siblings(case: Case) -> Fault | None:
+    """The projections beside it that a projection's output channels are of, where they are not its own; None elsewhere.
+
+    Those beside it are of the same branches, q, k and v or gate and up, and take the same input.
+    """
+    name, module = named_module(case)
+    if not isinstance(module, nn.Linear) or not branch(name):
+        return None
+    inputs = _input(case, name)
+    if inputs is None or inputs.flatten(0, -2).shape[0] < LEAST_ROWS:
+        return None
+    scope = case.bench.scope(case.bench.reference.precise, case.at.piece)
+    parent = name.rpartition(".")[0]
+    beside = {
+        child: linear
+        for child, linear in module_of(scope, parent).named_children()
+        if isinstance(linear, nn.Linear) and branch(child) and linear.in_features == module.in_features
+    }
+    made = [nn.functional.linear(inputs, *(x.double() for x in _weights(one))) for one in beside.values()]
+    order = _order_of(case.candidate.to(inputs.device), torch.cat(made, -1))
+    sizes = [linear.out_features for linear in beside.values()]
+    if order is None or not (said := _said_beside(order, dict(zip(beside, sizes, strict=True)), name)):
+        return None
+    title = f"the output channels are those of other projections: {said}"
+    fix = (
+        "give each projection its own rows: cut a fused weight or output in the order and sizes that the reference has"
+    )
+    return _fault(case, "rows-of-other-projection", title, fix, lambda s: _rows_beside(s, name, list(beside), order))
 
 
 def read_ids(case: Case) -> Fault | None:
@@ -135,6 +165,20 @@ def _columns_of(module: nn.Linear, order: Tensor) -> Change:
     return together(weight(module, "weight", moved.index_add(1, order, module.weight.data)))
 
 
+def _weights(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight (o, i) and bias (o), which is zero where there is none."""
+    weights = linear.weight.data
+    return weights, linear.bias.data if linear.bias is not None else weights.new_zeros(len(weights))
+
+
+def _rows_beside(scope: Scope, name: str, beside: Sequence[str], order: Tensor) -> Change:
+    """A projection returns rows of those beside it."""
+    parent = module_of(scope, name.rpartition(".")[0])
+    weights, biases = zip(*(_weights(getattr(parent, child)) for child in beside), strict=True)
+    rows, bias = torch.cat(weights)[order], torch.cat(biases)[order]
+    return forward(module_of(scope, name), lambda x: nn.functional.linear(x, rows, bias))
+
+
 def _given(module: nn.Embedding, ids: Tensor) -> Change:
     before = module.forward
     return forward(module, lambda _ids: before(ids))
@@ -159,6 +203,27 @@ def _said(order: Tensor, head: int) -> str:
     moved = (order != plain_order).nonzero().flatten().tolist()
     first = [f"channel {c} is its channel {int(order[c])}" for c in moved[:_NAMED]]
     return ", ".join(first) + (f", and {len(moved) - _NAMED} more" if len(moved) > _NAMED else "")
+
+
+def _said_beside(order: Tensor, sizes: dict[str, int], name: str) -> str:
+    """Runs of channels and whose they are, of those that are another projection's; empty if there are none."""
+    owner = torch.tensor([i for i, size in enumerate(sizes.values()) for _ in range(size)], device=order.device)
+    inside = torch.tensor([c for size in sizes.values() for c in range(size)], device=order.device)
+    mine = list(sizes).index(name.rpartition(".")[2])
+    whose, which = owner[order].tolist(), inside[order].tolist()
+    breaks = [c for c in range(1, len(order)) if whose[c] != whose[c - 1] or which[c] != which[c - 1] + 1]
+    runs = zip([0, *breaks], [*breaks, len(order)], strict=True)
+    said = [
+        f"{_channels(first, end - 1)} {'is' if end - first == 1 else 'are'} "
+        f"{_channels(which[first], which[end - 1])} of {list(sizes)[whose[first]]}"
+        for first, end in runs
+        if whose[first] != mine
+    ]
+    return ", ".join(said[:_NAMED]) + (f", and {len(said) - _NAMED} more" if len(said) > _NAMED else "")
+
+
+def _channels(first: int, last: int) -> str:
+    return f"channel {first}" if first == last else f"channels {first} to {last}"
 
 
 def _ids(ids: Tensor) -> str:

@@ -161,6 +161,15 @@ def columns(name: str, make: Callable[[Tensor], Tensor]) -> Callable[[Any], None
     return change
 
 
+def cut_late(model: Any) -> None:
+    """Queries, keys and values are cut out of one fused output a head too late; the last head goes to the queries."""
+    for attention in attentions(model):
+        parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+        fused = torch.cat([part.weight.data for part in parts]).roll(-attention.head_dim, 0)
+        for part, weight in zip(parts, fused.split([len(part.weight) for part in parts]), strict=True):
+            part.weight.data = weight.clone()
+
+
 def ids(make: Callable[[Tensor], Tensor]) -> Callable[[Any], None]:
     """The embedding is given other ids: `make` gets and gives them, (b, t)."""
 

@@ -152,6 +152,7 @@ CASES = (
           change=changes.rows("mlp.gate_up_proj", lambda i: i.roll(len(i) // 2))),
     _case("heads-reversed", "mistral", "rows-reordered",
           change=changes.rows("self_attn.q_proj", lambda i: i.reshape(5, -1).flip(0).flatten())),
+    _case("qkv-cut-late", "mistral", "rows-of-other-projection", change=changes.cut_late),
     _case("heads-merged-late", "mistral", "columns-reordered", "heads-merged-wrong",
           change=changes.columns("self_attn.o_proj", lambda i: i.reshape(5, -1).T.flatten())),
     _case("ids-of-64-bits-halved", "mistral", "embedding-other-ids",
