@@ -222,6 +222,8 @@ def answer(c: Comparison) -> str:
         explained = "rounding explains all of it"
         if is_wrong:
             explained = "as large as rounding makes, although not all of it is rounding: see the findings"
+        elif c.verdict == "diverged":
+            explained = "rounding explains all of it, but the same bits were asked for"
     else:
         explained = "rounding does not explain it" if is_wrong else "more than rounding usually makes"
     whose = "the reference's own rounding error"

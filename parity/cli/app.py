@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated
@@ -58,14 +59,17 @@ COMMANDS = {
 def app_for(arguments: Sequence[str]) -> typer.Typer:
     """The command line for some arguments: it has all commands, of which only the one that is asked for can run."""
     app = typer.Typer(
-        add_completion=False,
+        add_completion=True,
         no_args_is_help=True,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         help="Where does a port of a language model differ from transformers, and is it a bug or rounding?",
     )
     app.callback()(options)
-    asked = next((argument for argument in arguments if not argument.startswith("-")), None)
+    # Where a shell asks what could come next, the line so far is in the environment.
+    so_far = os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS") or ""
+    said = so_far.split()[1:] if os.environ.get("_PARITY_COMPLETE") else arguments
+    asked = next((argument for argument in said if not argument.startswith("-")), None)
     for name, (module, summary) in COMMANDS.items():
         if name == asked:
             app.command(name)(getattr(import_module(f"parity.cli.{module}"), name))

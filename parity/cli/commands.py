@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,10 +17,13 @@ from parity.cli.scale import diff_on_engine, write_part
 from parity.options import IMPL, WHAT, RunOptions
 from parity.preflight import check_file, check_options, check_output
 from parity.reference.checkpoint import EMBEDDED
+from parity.report.text import ranges
 from parity.results import Comparison
+from parity.sites import family, layer_of
 
 if TYPE_CHECKING:
     from parity.engine_report import Contrast
+    from parity.reference.known_sites import KnownSite
 
 _OUT = "What comes out"
 _WHO = "Who computes"
@@ -159,18 +163,30 @@ def sites(
     inner: Annotated[bool, typer.Option("--inner", help="Also scores and probs.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line for every site of every layer.")] = False,
 ) -> None:
-    """List what a port may dump: names, axes, sizes and dtypes."""
+    """List what a port may dump: names, axes, sizes and dtypes; `*` stands for the number of each layer named."""
     from parity.reference.known_sites import known_sites
 
     known = known_sites(model or EMBEDDED, inner=inner, trust_remote_code=trust_remote_code)
     if json:
         print_json([{"site": s.name, "dims": list(s.dims), "shape": list(s.sizes), "dtype": s.dtype} for s in known])
         return
-    width = max(len(s.name) for s in known)
+    for line in _listed(known, verbose=verbose):
+        print(line)
+
+
+def _listed(known: Sequence[KnownSite], *, verbose: bool) -> Iterator[str]:
+    """A line for each site; sites of layers that only differ in the layer's number share one, unless `verbose`."""
+    groups: dict[tuple[str, str], list[int]] = {}
     for s in known:
-        axes = " ".join(f"{d}={n}" if n else d for d, n in zip(s.dims, s.sizes, strict=True))
-        print(f"{s.name:{width}}  {axes}  {s.dtype}")
+        said = " ".join([*(f"{d}={n}" if n else d for d, n in zip(s.dims, s.sizes, strict=True)), "", s.dtype])
+        layer = layer_of(s.name)
+        name = s.name if verbose or layer is None else family(s.name)
+        groups.setdefault((name, said), []).extend([] if layer is None else [layer])
+    width = max(len(name) for name, _ in groups)
+    for (name, said), layers in groups.items():
+        yield f"{name:{width}}  {said}" + (f"  layers {ranges(layers)}" if "*" in name else "")
 
 
 def report(

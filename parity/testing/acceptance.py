@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from parity import words
 from parity.columns import BY_KEY
@@ -107,8 +108,8 @@ def _next_token(c: Comparison, settings: Settings) -> Iterator[Failure]:
 # -- in words ------------------------------------------------------------------------------------------------
 
 
-def explain(failed: Sequence[Failure], c: Comparison) -> list[str]:
-    """The failures as lines, each finding's cause and evidence after the sites that it covers.
+def explain(failed: Sequence[Failure], c: Comparison, page: Path) -> list[str]:
+    """The failures as lines, each finding's cause, evidence and picture on the page after the sites that it covers.
 
     A candidate's or a dump's text stands in some of them: none of it can act on a terminal.
     """
@@ -116,10 +117,12 @@ def explain(failed: Sequence[Failure], c: Comparison) -> list[str]:
     if len(failed) > _MOST:
         lines.append(f"… and {len(failed) - _MOST} more sites")
     sites = {failure.site for failure in failed}
-    for finding in c.findings:
+    for number, finding in enumerate(c.findings, 1):
         if sites.intersection(finding.sites):
             said = " ".join(lines)
             lines += [line for line in _cause(finding) if line.strip() not in said]
+            if finding.residual is not None and page.suffix == ".html":
+                lines.append(f"  picture: {page.as_uri()}#finding-{number}")
     return [visible(line) for line in lines]
 
 

@@ -155,7 +155,7 @@ def _judge(case: Case, answer: Answer, node: pytest.Item, record: bool) -> str:
     failed = acceptance.failures(case.part, c, case.settings, known.get(_section(node, case.run), {}))
     if not failed:
         return ""
-    lines = acceptance.explain(failed, c)
+    lines = acceptance.explain(failed, c, answer.page)
     node.user_properties.append(("parity_finding", lines[0]))
     return "\n".join([*lines, *_footer(case, failed, answer, c)])
 

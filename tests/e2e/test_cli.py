@@ -262,7 +262,11 @@ def test_verbose_names_every_site(cli: Cli, small: Path) -> None:
 
 
 def test_sites_are_listed(cli: Cli, small: Path) -> None:
-    ran = cli("sites", "--model", small)
+    folded = cli("sites", "--model", small).out.splitlines()
+    assert len(folded) == 3 + 18
+    assert "model.layers.*.self_attn.q_rope" in folded[7]
+    assert folded[7].endswith("layers 0-1")
+    ran = cli("sites", "--model", small, "-v")
     assert ran.code == 0, ran.err
     lines = ran.out.splitlines()
     assert len(lines) == 39
@@ -275,6 +279,15 @@ def test_sites_are_listed(cli: Cli, small: Path) -> None:
         "shape": [0, 0, 301],
         "dtype": "bfloat16",
     }
+
+
+@pytest.mark.parametrize(
+    ("line", "word", "offered"), [("parity in", 1, "invariance"), ("parity show d --ag", 3, "--against")]
+)
+def test_a_shell_is_told_what_may_come_next(run_cli: Cli, line: str, word: int, offered: str) -> None:
+    asking = {"_PARITY_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(word)}
+    ran = run_cli(env=asking)
+    assert ran.out.split() == [offered], ran.err
 
 
 def test_version_is_one_word(cli: Cli) -> None:

@@ -11,7 +11,7 @@ import pytest
 from parity.errors import UsageError
 from parity.predictions import NextToken, Token
 from parity.reasons import Gap, Inconclusive
-from parity.results import Check, Comparison, Coverage, Environment, FaultMatch, Finding, Measurement
+from parity.results import Check, Comparison, Coverage, Environment, FaultMatch, Finding, Measurement, Residual
 from parity.settings import Settings, parse
 from parity.testing import baseline
 from parity.testing.acceptance import explain, failures, split, worst
@@ -154,7 +154,7 @@ def test_the_cause_stands_under_the_sites() -> None:
     finding = Finding(("model.layers.*.mlp.act_fn",), (ACT,), (1,), "wrong", 104.0, 0, ("a gain of 1.1",), (), fault)
     elsewhere = replace(finding, sites=("lm_head",))
     c = comparison(site(ACT, verdict="wrong", ratio=104.0), findings=(finding, elsewhere))
-    assert explain(failures("layers.1", c, Settings(), {}), c) == [
+    assert explain(failures("layers.1", c, Settings(), {}), c, Path("/x/report.json")) == [
         f"{ACT}: wrong, ratio 104 (rounding: up to 2): ",
         "finding: model.layers.*.mlp.act_fn, wrong, ratio 104",
         "  cause: GELU in place of SiLU (explains 99.9998%)",
@@ -163,9 +163,17 @@ def test_the_cause_stands_under_the_sites() -> None:
     ]
 
 
+def test_a_finding_that_is_drawn_names_its_place_on_the_page() -> None:
+    found = Finding(("a",), (ACT,), (1,), "wrong", 9.0, 0, (), residual=Residual(ACT, "channel", 1, ((9.0,),)))
+    c = comparison(site(ACT, verdict="wrong", ratio=9.0), findings=(replace(found, sites=("lm_head",)), found))
+    failed = failures("layers.1", c, Settings(), {})
+    assert explain(failed, c, Path("/x/index.html"))[-1] == "  picture: file:///x/index.html#finding-2"
+    assert "picture" not in str(explain(failed, c, Path("/x/report.json"))), "there is no page"
+
+
 def test_what_a_candidate_wrote_cannot_act_on_the_terminal() -> None:
     c = comparison(checks=(Check("candidate weights", False, "\x1b[31mlm_head\u202e\n.weight"),))
-    (line,) = explain(failures("logits", c, Settings(), {}), c)
+    (line,) = explain(failures("logits", c, Settings(), {}), c, Path("/x/index.html"))
     assert line.isprintable()
     assert r"\x1b[31mlm_head\u202e\n.weight" in line
 

@@ -110,3 +110,13 @@ def test_every_stage_that_can_fail_has_words_of_its_own() -> None:
     said = {words.trouble(Trouble(stage, "")) for stage in typing.get_args(Stage)}
     assert len(said) == len(typing.get_args(Stage))
     assert words.trouble(Trouble("causes", "E: no", "a.b")) == "the cause was not looked for at a.b: E: no"
+
+
+def test_diverged_never_stands_beside_rounding_alone() -> None:
+    run = matching()
+    assert words.answer(run).endswith("rounding explains all of it")
+    asked_for_bits = words.answer(dataclasses.replace(run, verdict="diverged"))
+    assert asked_for_bits.endswith("rounding explains all of it, but the same bits were asked for")
+    wrong = words.answer(dataclasses.replace(run, verdict="diverged", findings=everything().findings))
+    assert "rounding explains" not in wrong
+    assert "see the findings" in wrong
