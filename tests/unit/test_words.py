@@ -115,8 +115,8 @@ def test_every_stage_that_can_fail_has_words_of_its_own() -> None:
 def test_diverged_never_stands_beside_rounding_alone() -> None:
     run = matching()
     assert words.answer(run).endswith("rounding explains all of it")
-    asked_for_bits = words.answer(dataclasses.replace(run, verdict="diverged"))
+    asked_for_bits = words.answer(replace(run, verdict="diverged"))
     assert asked_for_bits.endswith("rounding explains all of it, but the same bits were asked for")
-    wrong = words.answer(dataclasses.replace(run, verdict="diverged", findings=everything().findings))
+    wrong = words.answer(replace(run, verdict="diverged", findings=everything().findings))
     assert "rounding explains" not in wrong
     assert "see the findings" in wrong
