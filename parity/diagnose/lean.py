@@ -67,10 +67,13 @@ def sums_of(site: str, candidate: Tensor, truth: Tensor, floor: Tensor, moved: T
     kinds = alike(truth.flatten(0, -2))
     rg, eg, gg = (np.bincount(kinds, ((x * g).sum(-1) * weight).flatten().cpu().numpy()) for x in (r, e, g))
     shared, own = (float(((x * e).sum(-1) * weight).sum()) for x in (r, e))
-    size = float((torch.where(visible, truth, 0).double().square().sum(-1) * weight).sum())
+    sizes = torch.where(visible, truth, 0).double().square().sum(-1)
+    size = float((sizes * weight).sum())
+    # Rows without a value, those of padding among them, say nothing.
+    rows = int(np.count_nonzero(np.bincount(kinds, sizes.flatten().cpu().numpy())))
     slope = float(rg.sum() / gg.sum()) if gg.sum() else 0.0
     noise = float(np.maximum(np.square(rg - slope * gg), np.square(eg)).sum())
-    return Sums(site, float(rg.sum()), float(eg.sum()), float(gg.sum()), noise, shared, own, size, len(rg))
+    return Sums(site, float(rg.sum()), float(eg.sum()), float(gg.sum()), noise, shared, own, size, rows)
 
 
 def is_coherent(found: Sequence[Sums], kept: float = 0.0) -> bool:

@@ -71,6 +71,9 @@ def _require_same_tokens(dumps: tuple[Path, Path], runs: list[RunSpec]) -> None:
             f"{dumps[0]} and {dumps[1]} are runs on other token ids "
             f"({len(runs[0].token_ids[0])} and {len(runs[1].token_ids[0])} tokens). Record both on the same."
         )
+    padded = [path for path, run in zip(dumps, runs, strict=True) if run.batch.text is not None]
+    if padded:
+        raise IncomparableError(f"{padded[0]}: holds a padded batch. Compare each dump with the reference by itself.")
 
 
 def _same(runs: list[RunSpec]) -> bool:
@@ -111,8 +114,6 @@ _Values = dict[str, tuple[Tensor, Tensor]]
 
 def _both(first: Sides, second: Sides) -> Iterator[tuple[_Values, _Values]]:
     """The references' own runs of both sides; of one, where it is the same."""
-    if first.run.batch.text is not None:
-        raise IncomparableError(f"{first.name}: holds a padded batch. Compare each dump with the reference by itself.")
     own = own_runs(first.reference, first.run.batch)
     if first.reference is second.reference:
         yield from ((values, values) for _, values in own)

@@ -13,15 +13,23 @@ from torch import Tensor, nn
 
 from impl.qwen3 import load
 from parity.candidates.base import Candidate, dump_file, open_candidate
+from parity.compare.parts import Asked
 from parity.compare.pipeline import diff
+from parity.diagnose.workbench import Workbench
 from parity.dump import open_dump, write_safetensors
+from parity.engines.contrast import contrast
+from parity.engines.invariance import Settings, invariance
 from parity.errors import CandidateError, IncomparableError, UsageError
+from parity.observer import Observer
 from parity.options import RunOptions
 from parity.reference.batch import Batch, counted, padded
 from parity.reference.padding_check import padding_check
 from parity.reference.replay import Reference
 from parity.results import Comparison
 from parity.run_spec import RunSpec, run_spec
+from parity.scale import compute_part, merge
+from parity.shards import Shard
+from parity.sites import is_cached
 from tests.architectures import make
 from tests.conftest import in_turn, slow_but
 from tests.planted.base import rebind
@@ -256,3 +264,47 @@ def test_models_of_transformers_match_padded(tmp_path: Path, name: str, pad: str
     path = make(name, tmp_path / name, dtype)
     found = diff(ask(path, dtype, pad=pad), open_candidate("hf:"))
     assert found.verdict == "match", found.headline
+
+
+# -- where a run is divided, or asked something else -----------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_parts_of_a_padded_run_in_several_calls_make_the_whole(small: Path, tmp_path: Path) -> None:
+    run, dump = ask(small, decode=2), tmp_path / "port.h5"
+    model = load(small, "float32")
+    BUGS[0].apply(model)
+    open_candidate(model).record(run, run.model().sites, dump).close()
+    asked = Asked(str(dump), None, RunOptions(model=str(small), power=False))
+    paths = [tmp_path / f"{number}.part" for number in (1, 2)]
+    for number, path in enumerate(paths, 1):
+        compute_part(asked, Shard(number, 2), path)
+    found, expected = merge(paths), diff(ask(small, decode=2), dump_file(dump))
+    assert (found.verdict, found.findings) == (expected.verdict, expected.findings)
+    assert found.sites == expected.sites
+    assert sum(is_cached(m.site) for m in found.sites) == 4
+
+
+def test_invariance_of_a_padded_batch_is_refused_in_one_line(small: Path) -> None:
+    with pytest.raises(UsageError, match="3 rows of tokens: --batch repeats one row"):
+        invariance(ask(small), open_candidate("impl.qwen3:load"), Settings(batch=(2,)), Observer())
+
+
+def test_two_dumps_of_a_padded_batch_are_refused_in_one_line(small: Path, tmp_path: Path) -> None:
+    paths = (tmp_path / "a.h5", tmp_path / "b.h5")
+    for path in paths:
+        run = ask(small)
+        open_candidate("impl.qwen3:load").record(run, run.model().sites, path).close()
+    with pytest.raises(IncomparableError, match=r"holds a padded batch\. Compare each"):
+        contrast(paths, None, RunOptions(model=str(small), power=False), "", Observer())
+
+
+def test_what_is_measured_by_counts_text_alone(small: Path) -> None:
+    run = ask(small)
+    bench = Workbench(Reference(run.model()), run.batch, lambda _site: None)
+    site = next(site for site in bench.sites.values() if site.name.endswith("q_rope"))
+    generator = torch.Generator().manual_seed(2)
+    truth = torch.randn((3, site.shape[1], 13, site.shape[3]), generator=generator)
+    yardstick = bench.yardstick(site.name, truth, truth * (1 + 1e-6))
+    assert yardstick is not None
+    assert yardstick.rows.rr.size == sum(LENGTHS) * site.shape[1]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from parity.candidates.base import open_candidate
 from parity.compare.inject import Injected
 from parity.compare.pipeline import diff
-from parity.diagnose.lean import Sums
+from parity.diagnose.lean import Sums, sums_of
 from parity.diagnose.weak_constants import _guilty
 from parity.faults import CATALOGUE, parse
 from parity.observer import Observer
@@ -34,6 +34,14 @@ SCALE = next(fault for fault in NUMBERS if fault.id == "attention-scale")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.qwen3(tmp_path_factory.mktemp("coherence") / "model", layers=3)
+
+
+def test_rows_of_padding_are_no_rows() -> None:
+    generator = torch.Generator().manual_seed(1)
+    truth, error, fault = (torch.randn(6, 8, generator=generator) for _ in range(3))
+    values = (truth + error * 1e-3, truth, truth + error * 2e-3, truth + fault * 1e-2)
+    padded = (torch.cat([value, torch.zeros(5, 8)]) for value in values)
+    assert sums_of("x", *padded, torch.bfloat16) == sums_of("x", *values, torch.bfloat16)
 
 
 def question(model: Path, tokens: int, dtype: str = "bfloat16") -> RunSpec:
