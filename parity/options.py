@@ -68,6 +68,9 @@ class RunOptions:
         "The weights of the reference, as the candidate has them: gguf:FILE, mlx:DIR, onnx:FILE; 'checkpoint' for the "
         "model's.",
     )
+    rank_weights: bool = _option(
+        False, HOW, "Rank the candidate's quantized weights by how far each alone moves the logits.", "--rank-weights"
+    )
     accept: str | None = _option(
         None, HOW, "Precision regimes that are no fault: ids of `parity faults`, such as attention-operands-fp16."
     )

@@ -13,6 +13,7 @@ class WeightError:
     ratio     rms error of the worst block over what the format allows it; above 1 it is not rounding to the format;
               None where nothing is known of the format
     how       what happened to it if it is, as far as that can be told
+    cost      ‖logits with this tensor alone quantized − logits‖ / ‖logits‖; None where that was not asked for
     """
 
     tensor: str
@@ -20,3 +21,4 @@ class WeightError:
     relative: float
     ratio: float | None
     how: str = ""
+    cost: float | None = None

@@ -208,7 +208,10 @@ def in_regime() -> Comparison:
 
 def on_own_weights() -> Comparison:
     """A match of a quantized port."""
-    errors = WeightError("lm_head.weight", "Q4_K", 0.0625, 0.4), WeightError("model.norm.weight", "F32", 0.0, 0.0)
+    errors = (
+        WeightError("lm_head.weight", "Q4_K", 0.0625, 0.4, cost=0.125),
+        WeightError("model.norm.weight", "F32", 0.0, 0.0),
+    )
     return words.spoken(dataclasses.replace(matching(), weights=errors))
 
 

@@ -21,10 +21,12 @@ from parity.compare.measure import Measured, measure
 from parity.compare.regimes import in_regimes
 from parity.compare.sides import Sides, not_asked_for, pair_up
 from parity.observer import Observer
+from parity.quantization import WeightError
 from parity.reference.integrity import reference_checks
 from parity.reference.padding_check import padding_check
 from parity.reference.replay import Reference
 from parity.reference.self_check import self_check
+from parity.reference.weight_cost import weight_costs
 from parity.reference.weight_error import weight_errors
 from parity.results import Check, Comparison
 from parity.run_spec import RunSpec
@@ -101,5 +103,14 @@ def finished(sides: Sides, measured: Measured, observer: Observer) -> Comparison
     run = in_regimes(sides, measured, judge(sides, measured, observer), observer)
     explained = explain(run.sides, run.judged, observer)
     with observer.timed("weights"):
-        errors = weight_errors(sides.run.checkpoint)
+        errors = _ranked(weight_errors(sides.run.checkpoint), sides.run)
     return conclude(run, explained, errors, observer)
+
+
+def _ranked(errors: list[WeightError], run: RunSpec) -> list[WeightError]:
+    """The errors of weights with what each costs, the most expensive first, where that is asked for."""
+    if not run.options.rank_weights or not errors:
+        return errors
+    costs = weight_costs(run.checkpoint, run.batch, run.device, run.options.attention)
+    known = [replace(error, cost=costs.get(error.tensor)) for error in errors]
+    return sorted(known, key=lambda error: -1.0 if error.cost is None else error.cost, reverse=True)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 EXACT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # The dtype in which numbers are kept that are not quantized → the format's name.
@@ -52,12 +53,9 @@ class Grid:
     shared: bool = False
 
     def blocks(self, rows: Tensor) -> Tensor:
-        """Weights (row, column) as (row, block, number)."""
-        return rows.reshape(len(rows), -1, self.block or rows.shape[-1])
-
-    def fits(self, rows: Tensor) -> bool:
-        """Whether a tensor (…) is rows of whole blocks."""
-        return rows.dim() == 2 and not rows.shape[-1] % (self.block or rows.shape[-1])
+        """Weights (row, column) as (row, block, number); zeros fill up a last block that is not whole."""
+        size = self.block or rows.shape[-1]
+        return F.pad(rows, (0, -rows.shape[-1] % size)).reshape(len(rows), -1, size)
 
     def may_be_off(self, stored: Tensor) -> Tensor:
         """The rms error that each block may have, (row, block), of weights (row, column)."""

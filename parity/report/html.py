@@ -109,6 +109,7 @@ def _templates(explained: Mapping[str, str]) -> Templates:
         weights=text.weights,
         ranges=text.ranges,
         with_words=partial(_with_words, made, explained),
+        costs=summaries.costs,
     )
     return made
 

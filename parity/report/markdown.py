@@ -40,7 +40,13 @@ def render(comparison: Comparison, plots: Mapping[str, Path] | None = None, fold
         for name, path in (plots or {}).items()
         if name.endswith(".png")
     }
-    parts = (_head(comparison), _findings(comparison, pictures), _layers(comparison, pictures), _end(comparison))
+    parts = (
+        _head(comparison),
+        _findings(comparison, pictures),
+        _layers(comparison, pictures),
+        _costs(comparison),
+        _end(comparison),
+    )
     return "\n".join(line for part in parts for line in part).rstrip() + "\n"
 
 
@@ -173,6 +179,21 @@ def _cells(row: LayerRow) -> Iterator[str]:
     yield from (escape(row.label), row.verdict, f"{row.measured}/{row.known}", text.number(ratio.value))
     yield code(ratio.site, cell=True) if ratio.site else ""
     yield from (text.number(each.value, each.column.form) for each in others)
+
+
+def _costs(comparison: Comparison) -> Iterator[str]:
+    """The quantized tensors by what each costs."""
+    table = summaries.costs(comparison)
+    if table:
+        lines = [f"| {' | '.join(summaries.COSTS)} |", "|:--|:--|--:|--:|"]
+        lines += [
+            f"| {' | '.join([code(name, cell=True), code(kind, cell=True), *numbers])} |"
+            for name, kind, *numbers in table
+        ]
+        yield "### Cost of quantization"
+        yield ""
+        yield from _folded(text.plural(len(table), "quantized tensor"), lines, len(table) > _LONG)
+        yield ""
 
 
 def _folded(summary: str, lines: Iterable[str], fold: bool) -> Iterator[str]:

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from parity import words
 from parity.predictions import NextToken, Token
 from parity.reasons import NotTried
-from parity.report.text import flips, number, plural, quoted, ranges, visible
+from parity.report.text import flips, number, percent, plural, quoted, ranges, visible
 from parity.results import Comparison, Finding, Measurement
 from parity.sites import family, layer_of
 
@@ -68,6 +68,18 @@ def invisible(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]
         reason, detail = map(visible, words.unseen(item, power.dtype if power else ""))
         groups.setdefault(reason, []).append((visible(item.fault), detail))
     return list(groups.items())
+
+
+COSTS = ("tensor", "format", "off the checkpoint by", "alone moves the logits by")
+
+
+def costs(comparison: Comparison) -> list[tuple[str, str, str, str]]:
+    """A row for each quantized tensor whose cost was asked for, the most expensive first, as COSTS heads them."""
+    return [
+        (visible(error.tensor), visible(error.format), percent(error.relative), percent(error.cost))
+        for error in comparison.weights
+        if error.cost is not None
+    ]
 
 
 def worst_site(finding: Finding, comparison: Comparison) -> Measurement | None:

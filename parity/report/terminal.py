@@ -12,7 +12,7 @@ from parity import words
 from parity.columns import LAYER_COLUMNS, SITE_COLUMNS
 from parity.dump_coverage import DumpCheck
 from parity.report.layers import LayerRow, rows
-from parity.report.summaries import invisible
+from parity.report.summaries import COSTS, costs, invisible
 from parity.report.text import (
     count_layers,
     ending,
@@ -33,6 +33,7 @@ CHECK_STYLES = {"present": "green", "missing": "yellow", "misshapen": "bold red"
 _MOST_UNKNOWN = 10
 _MOST_FAULTS = 3
 _MOST_LAYERS = 6
+_MOST_COSTS = 10
 # The columns of a table of layers that are never left out: up to the name of the worst site.
 _LEAST = 5
 _BETWEEN = 2
@@ -69,6 +70,7 @@ def show(comparison: Comparison, console: Console, *, verbose: bool = False) -> 
         console.print()
     for sentence in ending(comparison, token=quoted, prose=visible):
         line(console, Text(sentence))
+    _costs(comparison, console, verbose=verbose)
     for check in comparison.checks:
         if not check.ok:
             line(console, Text(f"check failed: {visible(check.name)}: {visible(check.detail)}", style="yellow"))
@@ -117,6 +119,19 @@ def _finding(position: int, finding: Finding, layers: int, console: Console, *, 
         line(console, Text(visible(sentence), style="dim" if fault else ""), 4)
     if finding.span:
         line(console, Text(span(finding)), 4)
+
+
+def _costs(comparison: Comparison, console: Console, *, verbose: bool) -> None:
+    """The quantized tensors that move the logits most; all of them if `verbose`."""
+    rows = costs(comparison)
+    if not rows:
+        return
+    table = Table(*COSTS, box=None, pad_edge=False)
+    for row in rows if verbose else rows[:_MOST_COSTS]:
+        table.add_row(*row)
+    console.print(table)
+    if len(rows) > _MOST_COSTS and not verbose:
+        line(console, Text(f"… and {len(rows) - _MOST_COSTS} tensors that cost less (--verbose)", style="dim"))
 
 
 def _power(comparison: Comparison, console: Console, *, verbose: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from parity.errors import UsageError
+from parity.quantization import WeightError
 from parity.report import markdown
 from parity.report.layers import rows
 from tests import goldens
-from tests.report_example import everything, hostile, large, matching
+from tests.report_example import EVIL, everything, hostile, large, matching
 
 PARSER = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 # A run with names that try everything: what Markdown and HTML have, in one string.
@@ -54,6 +56,14 @@ def test_pictures_are_linked_from_where_the_report_lies(tmp_path: Path) -> None:
     text = markdown.render(everything(), plots, tmp_path)
     sources = [t.attrs["src"] for t in tokens(text) if t.type == "image"]
     assert sources == [f"my%20plots/{name}" for name in names if name.endswith("png")]
+
+
+def test_the_table_of_costs_is_not_broken_by_names() -> None:
+    run = replace(hostile(), sites=(), weights=(WeightError(EVIL, EVIL, 1.0, 2.0, EVIL, 0.5),))
+    found = tokens(markdown.render(run))
+    assert sum(t.type == "td_open" for t in found) == 4
+    html = {t.content for t in found if t.type == "html_inline"}
+    assert html <= {"<!-- -->", "<code>", "</code>"}
 
 
 def test_what_a_dump_says_stays_text() -> None:

@@ -135,6 +135,13 @@ def test_every_report_says_how_far_weights_are_off(render: Callable[[Comparison]
     assert "weights: 1" not in render(matching())
 
 
+@pytest.mark.parametrize("render", [markdown.render, html.render, shown], ids=["markdown", "page", "terminal"])
+def test_every_report_ranks_weights_by_what_they_cost(render: Callable[[Comparison], str]) -> None:
+    assert "alone moves the logits by" in render(on_own_weights())
+    assert "12.5 %" in render(on_own_weights())
+    assert "alone moves the logits by" not in render(matching())
+
+
 def test_families_of_one_finding_share_their_path() -> None:
     both = ("model.layers.*.self_attn.q_rope", "model.layers.*.self_attn.k_rope", "model.layers.*.mlp")
     finding = Finding(both, (), (), "wrong", 1.0, None, ())
