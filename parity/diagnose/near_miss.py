@@ -59,8 +59,13 @@ def is_usual(trial: Trial) -> bool:
 
 
 def _are_halves(tables: object) -> bool:
-    """Whether a layer is given cosines and sines (b, t, d); where tables are complex, nothing is asked."""
-    return isinstance(tables, tuple) and len(tables) == 2 and all(isinstance(table, Tensor) for table in tables)
+    """Whether a layer is given cosines and sines (b, t, d) of the pairs (i, i + d/2).
+
+    Where tables are complex, or those of neighbouring channels, nothing is asked.
+    """
+    if not isinstance(tables, tuple) or len(tables) != 2 or not all(isinstance(table, Tensor) for table in tables):
+        return False
+    return all(torch.equal(*table.chunk(2, dim=-1)) for table in tables if table.shape[-1] % 2 == 0)
 
 
 def _computed(case: Case, fault: Fault, value: float, model: PiecewiseModel) -> Tensor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from parity.diagnose import near_miss
 from parity.faults import by_id
 from tests.bench.case_list import CASES, Case
 from tests.bench.cases import compare, make, port
@@ -31,3 +33,11 @@ def test_a_theta_that_nobody_else_uses_is_read_across_what_was_not_recorded(thet
 def test_frequencies_that_no_theta_makes_are_not_called_one(tmp_path: Path) -> None:
     case = next(case for case in CASES if case.id == "frequencies-stretched")
     assert named(case, tmp_path) == {None}
+
+
+def test_tables_of_neighbouring_channels_are_not_taken_for_halves() -> None:
+    angles = torch.arange(20.0).reshape(1, 5, 4)
+    halves, neighbours = torch.cat([angles, angles], -1), angles.repeat_interleave(2, -1)
+    assert near_miss._are_halves((halves.cos(), halves.sin()))
+    assert not near_miss._are_halves((neighbours.cos(), neighbours.sin()))
+    assert not near_miss._are_halves(torch.polar(angles, angles))
