@@ -96,7 +96,7 @@ GATES = (
         _GITHUB + "AI-Hypercomputer/maxtext/pull/1695",
     ),
     Gate(
-        "exp|Δlogp| 1.05",
+        "exp Δlogp 1.05",
         lambda f: f.token_ratio <= 1.05,
         "NeMo RL",
         "https://docs.nvidia.com/nemo/rl/0.6.0/adding-new-models.html",

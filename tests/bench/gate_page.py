@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 
 from tests.bench.gate_list import BITS, CLOSE, DIFF, GATES, Gate
 from tests.bench.outcomes import Examined
 
-PARITY = "parity"
+PARITY, README = "parity", "readme"  # the second is a family of its own: an example, counted in no table
 _KINDS = {"first tensor, bits": BITS, "first tensor, 1e-3": DIFF, "first tensor, close": CLOSE}
+NEAR, LOW = 5.0, 15.0  # percent: what has one label in the picture, and what has its label slanted above it
 INTRODUCTION = """\
 # What would the usual gates have said?
 
@@ -67,12 +69,14 @@ def score_of_parity(runs: Sequence[Examined]) -> Score:
 
 def page(runs: Sequence[Examined]) -> str:
     """The tables, by dtype and by family, and the sources."""
-    good = usable(runs)
+    shown = [run for run in runs if run.family == README]
+    good = usable(run for run in runs if run.family != README)
     parts = [INTRODUCTION, "![Misses and false alarms of each gate](gates.svg)"]
     for dtype in ("bfloat16", "float32"):
         if mine := [run for run in good if run.dtype == dtype]:
-            parts += ["", f"## {dtype}", "", *table(mine), "", *better(mine)]
-    parts += ["", "## Missed bugs, by where they were planted", "", *by_family(good), "", "## Sources", ""]
+            parts += ["", f"## {dtype}", "", *table(mine), "", *better(mine), *missed_by_parity(mine)]
+    parts += ["", "## Missed bugs, by where they were planted", "", *by_family(good), ""]
+    parts += [*(one_by_one(shown) if shown else []), "## Sources", ""]
     parts += [f"- {gate.id}: {gate.used_by}{f' ({gate.source})' if gate.source else ''}" for gate in GATES]
     return "\n".join(parts) + "\n"
 
@@ -105,6 +109,12 @@ def better(runs: Sequence[Examined]) -> list[str]:
     return said or ["No gate does better than parity in any column."]
 
 
+def missed_by_parity(runs: Sequence[Examined]) -> list[str]:
+    """The bugs that parity passes."""
+    missed = [f"{run.bug} in {run.model}" for run in runs if run.bug and run.verdict != "diverged"]
+    return ["", f"parity misses: {', '.join(missed)}."] if missed else []
+
+
 def by_family(runs: Sequence[Examined]) -> list[str]:
     """How many bugs each gate misses in each family, in both dtypes."""
     families = list(dict.fromkeys(run.family for run in runs))
@@ -116,6 +126,32 @@ def by_family(runs: Sequence[Examined]) -> list[str]:
     return lines
 
 
+def one_by_one(runs: Sequence[Examined]) -> list[str]:
+    """What each gate says of each run of the README's example."""
+    lines = ["## The example of the README", "", f"| gate | {' | '.join(run.what for run in runs)} |"]
+    lines.append("|---" * (len(runs) + 1) + "|")
+    for gate in GATES:
+        cells = ["passes" if run.gates[gate.id] else _failed(gate, run) for run in runs]
+        lines.append(f"| {gate.id} | {' | '.join(cells)} |")
+    return [*lines, f"| parity | {' | '.join(', '.join([run.verdict, *run.named]) for run in runs)} |", ""]
+
+
+def _failed(gate: Gate, run: Examined) -> str:
+    return f"fails at {run.points[_KINDS[gate.id]]}" if gate.names else "fails"
+
+
+def _together(found: Sequence[Score]) -> dict[tuple[float, float], list[str]]:
+    """Where each score is in the picture, with the names of all that are too near to it for a label of their own."""
+    spots: dict[tuple[float, float], list[str]] = {}
+    for each in found:
+        x, y = 100 * each.alarms / max(each.clean, 1), 100 * each.missed / max(each.bugs, 1)
+        near = (
+            (x, y) if each.name == PARITY else next((s for s in spots if abs(s[0] - x) + abs(s[1] - y) < NEAR), (x, y))
+        )
+        spots.setdefault(near, []).append(each.name)
+    return spots
+
+
 def picture(runs: Sequence[Examined], path: Path) -> None:
     """False alarms across, misses upwards, in percent: the best gate is at the lower left."""
     import matplotlib
@@ -125,23 +161,18 @@ def picture(runs: Sequence[Examined], path: Path) -> None:
 
     plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "gates", "font.size": 9}
     figure, axes = plt.subplots(figsize=(7.0, 4.2), layout="constrained")
-    beside: dict[tuple[int, int], list[str]] = {}
-    for each in scores(usable(runs)):
-        spot = (round(100 * each.alarms / max(each.clean, 1)), round(100 * each.missed / max(each.bugs, 1)))
-        beside.setdefault(spot, []).append(each.name)
-    for (x, y), names in beside.items():
-        ours = PARITY in names
-        axes.plot(x, y, "o", color="#c0392b" if ours else "#34495e", markersize=10 if ours else 6, clip_on=False)
-        right = x > 70
+    for spot, names in _together(scores(usable(run for run in runs if run.family != README))).items():
+        ours, low = PARITY in names, spot[1] < LOW < spot[0]
+        axes.plot(*spot, "o", color="#c0392b" if ours else "#34495e", markersize=10 if ours else 6, clip_on=False)
         axes.annotate(
-            "\n".join(names),
-            (x, y),
-            xytext=(-8 if right else 8, 0),
+            "\n".join(wrap(", ".join(names), 60)),
+            spot,
+            xytext=(2, 8) if low else (9, 0),
             textcoords="offset points",
-            ha="right" if right else "left",
-            va="center",
+            rotation=25 if low else 0,
+            va="bottom" if low else "center",
             fontweight="bold" if ours else "normal",
-        )
+        ).set_in_layout(False)
     axes.set(xlim=(-2, 102), ylim=(-2, None), xlabel="right candidates that are failed, %", ylabel="bugs that pass, %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)

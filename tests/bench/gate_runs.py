@@ -15,15 +15,20 @@ from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from impl.qwen3 import Config
+from parity.compare.inject import Injected
 from parity.errors import ParityError
+from parity.faults import parse
+from parity.observer import Observer
 from parity.options import RunOptions
-from parity.reference.checkpoint import find
+from parity.reference.checkpoint import EMBEDDED, find
+from parity.reference.tokenizer import tokenize
 from parity.run_spec import RunSpec
 from tests.architectures import ARCHITECTURES, make
 from tests.bench.architectures import TOKENS
 from tests.bench.examined import Bench, Planted, bench
+from tests.bench.gate_page import README
 from tests.bench.outcomes import Examined, append, read
-from tests.bench.real_bugs import LIVE, THETA, live
+from tests.bench.real_bugs import LIVE, THETA, injected, live
 from tests.planted import BUGS, CAUSES, CLEAN, Variant, build
 from tests.planted.kinds import KINDS, checkpoint
 
@@ -32,6 +37,8 @@ DTYPES = ("bfloat16", "float32")
 BESIDE = next(variant for variant in CLEAN if variant.id == "split-4")
 LEGAL = ("plain", "sdpa", "online-softmax", "ops-fp32", "norm-weight-fp32", "rope-fp32", "stream-fp32", "swiglu-fused")
 LAYERS = 4
+# The first example of the README: the embedded model, its prompt, and a fault in one layer.
+PROMPT, SHOWN = "The capital of France is", "rope-interleaved@14"
 FEW_ARCHITECTURES = ("llama", "gemma3", "qwen3_moe", "phi3", "gpt_neox", "mamba2")
 EVERY = 6  # of the planted bugs, with --few
 
@@ -55,7 +62,7 @@ def jobs_of(few: bool, families: tuple[str, ...]) -> list[Job]:
         mine = [n for n in numbers if _kind(BUGS[n]) == kind]
         parts = [tuple(mine[start : start + 12]) for start in range(0, len(mine), 12)]
         jobs += [Job("ports", kind, dtype, part) for dtype in DTYPES for part in parts]
-    return [job for job in jobs if job.family in families]
+    return [Job(README, EMBEDDED, "bfloat16"), *(job for job in jobs if job.family in families)]
 
 
 def _kind(bug: Variant) -> str:
@@ -70,19 +77,39 @@ def examine(job: Job, file: Path) -> list[Examined]:
     with tempfile.TemporaryDirectory(prefix="parity-gates-") as name:
         folder = Path(name)
         is_port = job.family == "ports"
-        path = checkpoint(job.name, folder, LAYERS) if is_port else make(job.name, folder / job.name)
-        tokens = tuple((97 * i * i + 31 * i) % 301 for i in range(80)) if is_port else TOKENS
-        run = RunSpec(find(str(path)), (tokens,), job.dtype, RunOptions(model=str(path), dtype=job.dtype, power=False))
+        run = _run(job, folder)
+        path = run.checkpoint.path
         done = {each.key for each in read(file)}
         if (job.family, path.name, job.dtype, _last(job)) in done:
             return []
         try:
             with bench(job.family, run, folder) as on:
-                runs = list(_ports(on, job) if is_port else _architecture(on))
+                runs = list(_ports(on, job) if is_port else _readme(on) if job.family == README else _architecture(on))
         except ParityError as error:  # one that transformers cannot run in this dtype
             runs = [Examined(job.family, path.name, job.dtype, "eager", "", "not run", str(error).splitlines()[0])]
     append(file, runs)
     return runs
+
+
+def _run(job: Job, folder: Path) -> RunSpec:
+    """The model of a job, made in a folder, and its tokens."""
+    if job.family == README:
+        found = find(EMBEDDED)
+        tokens = tuple(tokenize(found, PROMPT).ids)
+    elif job.family == "ports":
+        found = find(str(checkpoint(job.name, folder, LAYERS)))
+        tokens = tuple((97 * i * i + 31 * i) % 301 for i in range(80))
+    else:
+        found, tokens = find(str(make(job.name, folder / job.name))), TOKENS
+    options = RunOptions(model=str(found.path), dtype=job.dtype, power=False)
+    return RunSpec(found, (tokens,), job.dtype, options)
+
+
+def _readme(on: Bench) -> Iterator[Examined]:
+    """A right port beside the fault, which is planted by the catalogue as `--inject` does."""
+    yield on.examine("eager", "hf:?attn=eager")
+    yield on.examine("sdpa", "hf:?attn=sdpa")
+    yield on.examine(SHOWN, Injected(parse(SHOWN), on.reference, Observer()), injected(SHOWN))
 
 
 def _last(job: Job) -> str:

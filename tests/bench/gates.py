@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
-from tests.bench.gate_page import page, picture
+from tests.bench.gate_page import README, page, picture
 from tests.bench.gate_runs import examine, jobs_of
 from tests.bench.outcomes import read
 
@@ -40,7 +40,7 @@ def main() -> None:
         for number, future in enumerate(as_completed(futures), 1):
             done = future.result()
             print(f"{number} of {len(jobs)}: {futures[future].name}, {len(done)} runs", file=sys.stderr, flush=True)
-    runs = [run for run in read(file) if run.family in (*FAMILIES, "real")]
+    runs = [run for run in read(file) if run.family in (*FAMILIES, "real", README)]
     text = page(runs)
     print(text)
     PAGE.write_text(text, encoding="utf-8")

@@ -159,7 +159,8 @@ def main() -> int:
         for future in as_completed([pool.submit(work, path, share, file) for share in shares]):
             for run in future.result():
                 print(f"{run.what}: {run.verdict} {', '.join(run.named)}", file=sys.stderr)
-    text = page([run for run in read(file) if run.family == FAMILY and run.model == path.name])
+    planted = sum(not each.startswith("hf:") for each in candidates(path, few=False))
+    text = page([run for run in read(file) if run.family == FAMILY and run.model == path.name], planted)
     print(text)
     if not given.few:
         PAGE.write_text(text, encoding="utf-8")

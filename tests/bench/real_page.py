@@ -60,7 +60,8 @@ def clean_table(runs: Sequence[Examined]) -> list[str]:
         if run.bug:
             continue
         if run.verdict == "not run":
-            lines.append(f"| {run.what} | {run.dtype} | not run: {run.headline} | | | | |")
+            why = run.headline.rpartition(": ")[2]  # without the path of the file
+            lines.append(f"| {run.what} | {run.dtype} | not run: {why} | | | | |")
             continue
         lines.append(f"| {run.what} | {run.dtype} | {_verdict(run)} | {run.largest:.2f} | {_logits(run)} |")
     return lines

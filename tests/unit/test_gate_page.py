@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,14 @@ def test_the_page_says_where_a_gate_does_better() -> None:
     assert "| **parity** | 1 of 2 | 2 of 4 | 1 of 2 |" in text
     assert "| PCC 0.99 | 1 of 2 | 3 of 4 | names none |" in text
     assert "| gate | ports (4) |" in text
+    assert "parity misses: missed in m, inconclusive in m." in text
+    assert "The example" not in text
+    shown = replace(RUNS[2], family="readme", what="shown", named=("its name",))
+    example = page([*RUNS, shown]).partition("## The example of the README")[2]
+    assert "| gate | ports (4) |" in page([*RUNS, shown]), "the example is not counted"
+    assert "| next token | passes |" in example
+    assert "| first tensor, 1e-3 | fails at s |" in example
+    assert "| parity | diverged, its name |" in example
     assert all(gate.id in text.partition("## Sources")[2] for gate in GATES)
 
 
