@@ -24,7 +24,10 @@ COMMANDS = {
         "names_command",
         "Propose a name map: which tensor or submodule is which site, told by values; what is not sure is said.",
     ),
-    "sites": ("commands", "List what a port may dump: names, axes, sizes and dtypes."),
+    "sites": (
+        "commands",
+        "List what a port may dump: names, axes, sizes and dtypes; `*` stands for the number of each layer named.",
+    ),
     "show": (
         "show_command",
         "Show what a dump holds, by layer and site: norms, largest numbers, outlier channels, what is dead "
