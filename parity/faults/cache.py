@@ -9,8 +9,9 @@ from torch import Tensor
 
 from parity.faults.cache_rows import SITES
 from parity.faults.fault import Change, Fault, Scope, fault
+from parity.faults.input_blocks import in_q8_0
 from parity.faults.patches.attention import has_attention, reading, softmax_as
-from parity.faults.patches.modules import together
+from parity.faults.patches.modules import head_dim_of, together
 from parity.faults.patches.numbers import stored_as, wide
 from parity.record.cache import reading_edited
 
@@ -85,9 +86,24 @@ def attention_operands_fp16(scope: Scope) -> Change:
     return together(operands, softmax_as(lambda scores: _in_fp16(scores.to(wide(scores.dtype)).softmax(-1))))
 
 
+@fault(
+    id="kv-cache-q8-0",
+    title="keys and values are kept in 8-bit blocks of 32 (ggml's Q8_0), and queries are rounded to them",
+    sites=SITES,
+    fix="keep the cache in float32 (llama.cpp: --cache-type-k f32 --cache-type-v f32), or accept it",
+    source="llama.cpp: --cache-type-k q8_0 --cache-type-v q8_0, with flash attention",
+    needs="float32",
+    applies=lambda scope: has_attention(scope) and head_dim_of(scope) % 32 == 0,
+    regime=True,
+)
+def kv_cache_q8_0(scope: Scope) -> Change:
+    return together(reading(scope, lambda q, k, v: (in_q8_0(q), k, v)), _cache_in(in_q8_0))
+
+
 FAULTS: tuple[Fault, ...] = (
     kv_cache_fp8,
     kv_cache_int8,
     kv_cache_fp16,
+    kv_cache_q8_0,
     attention_operands_fp16,
 )

@@ -44,7 +44,7 @@ def products_fp16_inputs(scope: Scope) -> Change:
     return _inputs_as(scope, lambda x: stored_as(x, torch.float16))
 
 
-def _in_q8_0(x: Tensor) -> Tensor:
+def in_q8_0(x: Tensor) -> Tensor:
     """x (…, i) in ggml's Q8_0: blocks of 32, integers up to 127 by a step that is kept in float16."""
     with as_written():
         blocks = x.float().reshape(*x.shape[:-1], -1, 32)
@@ -66,7 +66,7 @@ def _in_q8_0(x: Tensor) -> Tensor:
     regime=True,
 )
 def products_q8_0_inputs(scope: Scope) -> Change:
-    return _inputs_as(scope, _in_q8_0)
+    return _inputs_as(scope, in_q8_0)
 
 
 def _in_q8_k(x: Tensor) -> Tensor:

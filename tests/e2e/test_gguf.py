@@ -194,6 +194,19 @@ def test_half_precision_is_named_and_with_accept_a_match(run: tuple[str, int], c
         )
 
 
+@engine
+@pytest.mark.slow
+def test_a_cache_in_8_bits_is_named_and_with_accept_a_match(checkpoint: Any, tmp_path: Path) -> None:
+    model = checkpoint("qwen3", layers=2, head_dim=32, dtype="float32")
+    file, draw = write_gguf(model, tmp_path / "model.gguf"), random.Random(17)
+    ids = " ".join(str(draw.randrange(301)) for _ in range(17))
+    for accept, verdict in ((None, "diverged"), ("kv-cache-q8-0", "match")):
+        spec = f"gguf:{file}?kv=q8_0&fa=on"
+        found = parity.diff(spec, model=str(model), tokens=ids, power=False, accept=accept)
+        named = {f.fault.id for f in (*found.findings, *found.accepted) if f.fault}
+        assert (found.verdict, named) == (verdict, {"kv-cache-q8-0"})
+
+
 # -- quantized files, judged on their own weights ------------------------------------------------------------------
 
 both = pytest.mark.skipif(

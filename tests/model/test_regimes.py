@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.nn import functional
 
 import parity
 from impl.qwen3 import load
@@ -15,7 +17,8 @@ from parity.results import Comparison
 from tests import checkpoints
 from tests.conftest import slow_but
 from tests.planted import BUGS, build
-from tests.planted.attention import attending, in_fp16
+from tests.planted.attention import attending, grouped, in_fp16, plain_scores
+from tests.planted.base import rebind
 
 TOKENS = "5 17 80 3 44 201 9 9 130 77 62 250 11"
 
@@ -51,6 +54,69 @@ def test_an_accepted_regime_is_a_match_in_it(regime: str, model: Path) -> None:
     assert {m.site for m in found.sites if m.regime} == set(plain.findings[0].sites)
     assert found.headline.endswith(f", in the accepted regime {regime}")
     assert found.sites[-1].mse == plain.sites[-1].mse  # against the reference itself
+
+
+# -- regimes of llama.cpp, for whole blocks ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def in_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 64}
+    return checkpoints.qwen3(tmp_path_factory.mktemp("blocks") / "model", layers=1, dtype="float32", **sizes)
+
+
+def q8_0(heads: torch.Tensor) -> torch.Tensor:
+    """32 numbers at a time: integers by a step that float16 holds, made with the step before it was rounded."""
+    parts = []
+    for part in heads.split(32, -1):
+        largest = part.abs().amax(-1, keepdim=True)
+        parts.append(torch.round(part * (127 / largest.clamp_min(1e-30))) * (largest / 127).half().float())
+    return torch.cat(parts, -1)
+
+
+def q8_k(row: torch.Tensor) -> torch.Tensor:
+    """256 numbers at a time: that with the largest magnitude becomes -127, whatever its sign."""
+    parts = []
+    for part in row.split(256, -1):
+        low, high = part.amin(-1, keepdim=True), part.amax(-1, keepdim=True)
+        inverse = -127 / torch.where(high > -low, high, low)
+        parts.append(torch.round(inverse * part).clamp_max(127) * (1 / inverse))
+    return torch.cat(parts, -1)
+
+
+def cached_in_blocks(port: Any, rounded: Callable[[torch.Tensor], torch.Tensor] = q8_0) -> None:
+    attending(
+        scores=lambda self, q, k, mask: plain_scores(self, rounded(q), k, mask),
+        group_k=lambda self, heads: grouped(self, rounded(heads)),
+        group_v=lambda self, heads: grouped(self, rounded(heads)),
+    )(port, [0])
+
+
+def multiplied_in_blocks(port: Any) -> None:
+    for name, module in port.named_modules():
+        if name.endswith("_proj"):
+            rebind(module, lambda self, x: functional.linear(q8_k(x), self.weight, self.bias))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("regime", "plant"), [("kv-cache-q8-0", cached_in_blocks), ("products-q8-k-inputs", multiplied_in_blocks)]
+)
+def test_blocks_of_llama_cpp_are_a_match_in_their_regime(regime: str, plant: Any, in_blocks: Path) -> None:
+    port = load(in_blocks, "float32")
+    plant(port)
+    for accept, verdict in ((None, "diverged"), (regime, "match")):
+        found = diff(port, in_blocks, accept)
+        named = {f.fault.id for f in (*found.findings, *found.accepted) if f.fault}
+        assert (found.verdict, named) == (verdict, {regime})
+
+
+@pytest.mark.slow
+def test_a_cache_in_coarser_blocks_is_not_accepted(in_blocks: Path) -> None:
+    port = load(in_blocks, "float32")
+    cached_in_blocks(port, lambda heads: q8_0(heads) * 1.01)
+    found = diff(port, in_blocks, "kv-cache-q8-0")
+    assert (found.verdict, found.accepted) == ("diverged", ())
 
 
 @pytest.mark.slow

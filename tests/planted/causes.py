@@ -134,7 +134,8 @@ _WINDOW = "a config with a sliding window, which impl does not implement"
 # Faults of the catalogue that are planted nowhere here, and what that would need.
 UNPLANTED: dict[str, str] = {
     "attention-sums-fp16": "llama.cpp has it, a loop over keys in float16: tests/e2e/test_gguf.py",
-    "products-q8-k-inputs": "llama.cpp has it, for rows of 256 numbers: tests/e2e/test_gguf.py",
+    "products-q8-k-inputs": "rows of 256 numbers: tests/model/test_regimes.py, and llama.cpp in tests/e2e/test_gguf.py",
+    "kv-cache-q8-0": "heads of 32 numbers: tests/model/test_regimes.py, and llama.cpp in tests/e2e/test_gguf.py",
     "norm-rounding-order": "nothing: it is legal, the clean variant norm-weight-fp32",
     "head-untied": "a file with a head beside a tied embedding, which impl refuses to load",
     "rope-scaling-ignored": "a config with scaled RoPE, which impl does not implement",
