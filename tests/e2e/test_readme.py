@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+from parity.options import RunOptions
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,6 +54,15 @@ def test_its_tree_is_that_of_the_disk() -> None:
     assert not [name for name in named if not (ROOT / name).exists()]
     packages = {f"parity/{path.parent.name}/" for path in (ROOT / "parity").glob("*/__init__.py")}
     assert not packages - named, "a package that the tree leaves out"
+
+
+def test_its_workflow_is_one() -> None:
+    yaml = pytest.importorskip("yaml")
+    (block,) = re.findall(r"```yaml\n(.*?)```", section("In your test suite"), re.DOTALL)
+    steps = yaml.safe_load(block)["jobs"]["parity"]["steps"]
+    (command,) = [step["run"] for step in steps if step.get("run", "").startswith("parity diff")]
+    options = {flag for row in dataclasses.fields(RunOptions) for flag in row.metadata["flags"]}
+    assert set(re.findall(r"--[a-z-]+", command)) <= options | {"--candidate", "--out"}
 
 
 def test_its_links_lead_somewhere() -> None:
