@@ -1,4 +1,4 @@
-"""Bounds and factors that only a config tells: softcaps, SwiGLU's limit and alpha, sinks, embeddings' multiplier."""
+"""Bounds and factors that only a config tells: softcaps, SwiGLU's limit and alpha, sinks, multipliers."""
 
 from __future__ import annotations
 
@@ -144,6 +144,18 @@ def embedding_multiplier(scope: Scope, value: float) -> Change:
     return attribute(scope.model.base_model, "embedding_multiplier", value)
 
 
+@fault(
+    id="mlp-multiplier",
+    title="the MLP's output is multiplied by another number than config.json says",
+    sites=("mlp", "feed_forward"),
+    fix="multiply what down_proj returns by the second of mlp_multipliers of config.json",
+    applies=lambda s: isinstance(getattr(mlp_of(s), "down_multiplier", None), (int, float)),
+    number=Number(name="mlp_multipliers[1]", expected=lambda s: float(mlp_of(s).down_multiplier), typical=(1.0,)),
+)
+def mlp_multiplier(scope: Scope, value: float) -> Change:
+    return attribute(mlp_of(scope), "down_multiplier", value)
+
+
 FAULTS: tuple[Fault, ...] = (
     softcap_other,
     sinks_zero,
@@ -153,4 +165,5 @@ FAULTS: tuple[Fault, ...] = (
     logits_softcap_dropped,
     logits_softcap_other,
     embedding_multiplier,
+    mlp_multiplier,
 )

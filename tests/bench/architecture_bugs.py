@@ -19,7 +19,7 @@ from torch import Tensor, nn
 SCALES = ("scaling", "scale", "softmax_scale", "inv_norm_factor", "scale_attn")
 ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation_func", "gelu_impl", "activation")
 ROTATED = ("q_rope", "k_rope", "q_rotated", "k_rotated")
-_BRANCH = ("residual-multiplier", "parallel-attention-multiplier", "branch-multiplier-before-norm")
+_BRANCH = ("residual-multiplier", "parallel-attention-multiplier", "branch-multiplier-before-norm", "mlp-multiplier")
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "intermediate_size": 40,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
+    "falcon_h1": {
+        "mlp_multipliers": [1.0, 0.8],
+        "mamba_d_ssm": 128,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 12,
+        "mamba_n_groups": 2,
+        "mamba_chunk_size": 16,
+    },
     "granite": {
         "embedding_multiplier": 3.0,
         "logits_scaling": 6.0,
@@ -163,6 +172,7 @@ CASES = (
     _case("logits-capped-lower", "gemma2", "logits-softcap-other", final_logit_softcapping=3.0),
     _case("logit-scale", "cohere2", "logits-scale", logit_scale=1.0),
     _case("embedding-multiplier", "granite", "embedding-multiplier", embedding_multiplier=1.0),
+    _case("mlp-multiplier", "falcon_h1", "mlp-multiplier", mlp_multipliers=[1.0, 1.0]),
     _case("sinks-zero", "gpt_oss", "sinks-zero", change=changes.without_sinks),
     _case("swiglu-alpha", "gpt_oss", "swiglu-alpha", change=changes.experts(alpha=1.0)),
     _case("swiglu-limit", "gpt_oss", "swiglu-limit", change=changes.experts(limit=1.2)),
