@@ -61,7 +61,7 @@ def test_its_workflow_is_one() -> None:
     (block,) = re.findall(r"```yaml\n(.*?)```", section("In your test suite"), re.DOTALL)
     steps = yaml.safe_load(block)["jobs"]["parity"]["steps"]
     (command,) = [step["run"] for step in steps if step.get("run", "").startswith("parity diff")]
-    options = {flag for row in dataclasses.fields(RunOptions) for flag in row.metadata["flags"]}
+    options = {f"--{row.name.replace('_', '-')}" for row in dataclasses.fields(RunOptions)}
     assert set(re.findall(r"--[a-z-]+", command)) <= options | {"--candidate", "--out"}
 
 
