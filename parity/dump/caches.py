@@ -78,5 +78,6 @@ def _axis(parts: Sequence[Entry], seen: Sequence[int]) -> int | None:
         return None
     counting = [i for i, size in enumerate(sizes) if size == tuple(seen)]
     changing = [i for i, size in enumerate(sizes) if len(set(size)) > 1]
-    usual = [axis for rank, axis in _LAYOUTS if rank == len(sizes)]
-    return next(iter([*counting, *changing, *usual]), None)
+    # A buffer of fixed length has room for all.
+    roomy = [axis for rank, axis in _LAYOUTS if rank == len(sizes) and sizes[axis][0] >= seen[-1]]
+    return next(iter([*counting, *changing, *(roomy if len(roomy) == 1 else ())]), None)

@@ -167,13 +167,13 @@ def test_a_cache_that_keeps_the_last_rows_lacks_the_first(tmp_path: Path) -> Non
     assert np.signbit(rows[2]).tolist() == [True, True, True, False, False, False]
 
 
-def test_what_a_buffer_holds_beyond_the_rows_is_not_read(tmp_path: Path) -> None:
-    dims = {f"x.cache_k@{call}": "batch head token head_dim" for call in range(3)}
+@pytest.mark.parametrize("dims", [{}, {f"x.cache_k@{call}": "batch head token head_dim" for call in range(3)}])
+def test_what_a_buffer_holds_beyond_the_rows_is_not_read(tmp_path: Path, dims: dict[str, str]) -> None:
     with open_dump(cache_of(tmp_path, 9, 9, 9, dims=dims)) as dump:
         assert dump.read("x.cache_k")[0, 0, :, :, 0].tolist()[0] == [1, 2, 3, 4, 0, 0]
 
 
 def test_a_cache_without_an_axis_of_rows_is_one_line(tmp_path: Path) -> None:
-    parts = [numbers(1, 2, n, 3 + n) for n in (4, 5, 6)]
-    with pytest.raises(DumpError, match=r"no axis has the 4, 5, 6 rows that the calls read"):
-        open_dump(written(tmp_path / "a.safetensors", {"x.cache_v": parts}))
+    for parts in ([numbers(1, 2, n, 3 + n) for n in (4, 5, 6)], [numbers(1, 3, 3, 8)] * 3, [numbers(1, 9, 7, 8)] * 3):
+        with pytest.raises(DumpError, match=r"no axis has the 4, 5, 6 rows that the calls read"):
+            open_dump(written(tmp_path / "a.safetensors", {"x.cache_v": parts}))
