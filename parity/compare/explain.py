@@ -13,6 +13,7 @@ from parity.compare.measure import Measured, MeasuredSite
 from parity.compare.routing import judge_routers
 from parity.compare.sides import Sides
 from parity.diagnose.error_map import with_error_maps
+from parity.diagnose.foreign_rows import with_foreign_rows
 from parity.diagnose.idle_faults import refuse_idle
 from parity.diagnose.match import diagnose
 from parity.diagnose.power import power, untried
@@ -100,7 +101,7 @@ def explain(sides: Sides, judged: Judged, observer: Observer) -> Explained:
             causes = diagnose(found, bench, run.faults, lambda names: finding_of(names, sites), unread, observer)
             causes = _on_top_of_regimes(causes, sides, sites, unread, observer)
             written = {site.name for site in model.sites if site.overwritten}
-            found = tuple(_with_advice(finding, written) for finding in causes)
+            found = tuple(_with_advice(with_foreign_rows(finding, bench), written) for finding in causes)
         with observer.timed("diagnose"):
             found = with_error_maps(found, sites, bench, observer)
     # In float32 the ratio shows any constant, but where an order of summation has widened the floor.

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from impl.qwen3 import load
 from parity import words
 from parity.candidates.base import dump_file, open_candidate
 from parity.compare.pipeline import diff
+from parity.diagnose.foreign_rows import foreign_rows
 from parity.dump import open_dump
 from parity.options import RunOptions
 from parity.results import Comparison
@@ -58,6 +60,23 @@ def test_what_later_calls_read_does_not_show_in_one(small: Path, bug: CacheBug) 
 def test_where_a_wrong_row_is_read_first_is_said(small: Path) -> None:
     begins = {words.begins(finding) for finding in planted(small, named("stale-row")).findings}
     assert begins == {"first in the row of token 2: the prompt is right, wrong from the first decoded token"}
+
+
+@pytest.mark.slow
+def test_rows_of_another_prompt_are_told(small: Path) -> None:
+    said = {f.families[0][-7:]: " ".join(f.evidence) for f in planted(small, named("other-prompt")).findings}
+    assert "rows of tokens 0, 1, 2, 3 are unlike the values of any token of this run" in said["cache_v"]
+    assert "unlike" not in said["cache_k"]
+
+
+def test_rows_that_moved_or_were_rounded_are_no_other_prompts() -> None:
+    right = torch.randn((2, 3, 9, 32), generator=torch.Generator().manual_seed(0))
+    other = torch.randn((2, 3, 9, 32), generator=torch.Generator().manual_seed(1))
+    for legal in (right, right.roll(1, 2), right.roll(1, 0), right.flip(1), 3 * right, right + 0.3 * other, 0 * right):
+        assert not foreign_rows(legal, right)
+    mixed = right.clone()
+    mixed[1, :, 4:6] = other[1, :, 4:6]
+    assert foreign_rows(mixed, right) == [4, 5]
 
 
 @pytest.mark.slow
