@@ -65,8 +65,8 @@ OTHERWISE = {("jamba", "chunks"): "transformers' Mamba begins every chunk with a
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run. `outcome` is match, alarm, inconclusive, refused or n/a (OTHERWISE) of a clean one; named, unnamed, wrong
-    name, elsewhere or unseen of a planted bug; crash of any."""
+    """One run. `outcome` is match, alarm, inconclusive, refused or n/a (OTHERWISE) of a clean one; named, unnamed,
+    wrong name, elsewhere or unseen of a planted bug; crash of any."""
 
     name: str
     way: str
