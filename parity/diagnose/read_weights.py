@@ -24,6 +24,7 @@ from parity.sites import short, without_call
 
 # Fewer rows than this tell a channel's gain from chance only by luck.
 LEAST_ROWS = 16
+_TELLING = 8  # columns that tell rows apart
 # A weight is told apart from the checkpoint's beyond so many standard errors, and beyond this change.
 _SIGMAS, _LEAST_CHANGE = 6.0, 1e-5
 # Gains that differ by less than this share of what they have in common are one.
@@ -124,7 +125,8 @@ def module_of(scope: Scope, name: str) -> Any:
 
 
 def _rows(case: Case) -> int:
-    return case.truth.flatten(0, -2).shape[0]
+    """How many rows differ from one another: a token that is repeated says the same again."""
+    return len(torch.unique(case.truth.flatten(0, -2)[:, :_TELLING], dim=0))
 
 
 def _noise(case: Case) -> Tensor:

@@ -155,6 +155,15 @@ def test_a_bug_of_the_same_operation_is_named_on_top_of_the_regime(model: Path) 
     assert "on top of the accepted regime kv-cache-fp16" in found.findings[0].evidence
 
 
+def test_what_one_token_shows_is_read_as_no_bias(model: Path) -> None:
+    port = load(model, "float32")
+    own = port.model.layers[0].self_attn.q_proj
+    rebind(own, lambda self, x: functional.linear(x, self.weight).mul(7).tanh())
+    found = parity.diff(port, model=str(model), tokens="5 " * 24, dtype="float32", power=False)
+    assert (found.verdict, [f.sites for f in found.findings]) == ("diverged", [("model.layers.0.self_attn.q_proj",)])
+    assert named(found) == ["unknown"]
+
+
 def test_a_bug_is_no_regime(model: Path) -> None:
     with pytest.raises(UsageError, match=r"--accept norm-eps: that is a bug, no precision regime\. Regimes are "):
         diff(load(model, "float32"), model, "norm-eps")
