@@ -540,9 +540,9 @@ def load(*arguments):
 
 
 def blocks() -> dict[str, str]:
-    """The code blocks of the README's section about test suites, by language."""
+    """The first code block of each language in the README's section about test suites."""
     section = (ROOT / "README.md").read_text().partition("\n## In your test suite\n")[2].partition("\n## ")[0]
-    return dict(re.findall(r"```(\w*)\n(.*?)```", section, re.DOTALL))
+    return dict(reversed(re.findall(r"```(\w*)\n(.*?)```", section, re.DOTALL)))
 
 
 def hub(folder: Path, name: str, checkpoint: Path) -> None:
