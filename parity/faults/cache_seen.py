@@ -143,7 +143,9 @@ def cache_empty_slot_seen(scope: Scope, start: float) -> Change:
     ),
 )
 def cache_prefix_short(scope: Scope, missing: float) -> Change:
-    return _seeing(scope, scope.calls[0], lambda mask, _i, j, first: mask & ((j < first - missing) | (j >= first)))
+    # All of the first call forgotten is a cache that is lost.
+    kept = max(scope.calls[0] - missing, 1)
+    return _seeing(scope, scope.calls[0], lambda mask, _i, j, first: mask & ((j < kept) | (j >= first)))
 
 
 @fault(

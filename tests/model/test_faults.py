@@ -21,6 +21,7 @@ from parity.faults.fault import attribute
 from parity.faults.patches import attention
 from parity.faults.patches.numbers import rounded
 from parity.preflight import fault_ids
+from parity.record.attention import attention_taps
 from parity.record.scans import source_of
 from parity.reference.checkpoint import find
 from parity.reference.pieces import Piece, PiecewiseModel
@@ -313,12 +314,17 @@ def stock_layer(case: Case) -> Iterator[tuple[tuple[Scope, Run], tuple[Scope, Ru
             Scope(model, model.config, None, None, {}, stored, text=text, calls=(TOKENS,)),
         )
 
+        # What attention reads of a cache is changed where it is tapped.
+        seen = {module: {"context": "context"} for module in model.modules()}
+
         def run_layer() -> Tensor:
-            out = layers[MIDDLE](*args, **kwargs)
+            with attention_taps(seen, lambda _site, value: value, (TOKENS,)):
+                out = layers[MIDDLE](*args, **kwargs)
             return out if isinstance(out, Tensor) else out[0]
 
         def run_ends() -> Tensor:
-            logits: Tensor = model(**inputs, use_cache=False).logits
+            with attention_taps(seen, lambda _site, value: value, (TOKENS,)):
+                logits: Tensor = model(**inputs, use_cache=False).logits
             return logits
 
         yield (scopes[0], run_layer), (scopes[1], run_ends)

@@ -43,6 +43,9 @@ _VARIANTS: dict[str, tuple[str, ...]] = {
     "weight-int8": ("weight-int8-in-file",),
 }
 
+# Names of readings: they are no rows of the catalogue.
+READINGS = ("bias-other", "columns-reordered")
+
 # Bugs with more than one right name.
 _SEVERAL: dict[str, tuple[str, ...]] = {
     # No eps is an eps of zero, and every scale is another scale.

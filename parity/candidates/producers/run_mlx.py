@@ -127,7 +127,8 @@ def require_known(folder: Path) -> None:
 def stored_dtype(folder: Path) -> str:
     """The dtype of the norms, in which MLX computes: it keeps what a file has, and quantizes no norm."""
     for file in sorted(folder.glob("*.safetensors")):
-        for name, value in mx.load(str(file)).items():
+        tensors: Any = mx.load(str(file))
+        for name, value in tensors.items():
             if name.endswith("norm.weight"):
                 return str(value.dtype).rpartition(".")[2]
     raise SystemExit(f"no norm.weight in the *.safetensors of {folder}")
