@@ -99,11 +99,14 @@ def _without_odd_axes(model: nn.Module, found: Discovery, probe: Callable[[int, 
     Raises ModelError where the logits have one: the model adds tokens of its own to the prompt.
     """
     known = _sizes(model)
-    if all(size in known for site in found.sites for size in _fixed(site)):
+    # Layers that hand state on may count what they made of the tokens: blocks of them, chosen ones.
+    if not found.chain.shares_state and all(size in known for site in found.sites for size in _fixed(site)):
         return found
     rows, tokens = _unmistakable_sizes(model)
     longer = {site.name: site for site in probe(rows, 2 * tokens + 1).sites}
-    odd = {without_call(s.name) for s in found.sites if _fixed(s) != _fixed(longer.get(s.name, s))}
+    sized = {site.name: site.shape for site in with_sizes(found.sites, rows, tokens)}
+    grown = [s for s in found.sites if _fixed(s) != _fixed(longer.get(s.name, s)) or sized[s.name] != s.shape]
+    odd = {without_call(site.name) for site in grown}
     if odd & {found.sites[-1].name, *found.chain.sources}:
         raise ModelError(f"transformers' {type(model).__name__} adds tokens of its own to the prompt, parity cannot.")
     return replace(found, sites=tuple(site for site in found.sites if without_call(site.name) not in odd))

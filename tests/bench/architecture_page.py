@@ -41,7 +41,7 @@ AS_IT_SHOULD_BE = ("match", "named", "tied", "n/a")
 _SIGNS = {"match": "✓", "named": "named", "tied": "tied", "unnamed": "found", "n/a": "–"}
 
 
-def page(shapes: Sequence[Shape], results: Sequence[Result]) -> str:
+def page(shapes: Sequence[Shape], results: Sequence[Result], option: str = "") -> str:
     """The table, the totals, and every run that was not as it should be."""
     from parity.run_spec import versions
 
@@ -52,11 +52,12 @@ def page(shapes: Sequence[Shape], results: Sequence[Result]) -> str:
     lines = [
         "# Architectures",
         "",
-        f"Made by `python -m tests.bench.architectures`: {made_with}.",
+        f"Made by `python -m tests.bench.architectures{option}`: {made_with}.",
     ]
     lines += ["✓ is a match of a clean candidate; a planted bug is `named`, `found` exactly but without a name, or as"]
     lines += ["it says; `tied` is a right name among those that the report says it cannot tell apart. – is not there:"]
-    lines += [f"the model has no such attention (or {UNCAPPED}), or nothing that the bug could change.", ""]
+    lines += [f"the model has no such attention (or {UNCAPPED}), or nothing that the bug could change."]
+    lines += ["What is `unmade` transformers itself cannot make so small, or cannot run.", ""]
     lines += [*_totals(results), ""]
     lines += [f"| architecture | sites a layer | cut | {' | '.join(heads)} |", "|---" * (len(heads) + 3) + "|"]
     shape_of = {shape.architecture: shape for shape in shapes}

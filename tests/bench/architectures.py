@@ -220,7 +220,7 @@ def main() -> int:
                     print(as_line(result), file=sys.stderr, flush=True)
     order = {name: i for i, name in enumerate(names)}
     results = sorted((r for r in found if isinstance(r, Result)), key=lambda r: order[r.architecture])
-    text = page([s for s in found if isinstance(s, Shape)], results)
+    text = page([s for s in found if isinstance(s, Shape)], results, " --every" if arguments.every else "")
     if not arguments.only or arguments.page:
         (arguments.page or (PAGE_OF_EVERY if arguments.every else PAGE)).write_text(text)
     print(text)
