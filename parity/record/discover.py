@@ -62,8 +62,13 @@ def discover(
     Shapes hold the probe's batch and token counts; `with_sizes` puts a run's own in their place.
     """
     wanted = (*(value for value in INSIDE if inner or f".{value}" not in COSTLY), *(CACHE if cached else ()))
-    probe = partial(_probed_at, model, layers, wanted)
-    return _without_odd_axes(model, probe(*_unmistakable_sizes(model)), probe)
+    probe, known = partial(_probed_at, model, layers, wanted), _sizes(model)
+    rows, tokens = _unmistakable_sizes(known)
+    found = probe(rows, tokens)
+    # Layers that hand state on may count what they made of the tokens: blocks of them, chosen ones.
+    if not found.chain.shares_state and all(size in known for site in found.sites for size in _fixed(site)):
+        return found
+    return _without_odd_axes(model, found, probe(rows, 2 * tokens + 1), (rows, 2 * tokens + 1))
 
 
 def _probed_at(
@@ -93,20 +98,15 @@ def _probed_at(
         raise ModelError(f"transformers' {type(model).__name__} fails in its forward pass with {reason}") from error
 
 
-def _without_odd_axes(model: nn.Module, found: Discovery, probe: Callable[[int, int], Discovery]) -> Discovery:
+def _without_odd_axes(model: nn.Module, found: Discovery, longer: Discovery, sizes: tuple[int, int]) -> Discovery:
     """The sites but for those with an axis that grows with the tokens without counting them (a padded convolution).
 
+    `longer` is what a probe of other `sizes`, rows and tokens, has found.
     Raises ModelError where the logits have one: the model adds tokens of its own to the prompt.
     """
-    known = _sizes(model)
-    # Layers that hand state on may count what they made of the tokens: blocks of them, chosen ones.
-    if not found.chain.shares_state and all(size in known for site in found.sites for size in _fixed(site)):
-        return found
-    rows, tokens = _unmistakable_sizes(model)
-    longer = {site.name: site for site in probe(rows, 2 * tokens + 1).sites}
-    sized = {site.name: site.shape for site in with_sizes(found.sites, rows, tokens)}
-    grown = [s for s in found.sites if _fixed(s) != _fixed(longer.get(s.name, s)) or sized[s.name] != s.shape]
-    odd = {without_call(site.name) for site in grown}
+    shapes = {site.name: site.shape for site in longer.sites}
+    expected = with_sizes(found.sites, *sizes)
+    odd = {without_call(s.name) for s in expected if shapes.get(s.name, s.shape) != s.shape}
     if odd & {found.sites[-1].name, *found.chain.sources}:
         raise ModelError(f"transformers' {type(model).__name__} adds tokens of its own to the prompt, parity cannot.")
     return replace(found, sites=tuple(site for site in found.sites if without_call(site.name) not in odd))
@@ -158,9 +158,8 @@ def _sizes(model: nn.Module) -> set[int]:
     return numbers | {size for parameter in model.parameters() for size in parameter.shape}
 
 
-def _unmistakable_sizes(model: nn.Module) -> tuple[int, int]:
-    """A batch and a token count that equal no other size in the model."""
-    taken = _sizes(model)
+def _unmistakable_sizes(taken: set[int]) -> tuple[int, int]:
+    """A batch and a token count that equal no other size in the model, all of which are `taken`."""
     for batch in (3, 5, 7, 11, 13):
         for token in (17, 19, 23, 29, 31, 37, 41, 43):
             if not taken & {batch, token, batch * token}:
