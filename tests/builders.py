@@ -118,3 +118,15 @@ def linear(tokens: int = 24, inputs: int = 48, outputs: int = 40, **more: object
 
 def silu(*shape: int, **more: object) -> Case:
     return Case(F.silu, (draw(*(shape or (1, 24, 40))),), **more)  # type: ignore[arg-type]
+
+
+class IdsAlone(nn.Module):
+    """A port whose forward takes token ids and nothing else: no mask, no cache."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.model, self.lm_head, self._inner = inner.model, inner.lm_head, [inner]
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        logits: Tensor = self._inner[0](input_ids)
+        return logits

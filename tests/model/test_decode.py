@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch import Tensor, nn
+from torch import Tensor
 
 from impl.qwen3 import load
 from parity import words
@@ -27,6 +27,7 @@ from parity.reference.replay import Reference
 from parity.results import Comparison, FirstCall
 from parity.run_spec import RunSpec, run_spec
 from tests.architectures import make
+from tests.builders import IdsAlone
 from tests.conftest import in_turn, slow_but
 from tests.planted.decoding import LATE, LATE_CHUNK, LATE_STEP, LateBug
 
@@ -122,31 +123,20 @@ def test_greedy_tokens_are_those_that_the_reference_says(small: Path) -> None:
     assert done.calls == (13, 1, 1, 1)
 
 
-class NoCache(nn.Module):
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        inner = load(path)
-        self.model, self.lm_head, self._inner = inner.model, inner.lm_head, [inner]
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        logits: Tensor = self._inner[0](input_ids)
-        return logits
-
-
 def test_a_module_without_a_cache_is_one_line(small: Path) -> None:
     with pytest.raises(
         CandidateError, match=r"no cache that parity knows, and is to run in 5 calls: forward takes inp"
     ):
-        diff(ask(small, decode=4), open_candidate(NoCache(small)))
+        diff(ask(small, decode=4), open_candidate(IdsAlone(load(small))))
 
 
 def test_a_cache_that_is_taken_and_not_returned_is_one_line(small: Path) -> None:
-    class Dropped(NoCache):
+    class Dropped(IdsAlone):
         def forward(self, input_ids: Tensor, past_key_values: Any = None, use_cache: bool = False) -> Tensor:
             return super().forward(input_ids)
 
     with pytest.raises(CandidateError, match="takes past_key_values, but returns none"):
-        diff(ask(small, decode=4), open_candidate(Dropped(small)))
+        diff(ask(small, decode=4), open_candidate(Dropped(load(small))))
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from parity.scale import compute_part, merge
 from parity.shards import Shard
 from parity.sites import is_cached
 from tests.architectures import make
+from tests.builders import IdsAlone
 from tests.conftest import in_turn, slow_but
 from tests.planted.base import rebind
 from tests.planted.padding import BUGS, CLEAN, PaddingBug
@@ -185,20 +186,9 @@ def test_bugs_of_padding_do_not_show_without(small: Path, bug: PaddingBug) -> No
 # -- what cannot be ----------------------------------------------------------------------------------------------
 
 
-class NoMask(nn.Module):
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        inner = load(path)
-        self.model, self.lm_head, self._inner = inner.model, inner.lm_head, [inner]
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        logits: Tensor = self._inner[0](input_ids)
-        return logits
-
-
 def test_a_module_without_a_mask_is_one_line(small: Path) -> None:
     with pytest.raises(CandidateError, match="takes no mask, and the batch is padded: forward takes input_ids"):
-        diff(ask(small), open_candidate(NoMask(small)))
+        diff(ask(small), open_candidate(IdsAlone(load(small))))
 
 
 def test_a_runtime_without_a_mask_is_one_line(small: Path) -> None:
